@@ -1,0 +1,192 @@
+"""The one truth about settings: sections of frozen models, with a description and a unit for every field.
+
+The command lines of the jobs, the MLflow parameters and the keys of a sweep (`section.field`) derive from here. Field
+names are unique over all sections, because the command line drops the section: `--label-fraction`, `--imgsz`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Run(Section):
+    """Where the run lives and what it may use. Nothing here changes a result but `seed`."""
+
+    storage_path: str = Field("runs", description="Folder or URI (s3://, gs://) that holds all runs.")
+    run_name: str = Field("run", description="Name of this run; the same pair of path and name again resumes it.")
+    overwrite: bool = Field(False, description="Replace stages whose settings or inputs differ from what is there.")
+    dry_run: bool = Field(False, description="Check storage, data, weights and resources, print the plan and stop.")
+    seed: int = Field(0, description="Seed of split, order of samples, augmentation and initial weights.")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers (processes); they share each global batch.")
+    cpus_per_worker: int = Field(0, ge=0, description="CPU cores a worker; 0: all there are, shared evenly.")
+    gpu: Literal["auto", "never"] = Field("auto", description="Use a GPU per worker where the cluster has them.")
+    experiment: str = Field("dfssd", description="MLflow experiment.")
+
+
+class Data(Section):
+    """What `prepare` reads and how it splits."""
+
+    data: str = Field("", description="Folder or file with images and labels: data.yaml, YOLO, VOC, COCO or CR7-DET.")
+    format: Literal["auto", "yolo", "voc", "coco", "cr7-det"] = Field("auto", description="Format of --data.")
+    names: tuple[str, ...] = Field((), description="Class names in order of their id, where the data has none.")
+    unlabelled: tuple[str, ...] = Field((), description="Further folders with images that have no labels.")
+    missing_labels: Literal["unlabelled", "background"] = Field(
+        "unlabelled", description="What an image without a label file is: unlabelled, or known to be defect-free."
+    )
+    split: Literal["grouped", "random", "given"] = Field(
+        "grouped", description="grouped: near-duplicates stay together; random: leaks; given: the data's own."
+    )
+    split_shares: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="Shares of train, val, test.")
+    label_fraction: float = Field(0.1, gt=0, le=1, description="Share of the train images whose labels may be used.")
+    labels_per_class: int = Field(0, ge=0, description="Labelled images per class instead of a fraction; 0: off.")
+    labelled_list: str = Field("", description="Text file naming the labelled images, one a line, instead of both.")
+    near_duplicate: float = Field(
+        0.93, gt=0, le=1, description="Correlation (0..1) of shading-free thumbnails from which two images are one group."
+    )
+    max_group_share: float = Field(
+        0.02, gt=0, le=1, description="Largest group as a share of all images; larger ones are cut at a higher correlation."
+    )
+    bad_limit: float = Field(0.01, ge=0, le=1, description="Share of unusable files (0..1) above which prepare stops.")
+    max_side: int = Field(16384, gt=0, description="Largest accepted width or height (px).")
+
+
+class Models(Section):
+    """Which networks."""
+
+    teacher: str = Field("yolov8s.yaml", description="Teacher: an Ultralytics detection yaml or .pt.")
+    student: str = Field("yolov8n.yaml", description="Student: an Ultralytics detection yaml or .pt.")
+
+
+class Train(Section):
+    """The training loop, the same for teacher, label-only baseline and student."""
+
+    imgsz: int = Field(640, ge=32, multiple_of=32, description="Side of the square network input (px).")
+    batch: int = Field(16, ge=1, description="Labelled images in a global batch.")
+    steps: int = Field(1680, ge=1, description="Optimiser steps of the student and of the label-only baseline.")
+    teacher_steps: int = Field(0, ge=0, description="Optimiser steps of the teacher; 0: as many as --steps.")
+    lr: float = Field(0.002, gt=0, description="Peak learning rate (AdamW).")
+    lr_final: float = Field(0.01, ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
+    warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up; at most a tenth of all are used.")
+    weight_decay: float = Field(0.0005, ge=0, description="AdamW weight decay, on weights only.")
+    grad_clip: float = Field(10.0, gt=0, description="Largest norm of the gradient.")
+    ema_decay: float = Field(0.998, ge=0, lt=1, description="Decay of the weight average, reached over some 100 steps.")
+    amp: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Precision of the forward pass; auto: bf16 where the hardware has it, else fp32."
+    )
+    mosaic: float = Field(1.0, ge=0, le=1, description="Probability of a mosaic.")
+    close_mosaic: float = Field(0.1, ge=0, le=1, description="Share of the steps, at the end, without mosaic.")
+    scale: float = Field(0.5, ge=0, lt=1, description="Random scale gain (+/- share).")
+    translate: float = Field(0.1, ge=0, le=1, description="Random shift (share of the side).")
+    fliplr: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
+    flipud: float = Field(0.0, ge=0, le=1, description="Probability of an up-down flip.")
+    hsv: tuple[float, float, float] = Field((0.015, 0.7, 0.4), description="Random hue, saturation, value gains.")
+    val_every: int = Field(0, ge=0, description="Steps between validations and checkpoints; 0: a tenth of all.")
+    log_every: int = Field(20, ge=1, description="Steps between two lines of progress.")
+    loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: automatic.")
+    cache_gib: float = Field(1.0, ge=0, description="Memory for decoded images, per loading process (GiB).")
+
+
+class Pseudo(Section):
+    """How the teacher labels the unlabelled images."""
+
+    floor: float = Field(0.05, gt=0, lt=1, description="Lowest score of a candidate box that is kept.")
+    label_batch: int = Field(32, ge=1, description="Images in one forward pass of the labelling teacher.")
+    num_actors: int = Field(1, ge=1, description="Labelling actors (processes).")
+    nms_iou: float = Field(0.65, gt=0, le=1, description="IoU above which two candidates of a class are one.")
+    max_candidates: int = Field(100, ge=1, description="Most candidates an image.")
+
+
+class Distill(Section):
+    """The method: L = L_sup + lambda_u L_pse + lambda_p L_pred + lambda_f s(t) L_feat."""
+
+    unlabelled_ratio: float = Field(1.0, ge=0, description="Unlabelled images in a batch for each labelled one.")
+    threshold_policy: Literal["fixed", "ema"] = Field("ema", description="How class thresholds are set.")
+    tau: float = Field(0.5, gt=0, lt=1, description="Threshold of policy 'fixed'.")
+    tau_min: float = Field(0.5, gt=0, lt=1, description="Lowest threshold of policy 'ema'.")
+    tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of policy 'ema'.")
+    score_power: float = Field(1.0, ge=0, description="gamma in the weight score**gamma of a pseudo-label; 0: all 1.")
+    lambda_u: float = Field(1.0, ge=0, description="Weight of the pseudo-label loss.")
+    lambda_p: float = Field(1.0, ge=0, description="Weight of the prediction distillation.")
+    lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
+    divergence: Literal["mse", "hw_js"] = Field("hw_js", description="How two feature maps are compared.")
+    feature_tau: float = Field(1.0, gt=0, description="Temperature of the spatial softmax in 'hw_js'.")
+    feature_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="s(t): constant, or cosine from 1 to 0.1 over training."
+    )
+
+
+class Evaluate(Section):
+    """How the finished models are measured."""
+
+    latency_repeats: int = Field(30, ge=3, description="Timed single-image passes a model; the median is reported.")
+    sample_images: int = Field(12, ge=0, description="Test images drawn with their detections.")
+
+
+class Config(Section):
+    """Everything; each job shows the sections it uses."""
+
+    run: Run = Run()
+    data: Data = Data()
+    models: Models = Models()
+    train: Train = Train()
+    pseudo: Pseudo = Pseudo()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    baseline: bool = Field(True, description="Also train the label-only student for as many steps.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.train.batch % self.run.num_workers:
+            raise ValueError(f"--batch {self.train.batch} cannot be shared by {self.run.num_workers} workers evenly")
+        if self.unlabelled_batch() % self.run.num_workers:
+            raise ValueError(
+                f"{self.unlabelled_batch()} unlabelled images a batch (--batch x --unlabelled-ratio) "
+                f"cannot be shared by {self.run.num_workers} workers evenly"
+            )
+        if abs(sum(self.data.split_shares) - 1) > 1e-6:
+            raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
+        if self.data.labels_per_class and self.data.labelled_list:
+            raise ValueError("--labels-per-class and --labelled-list exclude each other")
+        return self
+
+    def unlabelled_batch(self) -> int:
+        """Unlabelled images in a global batch."""
+        return round(self.train.batch * self.distill.unlabelled_ratio)
+
+    def teacher_steps(self) -> int:
+        """Optimiser steps of the teacher."""
+        return self.train.teacher_steps or self.train.steps
+
+
+def settings_without_effect(config: Config) -> list[str]:
+    """Sentences on settings that were changed but cannot do anything in this combination."""
+    distill, default, notes = config.distill, Distill(), []
+    if distill.threshold_policy == "ema" and distill.tau != default.tau:
+        notes.append("--tau has no effect with --threshold-policy ema; set --tau-min")
+    if distill.threshold_policy == "fixed":
+        changed = [f for f in ("tau_min", "tau_decay") if getattr(distill, f) != getattr(default, f)]
+        notes += [f"--{f.replace('_', '-')} has no effect with --threshold-policy fixed" for f in changed]
+    if distill.divergence != "hw_js" and distill.feature_tau != default.feature_tau:
+        notes.append(f"--feature-tau has no effect with --divergence {distill.divergence}")
+    if distill.lambda_f == 0 and distill.divergence != default.divergence:
+        notes.append("--divergence has no effect with --lambda-f 0")
+    if distill.unlabelled_ratio == 0 and distill.lambda_u != default.lambda_u:
+        notes.append("--lambda-u has no effect with --unlabelled-ratio 0")
+    if config.data.labels_per_class and config.data.label_fraction != Data().label_fraction:
+        notes.append("--label-fraction has no effect with --labels-per-class")
+    if config.train.steps < 10 * config.train.warmup_steps and config.train.warmup_steps != Train().warmup_steps:
+        notes.append("--warmup-steps is cut to a tenth of --steps")
+    return notes
+
+
+def as_dict(section: BaseModel, *leave_out: str) -> dict[str, Any]:
+    """JSON-ready dict of a section, without the fields named."""
+    return section.model_dump(mode="json", exclude=set(leave_out))

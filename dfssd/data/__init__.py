@@ -1,0 +1,1 @@
+"""Manifest, formats, checks, groups, splits, samples."""

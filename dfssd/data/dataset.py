@@ -1,0 +1,199 @@
+"""Images and boxes of a manifest as training and validation samples, augmented by Ultralytics.
+
+Labels stay in memory; no txt and no cache file is written. A box travels through the augmentations as
+(class, score, agreement); for labels of people score and agreement are 1.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from ultralytics.cfg import get_cfg
+from ultralytics.data.dataset import YOLODataset
+
+from dfssd.config import Train
+from dfssd.data.manifest import Boxes, Row
+from dfssd.data.sampling import Draw
+from dfssd.errors import DfssdError
+from dfssd.storage import read_uri
+
+Sample = dict[str, Any]
+VAL_BATCH = 16  # as in `yolo val`: with rectangular batches the batch size is part of the measurement
+
+
+def decode(uri: str) -> np.ndarray:
+    """(H,W,3) uint8 BGR, turned as its EXIF data says.
+
+    Raises:
+        DfssdError: the image was there when `prepare` looked, and is not readable now.
+    """
+    try:
+        image = cv2.imdecode(np.frombuffer(read_uri(uri), np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error) as error:
+        raise DfssdError(f"image cannot be read: {error}", where=uri, todo=_MOVED) from error
+    if image is None:
+        raise DfssdError("image cannot be decoded", where=uri, todo=_MOVED)
+    return np.asarray(image)
+
+
+_MOVED = "it was fine when prepare ran: bring it back, or run prepare again under a new --run-name"
+
+
+def shrink(image_hwc: np.ndarray, imgsz: int) -> np.ndarray:
+    """Scale the long side to `imgsz` (px), as Ultralytics does when it loads an image."""
+    height, width = image_hwc.shape[:2]
+    ratio = imgsz / max(height, width)
+    if ratio == 1:
+        return image_hwc
+    size = min(int(np.ceil(width * ratio)), imgsz), min(int(np.ceil(height * ratio)), imgsz)
+    return np.asarray(cv2.resize(image_hwc, size, interpolation=cv2.INTER_LINEAR))
+
+
+class ManifestDataset(YOLODataset):
+    """Rows of a manifest behind Ultralytics' dataset interface.
+
+    Args:
+        rows: images, in the order in which indices count them.
+        boxes: for each row (n,5) labels or (n,7) candidates; None counts as no box.
+        names: class names.
+        train: training settings; None makes a validation set (rectangular batches, no augmentation).
+        imgsz: side of the network input (px).
+        cache_gib: memory for decoded images (GiB); the least recently used ones go first.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        boxes: Sequence[Boxes | None],
+        names: Sequence[str],
+        imgsz: int,
+        train: Train | None = None,
+        cache_gib: float = 1.0,
+    ) -> None:
+        self._rows, self._boxes = list(rows), list(boxes)
+        self._cached: OrderedDict[int, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
+        self._cached_bytes, self._cache_limit = 0, int(cache_gib * 2**30)
+        data = {"names": dict(enumerate(names)), "nc": len(names), "channels": 3}
+        super().__init__(
+            img_path="manifest",
+            imgsz=imgsz,
+            batch_size=VAL_BATCH,
+            augment=train is not None,
+            hyp=_hyp(train),
+            rect=train is None,
+            cache=None,
+            stride=32,
+            pad=0.0 if train else 0.5,
+            data=data,
+        )
+        if train is None:
+            return
+        self.cache = "ram"  # mosaic partners come from the whole set, not from what happened to be loaded last
+        self.with_mosaic = self.build_transforms(_hyp(train))
+        self.without_mosaic = self.build_transforms(_hyp(train.model_copy(update={"mosaic": 0.0})))
+
+    def get_img_files(self, img_path: str | list[str]) -> list[str]:
+        return [row.uri for row in self._rows]
+
+    def get_labels(self) -> list[dict[str, Any]]:
+        labels = []
+        for row, boxes in zip(self._rows, self._boxes, strict=True):
+            own = np.zeros((0, 5), np.float32) if boxes is None else boxes
+            extra = own[:, 5:7] if own.shape[1] == 7 else np.ones((len(own), 2), np.float32)
+            labels.append(
+                {
+                    "im_file": row.uri,
+                    "shape": (row.height, row.width),
+                    "cls": np.concatenate([own[:, :1], extra], 1).astype(np.float32),
+                    "bboxes": own[:, 1:5].astype(np.float32),
+                    "segments": [],
+                    "keypoints": None,
+                    "normalized": True,
+                    "bbox_format": "xywh",
+                }
+            )
+        return labels
+
+    def load_image(
+        self, i: int, rect_mode: bool = True, resize_short: bool = False
+    ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        """Decoded and shrunk image, its original and its present (height, width)."""
+        if i in self._cached:
+            self._cached.move_to_end(i)
+            image, original = self._cached[i]
+            return image, original, image.shape[:2]
+        full = decode(self.im_files[i])
+        image, original = shrink(full, self.imgsz), full.shape[:2]
+        self._cached[i] = image, original
+        self._cached_bytes += image.nbytes
+        while self._cached_bytes > self._cache_limit:
+            _, (old, _) = self._cached.popitem(last=False)
+            self._cached_bytes -= old.nbytes
+        return image, original, image.shape[:2]
+
+    def augmented(self, index: int, seed: int, mosaic: bool) -> Sample:
+        """One training sample; equal arguments give an equal sample, whatever was loaded before."""
+        random.seed(seed)
+        np.random.seed(seed)
+        transforms = self.with_mosaic if mosaic else self.without_mosaic
+        return dict(transforms(self.get_image_and_label(index)))
+
+
+def _hyp(train: Train | None) -> Any:
+    """Ultralytics' settings namespace."""
+    settings: dict[str, Any] = {"task": "detect"}
+    if train is not None:
+        settings |= {k: getattr(train, k) for k in ("mosaic", "scale", "translate", "fliplr", "flipud")}
+        settings |= dict(zip(("hsv_h", "hsv_s", "hsv_v"), train.hsv, strict=True))
+    return get_cfg(overrides=settings)
+
+
+class Streams(torch.utils.data.Dataset):
+    """The labelled and the unlabelled training images; an item is named by a `Draw`."""
+
+    def __init__(self, streams: dict[str, ManifestDataset]) -> None:
+        self.streams = streams
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        return self.streams[draw.stream].augmented(draw.index, draw.seed, draw.mosaic)
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Stack samples.
+
+    Returns:
+        img: (B,3,H,W) uint8 RGB. cls, score, agreement, batch_idx: (N,). bboxes: (N,4) cx, cy, w, h, 0..1.
+        Files and shapes of validation samples as lists.
+    """
+    columns = [s["cls"].reshape(-1, 3) if s["cls"].numel() else torch.zeros(0, 3) for s in samples]
+    index = [torch.full((len(c),), float(i)) for i, c in enumerate(columns)]
+    attributes = torch.cat(columns).float()
+    batch = {
+        "img": torch.stack([s["img"] for s in samples]),
+        "cls": attributes[:, 0],
+        "score": attributes[:, 1],
+        "agreement": attributes[:, 2],
+        "bboxes": torch.cat([s["bboxes"].reshape(-1, 4) for s in samples]).float(),
+        "batch_idx": torch.cat(index),
+    }
+    for key in ("im_file", "ori_shape", "ratio_pad"):
+        batch[key] = [s.get(key) for s in samples]
+    return batch
+
+
+def validation_batches(dataset: ManifestDataset, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
+    """Batches of a validation set in its rectangular order; each rank takes every world-th batch."""
+    for first in range(rank * VAL_BATCH, len(dataset), world * VAL_BATCH):
+        yield collate([dataset[i] for i in range(first, min(first + VAL_BATCH, len(dataset)))])
+
+
+def network_input(images_uint8: Tensor, device: torch.device) -> Tensor:
+    """(B,3,H,W) float32 0..1, channels last."""
+    return images_uint8.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=torch.channels_last)

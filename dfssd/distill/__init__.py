@@ -1,0 +1,1 @@
+"""Divergences, prediction losses, and how they are summed."""

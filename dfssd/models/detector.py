@@ -1,0 +1,239 @@
+"""Build, load and save Ultralytics detectors, and read their head's raw output.
+
+Legend: B images, A anchor points over all levels, C classes, R DFL bins (16; 1 in YOLO26).
+Raw output of one branch: {"boxes": (B, 4R, A), "scores": (B, C, A) logits, "feats": [P3, P4, P5] entering the head}.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel, torch_safe_load
+from ultralytics.utils import YAML
+from ultralytics.utils.checks import check_yaml
+
+from dfssd import __version__
+from dfssd.errors import DfssdError
+
+Branch = dict[str, Any]  # {"boxes", "scores", "feats"}
+LOSS_EPOCHS = 100  # E2ELoss decays by epochs; one of ours is a hundredth of the training
+
+
+def resolve_weights(spec: str) -> tuple[str, bytes | None]:
+    """Check a --teacher or --student setting before anything is started.
+
+    Args:
+        spec: an Ultralytics detection yaml, or a .pt on disk or by name (fetched by Ultralytics where it can).
+
+    Returns:
+        (spec, file content of the .pt or None for a yaml).
+
+    Raises:
+        DfssdError: the name is unknown, the file is missing and could not be fetched, or it holds no detector.
+    """
+    if spec.endswith((".yaml", ".yml")):
+        try:
+            check_yaml(spec)
+        except (FileNotFoundError, OSError) as error:
+            raise DfssdError(
+                f"no model of this name: {spec}", todo="give an Ultralytics yaml (yolov8n.yaml, yolo11s.yaml) or a .pt"
+            ) from error
+        return spec, None
+    if not spec.endswith(".pt"):
+        raise DfssdError(f"not a model: {spec}", todo="give an Ultralytics detection yaml or a .pt file")
+    try:
+        _, file = torch_safe_load(spec, safe_only=True)
+    except (FileNotFoundError, ConnectionError, OSError, RuntimeError, TypeError) as error:
+        raise DfssdError(
+            f"weights are not on disk and could not be fetched, or cannot be read: {str(error).splitlines()[0]}",
+            where=spec,
+            todo="give a path to a .pt file that is there, or train from scratch with a yaml (yolov8s.yaml)",
+        ) from error
+    data = Path(file).read_bytes()
+    read_detector(data, spec)
+    return spec, data
+
+
+def build_detector(spec: str, names: Sequence[str], imgsz: int, weights: bytes | None = None) -> DetectionModel:
+    """A trainable detector with C = len(names) classes, on the CPU, in fp32.
+
+    Args:
+        spec: yaml name, or the name of the .pt that `weights` came from.
+        names: class names.
+        imgsz: side of the network input (px).
+        weights: content of a .pt; matching tensors are taken over, the class head only where the names are equal.
+
+    Raises:
+        DfssdError: the model is no YOLO detector with an anchor-free head on strides 8, 16, 32.
+    """
+    source = read_detector(weights, spec) if weights is not None else None
+    cfg: Any = source.yaml if source is not None else _yaml_dict(spec)
+    model = DetectionModel(cfg, ch=3, nc=len(names), verbose=False)
+    head = model.model[-1]
+    if not isinstance(head, Detect) or head.stride.tolist() != [8.0, 16.0, 32.0]:
+        raise DfssdError(
+            f"{spec} is not a detector with strides 8, 16, 32",
+            todo="take a YOLOv8, YOLO11, YOLO12 or YOLO26 detection model (no P2/P6, no RT-DETR)",
+        )
+    if source is not None:
+        own, given = model.state_dict(), source.float().state_dict()
+        model.load_state_dict({k: v for k, v in given.items() if k in own and own[k].shape == v.shape}, strict=False)
+    configure(model, names, imgsz)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".dfl" not in name)  # the DFL kernel is the constant 0..15
+    return model
+
+
+def _yaml_dict(spec: str) -> dict[str, Any]:
+    """Load a model yaml with the scale its name carries, without the notice that nc is overridden."""
+    from ultralytics.nn.tasks import yaml_model_load
+
+    return dict(yaml_model_load(spec)) if not Path(spec).exists() else {**YAML.load(spec), **_scale(spec)}
+
+
+def _scale(spec: str) -> dict[str, str]:
+    from ultralytics.nn.tasks import guess_model_scale
+
+    scale = guess_model_scale(spec)
+    return {"scale": scale} if scale else {}
+
+
+def configure(model: DetectionModel, names: Sequence[str], imgsz: int) -> None:
+    """Set what Ultralytics reads from a model: names and the settings of its loss."""
+    model.names = dict(enumerate(names))
+    model.nc, model.task = len(names), "detect"
+    model.args = get_cfg(overrides={"task": "detect", "imgsz": imgsz, "epochs": LOSS_EPOCHS})
+
+
+def read_detector(data: bytes, where: str) -> DetectionModel:
+    """Load the detector of a .pt without running code from it (Ultralytics' allow-list of classes).
+
+    Raises:
+        DfssdError: the file holds no detector.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pt"
+        path.write_bytes(data)
+        try:
+            checkpoint, _ = torch_safe_load(str(path), safe_only=True)
+        except (TypeError, RuntimeError, EOFError, OSError) as error:
+            raise DfssdError(f"cannot be loaded as a model: {error}", where=where, todo="give another .pt") from error
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if not isinstance(model, DetectionModel):
+        raise DfssdError(
+            f"holds a {type(model).__name__}, not a detector", where=where, todo="give the .pt of a detection model"
+        )
+    return model.float()
+
+
+def load_detector(data: bytes, where: str, imgsz: int) -> DetectionModel:
+    """Load a finished detector for inference: eval mode, fp32, no gradients."""
+    model = read_detector(data, where)
+    configure(model, [model.names[k] for k in sorted(model.names)], imgsz)
+    return model.eval().requires_grad_(False)
+
+
+def detector_bytes(model: DetectionModel, extra: dict[str, Any]) -> bytes:
+    """Content of a .pt that stock Ultralytics loads: the module in half precision, and `extra` under "dfssd".
+
+    NHWC-strided weights crash some released versions when they fuse, hence the contiguous copy.
+    """
+    from copy import deepcopy
+
+    model.criterion = None
+    copy = deepcopy(model).to("cpu").half().to(memory_format=torch.contiguous_format).requires_grad_(False)
+    arguments = {"task": "detect", "imgsz": int(model.args.imgsz), "data": None, "model": None}
+    copy.args = dict(arguments)
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "epoch": -1,
+            "best_fitness": None,
+            "model": copy,
+            "ema": None,
+            "updates": None,
+            "optimizer": None,
+            "train_args": arguments,
+            "train_metrics": {},
+            "train_results": {},
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "version": f"dfssd {__version__}",
+            "license": "AGPL-3.0",
+            "dfssd": extra,
+        },
+        buffer,
+    )
+    return buffer.getvalue()
+
+
+def branches(output: Any) -> dict[str, Branch]:
+    """Raw output by branch: {"one2many": ...} and, for end-to-end heads, {"one2one": ...}; all in float32."""
+    raw = output[1] if isinstance(output, tuple) else output
+    named = {k: v for k, v in raw.items() if k in ("one2many", "one2one") and v} or {"one2many": raw}
+    return {k: {"boxes": b["boxes"].float(), "scores": b["scores"].float(), "feats": b["feats"]} for k, b in named.items()}
+
+
+def feature_channels(model: DetectionModel) -> list[int]:
+    """Channels of the neck outputs P3, P4, P5 that enter the head."""
+    return [int(m[0].conv.in_channels) for m in model.model[-1].cv2]
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+class Teacher:
+    """A frozen teacher: fused, eval mode, raw head output, no gradients.
+
+    Switching only the head's own flag to training gives the raw output and skips decoding, while batch norm stays in
+    eval mode.
+    """
+
+    def __init__(self, model: DetectionModel, device: torch.device) -> None:
+        self.channels = feature_channels(model)
+        self.names = [model.names[k] for k in sorted(model.names)]
+        self.reg_max = int(model.model[-1].reg_max)
+        self.model = model.eval().requires_grad_(False).fuse(verbose=False)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.model.model[-1].training = True
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
+    def __call__(self, images_bchw: Tensor) -> Branch:
+        return branches(self.model(images_bchw))["one2many"]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with `count` torch threads; two spinning threads on one busy core are many times slower than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """Type of the forward pass: bfloat16 where asked for or, with 'auto', where the hardware computes it; else None.
+
+    On a CPU bf16 pays only with AVX512-BF16 or AMX; elsewhere it is emulated and slower than fp32.
+    """
+    if amp == "fp32":
+        return None
+    if amp == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text() if flags.exists() else ""
+    return torch.bfloat16 if "avx512_bf16" in known or "amx_bf16" in known else None

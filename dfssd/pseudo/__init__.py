@@ -1,0 +1,1 @@
+"""From unlabelled images to pseudo-labels."""

@@ -1,0 +1,217 @@
+"""The training loop: one function for teacher, label-only baseline and student."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfssd.data.dataset import network_input
+from dfssd.errors import DfssdError
+from dfssd.models.detector import detector_bytes
+from dfssd.progress import clock
+from dfssd.train import checkpoint
+from dfssd.train.guards import check_finite, check_reach
+from dfssd.train.optim import learning_rate
+from dfssd.train.session import Session, TrainJob, build_session
+from dfssd.train.validation import validate
+from dfssd.train.world import World
+
+Log = Callable[[dict[str, float], int], None]
+Save = Callable[[dict[str, Any], Session], None]
+
+
+def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Save) -> dict[str, Any]:
+    """Train to the last step, from the newest whole checkpoint if there is one; leave `best.pt` and `last.pt`.
+
+    Args:
+        log: takes (metrics, step) at every log step and validation, on every rank.
+        save: takes (metrics, session) after each validation, on every rank; persists a checkpoint.
+
+    Returns:
+        best and last validation metrics, and how the time was spent.
+
+    Raises:
+        DfssdError: a loss term is not finite or reaches nothing, or the data cannot be read.
+    """
+    s = build_session(job, world, device)
+    state = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
+    if state is not None:
+        s.load_state(state)
+        say(world, f"{job.stage}: resumed at step {s.step} of {job.steps}")
+    config, steps, images_per_step = job.config.train, job.steps, job.config.train.batch
+    if "unlabelled" in s.streams.streams:
+        images_per_step += job.config.unlabelled_batch()
+    first_layer = next(p for p in s.student.parameters() if p.requires_grad)
+    meter, begun, first, last_metrics = Meter(), time.monotonic(), s.step, {}
+    batches = iter(s.loader())
+
+    while s.step < steps:
+        meter.start()
+        batch = to_device(next(batches), device)
+        images = network_input(batch["img"], device)
+        meter.data_ready()
+
+        lr = learning_rate(config, s.step, steps)
+        for group in s.optimiser.param_groups:
+            group["lr"] = lr
+        with torch.autocast(device.type, s.dtype or torch.bfloat16, enabled=s.dtype is not None):
+            raw, projected = s.wrapped(images)
+            teacher = s.teacher(images) if s.teacher else None
+        terms = s.criterion(raw, projected, teacher, batch, s.step / steps)
+
+        is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
+        if world.size == 1 or is_log_step:
+            check_finite(terms.losses, s.step, batch["im_file"])
+        if is_log_step:
+            silent = {"pse"} if float(terms.counts.get("pse/pseudo_labels", 1)) == 0 else set()
+            grads = check_reach(terms.losses, raw, projected, first_layer if s.step == first else None, silent)
+
+        # Each term is this worker's share of the global loss; DDP averages, hence the factor. Times the batch as in
+        # Ultralytics, whose clipping norm belongs to a loss of that size.
+        (terms.total() * (config.batch * world.size)).backward()
+        norm = nn.utils.clip_grad_norm_(s.student.parameters(), config.grad_clip, error_if_nonfinite=False)
+        if not bool(torch.isfinite(norm)):
+            raise DfssdError(
+                f"the gradient is not finite at step {s.step}; nothing was updated",
+                where="images " + ", ".join(batch["im_file"][:4]),
+                todo="lower --lr, or try --amp fp32",
+            )
+        s.optimiser.step()
+        s.optimiser.zero_grad(set_to_none=True)
+        s.ema.update(s.student.detector)
+        s.step += 1
+        meter.stop()
+
+        if is_log_step:
+            metrics = step_metrics(s, terms.losses, terms.counts, grads, lr, float(norm), meter, images_per_step)
+            log(metrics, s.step)
+            left = (time.monotonic() - begun) / (s.step - first) * (steps - s.step)
+            say(world, progress_line(job.stage, s.step, steps, metrics, left))
+        if s.step % job.val_every() == 0 or s.step == steps:
+            last_metrics = validate_and_keep_best(s)
+            log({f"val/{k}": v for k, v in last_metrics.items()}, s.step)
+            save(last_metrics, s)
+    return finish(s, last_metrics, meter)
+
+
+class Meter:
+    """Seconds of data wait and of the whole step, since the last reading and over all."""
+
+    def __init__(self) -> None:
+        self.steps, self.data_s, self.step_s = 0, 0.0, 0.0
+        self.total_steps, self.total_data_s, self.total_step_s = 0, 0.0, 0.0
+        self._begun = self._ready = 0.0
+
+    def start(self) -> None:
+        self._begun = time.perf_counter()
+
+    def data_ready(self) -> None:
+        self._ready = time.perf_counter()
+
+    def stop(self) -> None:
+        now = time.perf_counter()
+        self.steps += 1
+        self.data_s += self._ready - self._begun
+        self.step_s += now - self._begun
+
+    def read(self) -> tuple[float, float]:
+        """(seconds a step, seconds of data wait a step) since the last call."""
+        result = self.step_s / max(self.steps, 1), self.data_s / max(self.steps, 1)
+        self.total_steps += self.steps
+        self.total_data_s += self.data_s
+        self.total_step_s += self.step_s
+        self.steps, self.data_s, self.step_s = 0, 0.0, 0.0
+        return result
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Boxes to the device; the images follow in `network_input`."""
+    return {k: v.to(device) if isinstance(v, Tensor) and k != "img" else v for k, v in batch.items()}
+
+
+def step_metrics(
+    s: Session,
+    losses: dict[str, Tensor],
+    counts: dict[str, Tensor],
+    grads: dict[str, float],
+    lr: float,
+    norm: float,
+    meter: Meter,
+    images_per_step: int,
+) -> dict[str, float]:
+    """Numbers of one log step, with units in the names; loss terms are those of the global batch."""
+    flat = s.world.sum(torch.stack([v.detach() for v in losses.values()]))
+    step_s, data_s = meter.read()
+    metrics = {f"loss/{k}": float(v) for k, v in zip(losses, flat, strict=True)}
+    metrics["loss/total"] = float(flat.sum())
+    metrics |= {k: float(v) for k, v in counts.items()}
+    metrics |= {f"grad/{k}": v for k, v in grads.items()}
+    metrics |= {"lr": lr, "grad/norm": norm, "time/step (s)": step_s, "time/data wait (s)": data_s}
+    metrics["speed (img/s)"] = images_per_step / max(step_s, 1e-9)
+    if s.policy:
+        tau = s.policy.thresholds().tolist()
+        metrics |= {f"threshold/{n}": t for n, t in zip(s.manifest.names, tau, strict=True)}
+    return metrics
+
+
+def progress_line(stage: str, step: int, steps: int, metrics: dict[str, float], left_s: float) -> str:
+    parts = {k.split("/")[1]: 0.0 for k in metrics if k.startswith("loss/") and k != "loss/total"}
+    for key, value in metrics.items():
+        if key.startswith("loss/") and key != "loss/total":
+            parts[key.split("/")[1]] += value
+    terms = " + ".join(f"{k} {v:.3f}" for k, v in parts.items())
+    return (
+        f"{stage}: step {step}/{steps} ({100 * step / steps:.0f} %)  loss {metrics['loss/total']:.3f} = {terms}  "
+        f"lr {metrics['lr']:.1e}  {metrics['time/step (s)'] * 1e3:.0f} ms/step "
+        f"({metrics['time/data wait (s)'] * 1e3:.0f} data)  {metrics['speed (img/s)']:.0f} img/s  left {clock(left_s)}"
+    )
+
+
+def validate_and_keep_best(s: Session) -> dict[str, float]:
+    """Measure the weight average on the val split; remember its weights if mAP50-95 was never higher."""
+    begun = time.monotonic()
+    s.world.average_buffers(s.ema.ema)
+    result = validate(s.ema.ema, s.val, s.ema.ema.names, s.world, s.device)
+    metrics = {k: v for k, v in result.items() if isinstance(v, float)}
+    if s.best is None or metrics["map50_95"] >= s.best["metrics"]["map50_95"]:
+        weights = {k: v.detach().cpu().clone() for k, v in s.ema.ema.state_dict().items()}
+        s.best = {"step": s.step, "metrics": metrics, "ema": weights}
+    say(
+        s.world,
+        f"{s.job.stage}: step {s.step}  val mAP50 {metrics['map50']:.4f}  mAP50-95 {metrics['map50_95']:.4f}  "
+        f"(best mAP50-95 {s.best['metrics']['map50_95']:.4f} at step {s.best['step']})  {time.monotonic() - begun:.1f} s",
+    )
+    return metrics
+
+
+def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
+    """Write `best.pt` and `last.pt` in Ultralytics' format, and return what is worth knowing."""
+    assert s.best is not None, "a run ends with a validation"
+    meter.read()
+    result = {
+        "best": {"step": s.best["step"], **s.best["metrics"]},
+        "last": last,
+        "steps": s.step,
+        "seconds_per_step": meter.total_step_s / max(meter.total_steps, 1),
+        "data_wait_share": meter.total_data_s / max(meter.total_step_s, 1e-9),
+        "precision": str(s.dtype or torch.float32),
+        "device": str(s.device),
+        "threads": torch.get_num_threads(),
+    }
+    if s.world.rank == 0:
+        best = deepcopy(s.ema.ema)
+        best.load_state_dict(s.best["ema"])
+        note = {"stage": s.job.stage, "fingerprint": s.job.fingerprint()}
+        s.job.store.write("best.pt", detector_bytes(best, {**note, **result["best"]}))
+        s.job.store.write("last.pt", detector_bytes(s.ema.ema, {**note, "step": s.step}))
+    return result
+
+
+def say(world: World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)

@@ -1,0 +1,43 @@
+"""The group of training workers, as little of it as the loop needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank and size of the worker group; a size of 1 needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all workers; `tensor` itself where there is only one."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every worker, on every worker."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @torch.no_grad()
+    def average_buffers(self, model: nn.Module) -> None:
+        """Average batch norm statistics, which each worker keeps from its own slice of the batch."""
+        if self.size == 1:
+            return
+        buffers = [b for b in model.buffers() if b.dtype.is_floating_point]
+        flat = torch.cat([b.flatten() for b in buffers])
+        dist.all_reduce(flat)
+        for buffer, mean in zip(buffers, flat.div_(self.size).split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
