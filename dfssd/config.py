@@ -102,6 +102,7 @@ class Pseudo(Section):
     num_actors: int = Field(1, ge=1, description="Labelling actors (processes).")
     nms_iou: float = Field(0.65, gt=0, le=1, description="IoU above which two candidates of a class are one.")
     max_candidates: int = Field(100, ge=1, description="Most candidates an image.")
+    unreadable_limit: float = Field(0.01, ge=0, le=1, description="Share of unreadable images (0..1) that is accepted.")
 
 
 class Distill(Section):

@@ -89,12 +89,12 @@ def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Sav
 
         if is_log_step:
             metrics = step_metrics(s, terms.losses, terms.counts, grads, lr, float(norm), meter, images_per_step)
-            log(metrics, s.step)
+            record(s, metrics, log)
             left = (time.monotonic() - begun) / (s.step - first) * (steps - s.step)
             say(world, progress_line(job.stage, s.step, steps, metrics, left))
         if s.step % job.val_every() == 0 or s.step == steps:
             last_metrics = validate_and_keep_best(s)
-            log({f"val/{k}": v for k, v in last_metrics.items()}, s.step)
+            record(s, {f"val/{k}": v for k, v in last_metrics.items()}, log)
             save(last_metrics, s)
     return finish(s, last_metrics, meter)
 
@@ -127,6 +127,12 @@ class Meter:
         self.total_step_s += self.step_s
         self.steps, self.data_s, self.step_s = 0, 0.0, 0.0
         return result
+
+
+def record(s: Session, metrics: dict[str, float], log: Log) -> None:
+    """Keep the numbers of one step in the run's history (which a checkpoint carries) and pass them on."""
+    s.history.append({"step": s.step, **metrics})
+    log(metrics, s.step)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -208,6 +214,7 @@ def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
         best.load_state_dict(s.best["ema"])
         note = {"stage": s.job.stage, "fingerprint": s.job.fingerprint()}
         s.job.store.write("best.pt", detector_bytes(best, {**note, **result["best"]}))
+        s.job.store.write_json("history.json", s.history)
         s.job.store.write("last.pt", detector_bytes(s.ema.ema, {**note, "step": s.step}))
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -133,6 +133,7 @@ class Session:
     val: ManifestDataset
     step: int = 0
     best: dict[str, Any] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)  # logged numbers, each with its "step"
 
     def loader(self) -> torch.utils.data.DataLoader:
         """Batches of this worker from the present step to the last."""
@@ -172,10 +173,11 @@ class Session:
             "policy": self.policy.state_dict() if self.policy else None,
             "rng": torch.get_rng_state(),
             "best": self.best,
+            "history": self.history,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.history = state["step"], state["best"], state["history"]
         self.student.load_state_dict(state["student"])
         self.ema.ema.load_state_dict(state["ema"])
         self.ema.updates = state["ema_updates"]

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo check test test-slow format clean-demo
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# OpenCV's usual wheel needs libGL, which servers lack; the headless one does not.
+	@$(BIN)/python -c "import cv2" 2>/dev/null || ( $(BIN)/python -m pip uninstall --quiet --yes opencv-python \
+	  && $(BIN)/python -m pip install --quiet --constraint constraints.txt opencv-python-headless )
+	@touch $(STAMP)
+
+demo: install
+	@test -f demo/data/data.yaml || $(BIN)/python -m dfssd.data.synthetic --out demo/data --images 420 --side 128
+	@$(BIN)/python jobs/pipeline.py --data demo/data --label-fraction 0.1 --imgsz 128 \
+	  --steps 400 --teacher-steps 400 --storage-path demo/runs --run-name demo
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy dfssd
+
+test: install
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean-demo:
+	rm -rf demo

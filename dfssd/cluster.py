@@ -1,0 +1,110 @@
+"""Ray: connect, or start a local one; say what is missing instead of waiting for ever."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from dfssd.config import Run
+from dfssd.errors import DfssdError
+
+# Read by Ray when it is imported or started, so they are set before ray.init; what the user has set stays.
+DRIVER_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for this poll; Ray's default is 2 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` every worker would run uv again
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+WORKER_ENV = {
+    "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy core make a step many times slower
+    "YOLO_AUTOINSTALL": "false",
+    "YOLO_VERBOSE": "false",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one training worker gets."""
+
+    cpus: float
+    threads: int
+    gpu: bool
+
+
+def connect() -> None:
+    """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start a local Ray."""
+    if ray.is_initialized():
+        return
+    for key, value in DRIVER_ENV.items():
+        os.environ.setdefault(key, value)
+    settings: dict[str, Any] = {
+        "runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}},
+        "logging_level": logging.WARNING,
+    }
+    if not os.environ.get("RAY_ADDRESS"):
+        settings |= {"include_dashboard": False, "object_store_memory": _object_store_bytes()}
+    try:
+        ray.init(**settings)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise DfssdError(
+            f"no connection to Ray: {str(error).splitlines()[0]}",
+            where=os.environ.get("RAY_ADDRESS", "local"),
+            todo="check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
+        ) from error
+
+
+def _object_store_bytes() -> int:
+    """A tenth of the memory, between 128 MiB and 2 GiB: only batches of images pass through the object store."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(max(total // 10, 128 * 2**20), 2 * 2**30))
+
+
+def free_cpus(patience_s: float = 4.0) -> float:
+    """CPUs that are free now; waits a little for those that a finished stage is just giving back."""
+    most, deadline = 0.0, time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        most = max(most, float(ray.available_resources().get("CPU", 0)))
+        if most >= float(ray.cluster_resources().get("CPU", 0)):
+            break
+        time.sleep(0.25)
+    return most
+
+
+def worker_resources(run: Run) -> Resources:
+    """Share the cluster among the training workers.
+
+    Raises:
+        DfssdError: the cluster can never run them; says what is asked for and what there is.
+    """
+    total = ray.cluster_resources()
+    cpus, gpus = float(total.get("CPU", 0)), float(total.get("GPU", 0))
+    use_gpu = run.gpu == "auto" and gpus >= run.num_workers
+    if cpus <= 0:
+        raise DfssdError(
+            "the cluster has no CPU for tasks", where=str(dict(total)), todo="add worker nodes, or give the head CPUs"
+        )
+    asked = float(run.cpus_per_worker)
+    if asked * run.num_workers > cpus:
+        raise DfssdError(
+            f"{run.num_workers} workers with {run.cpus_per_worker} CPUs each need {asked * run.num_workers:g} CPUs, "
+            f"the cluster has {cpus:g}",
+            todo="lower --num-workers or --cpus-per-worker, or add nodes",
+        )
+    share = asked or (free_cpus() or cpus) / run.num_workers
+    share = float(int(share)) if share >= 1 else round(share * 0.95, 2)
+    return Resources(cpus=share, threads=max(1, int(share)), gpu=use_gpu)
+
+
+def describe() -> str:
+    """Nodes, CPUs, GPUs and memory of the cluster in one line."""
+    total = ray.cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    memory = float(total.get("memory", 0)) / 2**30
+    return f"{nodes} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs, {memory:.1f} GiB memory"

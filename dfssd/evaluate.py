@@ -1,0 +1,94 @@
+"""Stage `evaluate`: measure the finished models on the test split, once; write numbers, pictures and the report."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from dfssd.config import Config
+from dfssd.data.dataset import ManifestDataset
+from dfssd.data.manifest import Manifest, read_manifest
+from dfssd.models.detector import count_parameters, load_detector
+from dfssd.report import pictures
+from dfssd.storage import Storage
+from dfssd.train.validation import CONF, MAX_BOXES, NMS_IOU, predict, validate
+from dfssd.train.world import World
+
+MODELS = ("teacher", "label_only", "student")
+
+
+def measure(config: Config, run_uri: str, threads: int) -> dict[str, Any]:
+    """Measure every finished model of the run; runs as one Ray task.
+
+    Args:
+        threads: torch threads, also for the latency.
+
+    Returns:
+        by model (teacher, label_only, student): test {map50, map50_95, precision, recall, by_class}, params, latency_ms,
+        weights_bytes; and `environment`.
+    """
+    torch.set_num_threads(threads)
+    run = Storage(run_uri)
+    manifest = read_manifest(run.at("dataset"))
+    report = run.at("report")
+    results: dict[str, Any] = {}
+    detections = {}
+    for name in MODELS:
+        if not run.exists(f"{name}/stage.json"):
+            continue
+        begun = time.monotonic()
+        data = run.read(f"{name}/best.pt")
+        model = load_detector(data, run.path(name, "best.pt"), config.train.imgsz)
+        parameters = count_parameters(model)
+        model = model.fuse(verbose=False)
+        dataset = _test_set(config, manifest)
+        results[name] = {
+            "test": validate(model, dataset, model.names, World(), torch.device("cpu")),
+            "params": parameters,
+            "latency_ms": latency_ms(model, config.train.imgsz, config.evaluate.latency_repeats),
+            "weights_bytes": len(data),
+        }
+        detections[name] = pictures.detect_samples(model, manifest, config)
+        test = results[name]["test"]
+        print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)
+    report.write("detections.png", pictures.detection_sheet(manifest, detections, config))
+    results["environment"] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": threads,
+        "imgsz": config.train.imgsz,
+        "torch": torch.__version__,
+        "test_images": len(manifest.of_split("test")),
+    }
+    return results
+
+
+def _test_set(config: Config, manifest: Manifest) -> ManifestDataset:
+    rows = [r for r in manifest.of_split("test") if r.boxes is not None]
+    return ManifestDataset(rows, [r.boxes for r in rows], manifest.names, config.train.imgsz)
+
+
+@torch.no_grad()
+def latency_ms(model: torch.nn.Module, imgsz: int, repeats: int) -> float:
+    """Median time of one image through network and NMS (ms): fp32, batch 1, square input, after five passes to warm up."""
+    image = torch.rand(1, 3, imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+    times = []
+    for k in range(repeats + 5):
+        begun = time.perf_counter()
+        predict(model, image, max(CONF, 0.25), NMS_IOU, MAX_BOXES)
+        if k >= 5:
+            times.append((time.perf_counter() - begun) * 1e3)
+    return round(statistics.median(times), 2)
+
+
+def _processor() -> str:
+    from pathlib import Path
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.processor()

@@ -1,0 +1,65 @@
+"""`report.html`: one file, pictures inside, that can be mailed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from html import escape
+from typing import Any
+
+from dfssd.config import Config
+from dfssd.report import tables
+from dfssd.stage import code_version
+from dfssd.storage import Storage
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}img{max-width:100%;border:1px solid #ddd}
+.verdict{font-size:1.15rem;padding:.6rem 1rem;background:#f3f6fa;border-left:4px solid #4363d8}
+pre{background:#f6f6f6;padding:1rem;overflow:auto}h2{margin-top:2.5rem}
+"""
+
+
+def write_report(config: Config, run: Storage, results: dict[str, Any]) -> None:
+    """Write `report/report.html` from what the stages have left."""
+    summary = run.at("dataset").read_json("stage.json")["summary"]
+    parts = [
+        f"<h1>dfssd: {escape(config.run.run_name)}</h1>",
+        f"<p class=verdict>{escape(tables.verdict(results) or 'No label-only baseline to compare with.')}</p>",
+        "<h2>Test split</h2>" + _table(*tables.model_rows(results)),
+        f"<p>{escape(_environment(results))}</p>",
+        "<h3>mAP50 by class</h3>" + _table(*tables.class_rows(results, summary["names"])),
+        "<h2>Data</h2>" + _table(*tables.split_rows(summary)),
+        f"<p>{escape(tables.split_table(summary).split(chr(10), 1)[1].rsplit('┘', 1)[-1].strip())}</p>",
+        _picture(run, "dataset/groups.png", "The ten largest groups of near-duplicates, one a row"),
+        _picture(run, "report/detections.png", "Labels and detections on test images (score 0.25 and more)"),
+        _picture(run, "pseudo/pseudo.png", "Pseudo-labels (coloured) and uncertain boxes (grey) on unlabelled images"),
+    ]
+    for stage in ("teacher", "label_only", "student"):
+        parts.append(_picture(run, f"{stage}/curves.png", f"Training of {stage}"))
+    settings = json.dumps(config.model_dump(mode="json"), indent=2)
+    parts.append(f"<h2>Settings</h2><p>code {escape(code_version())}</p><pre>{escape(settings)}</pre>")
+    page = f"<!doctype html><meta charset=utf-8><title>dfssd report</title><style>{STYLE}</style>" + "\n".join(parts)
+    run.write("report/report.html", page.encode())
+
+
+def _environment(results: dict[str, Any]) -> str:
+    e = results["environment"]
+    return (
+        f"{e['test_images']} test images at {e['imgsz']} px. Latency: median of one image through network and NMS, "
+        f"fp32, {e['threads']} thread(s), {e['processor']}, torch {e['torch']}."
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(h)}</th>" for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _picture(run: Storage, name: str, title: str) -> str:
+    if not run.exists(name):
+        return ""
+    data = base64.b64encode(run.read(name)).decode()
+    return f"<h2>{escape(title)}</h2><img alt='{escape(title)}' src='data:image/png;base64,{data}'>"

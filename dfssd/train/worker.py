@@ -1,0 +1,116 @@
+"""Ray Train: run the loop on a group of workers, with checkpoints, restarts and metrics."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from dfssd.cluster import Resources
+from dfssd.errors import DfssdError, find_user_error
+from dfssd.tracking import Tracker
+from dfssd.train import checkpoint
+from dfssd.train.session import Session, TrainJob
+from dfssd.train.world import World
+
+KEEP = 2  # checkpoints; the newest may be the one that was being written
+MAX_FAILURES = 3  # restarts of the worker group from the newest checkpoint
+
+
+def fit(job: TrainJob, resources: Resources) -> dict[str, Any]:
+    """Train on a Ray Train worker group and return what the loop returned.
+
+    Raises:
+        DfssdError: a user error inside a worker, or a failure that restarts did not cure.
+    """
+    checkpoint.mend_ray_snapshot(job.store.at("train"))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "threads": resources.threads},
+        scaling_config=ScalingConfig(
+            num_workers=job.config.run.num_workers,
+            use_gpu=resources.gpu,
+            resources_per_worker={"CPU": resources.cpus, **({"GPU": 1} if resources.gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=600),
+        run_config=RunConfig(
+            name="train",
+            storage_path=job.store.uri,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        user_error = find_user_error(error)
+        if user_error is not None:
+            raise user_error from error
+        raise DfssdError(
+            f"training did not survive {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}",
+            where=job.store.uri,
+            todo="see the error above; the same command goes on from the last checkpoint",
+        ) from error
+    if isinstance(outcome, DfssdError):
+        raise outcome
+    assert isinstance(outcome, dict), "rank 0 returns the loop's result"
+    return outcome
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
+    """What each worker runs. A user error is returned rather than raised where nobody waits for this worker:
+    a restart would only meet it again."""
+    from dfssd.train.loop import train  # imports Ultralytics, which must happen in the worker
+
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    job: TrainJob = settings["job"]
+    torch.set_num_threads(settings["threads"])
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id) if world.rank == 0 else None
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        if tracker:
+            tracker.log(metrics, step)
+
+    def save(metrics: dict[str, Any], session: Session) -> None:
+        """Persist a checkpoint. Not a `with TemporaryDirectory()`: Ray uploads before report() returns."""
+        folder = Path(tempfile.mkdtemp(prefix="dfssd-checkpoint-"))
+        try:
+            if world.rank == 0:
+                checkpoint.save(folder, session.state())
+            ray.train.report(
+                {"step": session.step, **metrics},
+                checkpoint=Checkpoint.from_directory(folder) if world.rank == 0 else None,
+                checkpoint_dir_name=checkpoint.folder_name(session.step),
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    try:
+        return train(job, world, get_device(), log, save)
+    except DfssdError as error:
+        if world.size == 1:
+            return error
+        raise
+    finally:
+        if tracker:
+            tracker.close()
+
+
+def train_in_process(job: TrainJob) -> dict[str, Any]:
+    """Run the loop in this process with checkpoints on local storage: for tests and for looking closely."""
+    from dfssd.train.loop import train
+
+    def save(metrics: dict[str, Any], session: Session) -> None:
+        folder = Path(job.store.path("train", checkpoint.folder_name(session.step)))
+        os.makedirs(folder, exist_ok=True)
+        checkpoint.save(folder, session.state())
+
+    return train(job, World(), torch.device("cpu"), lambda metrics, step: None, save)

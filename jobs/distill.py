@@ -1,0 +1,12 @@
+"""Train the student on labels, pseudo-labels and the teacher's features and predictions; leaves <run>/student."""
+
+from dfssd.cli import main, parse, run_stages
+
+
+def job() -> None:
+    config, _ = parse(__doc__ or "", ["run", "models", "train", "distill"])
+    run_stages(config, ["student"])
+
+
+if __name__ == "__main__":
+    main(job)

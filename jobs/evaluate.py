@@ -1,0 +1,15 @@
+"""Measure teacher, label-only student and distilled student on the test split; leaves <run>/report."""
+
+from dfssd.cli import main, parse, run_stages
+from dfssd.closing import print_results
+
+
+def job() -> None:
+    config, _ = parse(__doc__ or "", ["run", "train", "evaluate"])
+    run_stages(config, ["report"])
+    if not config.run.dry_run:
+        print_results(config)
+
+
+if __name__ == "__main__":
+    main(job)

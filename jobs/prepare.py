@@ -1,0 +1,12 @@
+"""Check images and labels, group near-duplicates, split, choose the labelled subset; leaves <run>/dataset."""
+
+from dfssd.cli import main, parse, run_stages
+
+
+def job() -> None:
+    config, _ = parse(__doc__ or "", ["run", "data"])
+    run_stages(config, ["dataset"])
+
+
+if __name__ == "__main__":
+    main(job)
