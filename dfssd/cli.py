@@ -64,5 +64,3 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     context.run.check_writable()
     for name in stages:
         run_stage(context, name)
-
-

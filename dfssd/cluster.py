@@ -20,7 +20,8 @@ DRIVER_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` every worker would run uv again
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_DEDUP_LOGS": "0",  # lines of progress look alike, and every one counts
+    "RAY_COLOR_PREFIX": "0",
 }
 WORKER_ENV = {
     "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy core make a step many times slower
@@ -49,7 +50,9 @@ def connect() -> None:
         "logging_level": logging.WARNING,
     }
     if not os.environ.get("RAY_ADDRESS"):
-        settings |= {"include_dashboard": False, "object_store_memory": _object_store_bytes()}
+        # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs.
+        settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        settings |= {"object_store_memory": _object_store_bytes()}
     try:
         ray.init(**settings)
     except (ConnectionError, ValueError, RuntimeError) as error:

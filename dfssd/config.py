@@ -49,10 +49,16 @@ class Data(Section):
     labels_per_class: int = Field(0, ge=0, description="Labelled images per class instead of a fraction; 0: off.")
     labelled_list: str = Field("", description="Text file naming the labelled images, one a line, instead of both.")
     near_duplicate: float = Field(
-        0.93, gt=0, le=1, description="Correlation (0..1) of shading-free thumbnails from which two images are one group."
+        0.93,
+        gt=0,
+        le=1,
+        description="Correlation (0..1) of shading-free thumbnails from which two images are one group.",
     )
     max_group_share: float = Field(
-        0.02, gt=0, le=1, description="Largest group as a share of all images; larger ones are cut at a higher correlation."
+        0.02,
+        gt=0,
+        le=1,
+        description="Largest group as a share of all images; larger ones are cut at a higher correlation.",
     )
     bad_limit: float = Field(0.01, ge=0, le=1, description="Share of unusable files (0..1) above which prepare stops.")
     max_side: int = Field(16384, gt=0, description="Largest accepted width or height (px).")

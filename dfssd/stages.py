@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def make_stage(config: Config, run: Storage, name: str) -> Stage:
     if name == "dataset":
         data = as_dict(config.data, "bad_limit", "max_side")
         for key in ("data", "labelled_list"):
-            data[key] = os.path.abspath(data[key]) if data[key] and "://" not in data[key] else data[key]
+            data[key] = str(Path(data[key]).absolute()) if data[key] and "://" not in data[key] else data[key]
         return Stage(run, name, {"data": data, **seed})
     if name == "pseudo":
         pseudo = as_dict(config.pseudo, "label_batch", "num_actors", "unreadable_limit")

@@ -1,8 +1,8 @@
 """MLflow: one run a stage, nested under the pipeline's run. Tracking never stops or slows training.
 
 Without a server the runs go to `<storage-path>/mlflow.db` (sqlite, for one host); MLFLOW_TRACKING_URI names a server.
-Workers log through a thread with a queue; what cannot be delivered is kept and tried again, and what is still undelivered
-at the end is in the stage's `history.json` all the same.
+Workers log through a thread with a queue; what cannot be delivered is kept and tried again, and what is still
+undelivered at the end is in the stage's `history.json` all the same.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Tracker:
         self._queue.put(None)
         self._thread.join(patience_s)
         if self.undelivered:
-            print(f"WARNING: {len(self.undelivered)} numbers did not reach MLflow; they are in history.json", flush=True)
+            print(
+                f"WARNING: {len(self.undelivered)} numbers did not reach MLflow; they are in history.json", flush=True
+            )
 
 
 def _metric_name(name: str) -> str:
@@ -125,7 +127,10 @@ class Runs:
             raise
         except Exception as error:  # tracking never stops a stage
             if not self._said:
-                print(f"WARNING: MLflow is not reachable, going on without: {str(error).splitlines()[0][:300]}", flush=True)
+                print(
+                    f"WARNING: MLflow is not reachable, going on without: {str(error).splitlines()[0][:300]}",
+                    flush=True,
+                )
             self._said = True
             return default
 

@@ -6,7 +6,10 @@ from pydantic import Field
 
 from dfssd.cli import main, parse, run_stages
 
-ROLE = (Literal["teacher", "label_only"], Field("teacher", description="Which: leaves <run>/teacher or <run>/label_only."))
+ROLE = (
+    Literal["teacher", "label_only"],
+    Field("teacher", description="Which: leaves <run>/teacher or <run>/label_only."),
+)
 
 
 def job() -> None:

@@ -29,7 +29,16 @@ REASONS = {
 }
 NOT_COUNTED_AS_BAD = ("duplicate",)
 THUMB_SIDE = 48  # px; the resolution near-duplicates are compared at
-TYPES = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "MPO")
+# Types by their first bytes, looked at before PIL: Ultralytics replaces PIL's open() by one that tries to install
+# packages when it does not know a file.
+TYPES = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG",),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\x00", b"MM\x00*"),
+    "WEBP": (b"RIFF",),
+    "PPM": (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,12 @@ def check_image(data: bytes, max_side: int) -> ImageFacts | Problem:
     """
     if not data:
         return Problem("zero_bytes")
-    try:
-        image = Image.open(io.BytesIO(data), formats=TYPES)
-    except UnidentifiedImageError:
+    if not data.startswith(tuple(start for starts in TYPES.values() for start in starts)):
         return Problem("wrong_type", f"first bytes {data[:8]!r}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=list(TYPES))
+    except (UnidentifiedImageError, ImportError):
+        return Problem("unreadable", "the header makes no sense")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return Problem("unreadable", str(error))
     if min(image.size) < 8 or max(image.size) > max_side:

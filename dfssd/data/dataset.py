@@ -103,7 +103,7 @@ class ManifestDataset(YOLODataset):
         return [row.uri for row in self._rows]
 
     def get_labels(self) -> list[dict[str, Any]]:
-        labels = []
+        labels: list[dict[str, Any]] = []
         for row, boxes in zip(self._rows, self._boxes, strict=True):
             own = np.zeros((0, 5), np.float32) if boxes is None else boxes
             extra = own[:, 5:7] if own.shape[1] == 7 else np.ones((len(own), 2), np.float32)
@@ -162,7 +162,7 @@ class Streams(torch.utils.data.Dataset):
         self.streams = streams
 
     def __getitem__(self, draw: Draw) -> Sample:
-        return self.streams[draw.stream].augmented(draw.index, draw.seed, draw.mosaic)
+        return self.streams[draw.stream].augmented(draw.image, draw.seed, draw.mosaic)
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     columns = [s["cls"].reshape(-1, 3) if s["cls"].numel() else torch.zeros(0, 3) for s in samples]
     index = [torch.full((len(c),), float(i)) for i, c in enumerate(columns)]
     attributes = torch.cat(columns).float()
-    batch = {
+    batch: dict[str, Any] = {
         "img": torch.stack([s["img"] for s in samples]),
         "cls": attributes[:, 0],
         "score": attributes[:, 1],

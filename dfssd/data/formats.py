@@ -10,6 +10,7 @@ import json
 import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -62,8 +63,10 @@ def read_source(data: str, fmt: str, names: tuple[str, ...]) -> Source:
         raise DfssdError("no image files found", where=store.uri, todo=f"known endings: {sorted(IMAGE_SUFFIXES)}")
     if is_yaml or fmt == "auto":
         fmt, yaml_name = ("yolo", yaml_name) if is_yaml else detect(store, files)
-    reader = {"yolo": read_yolo, "voc": read_voc, "coco": read_coco, "cr7-det": read_cr7}[fmt]
-    source = reader(store, files, yaml_name) if fmt == "yolo" else reader(store, files)  # type: ignore[operator]
+    if fmt == "yolo":
+        source = read_yolo(store, files, yaml_name)
+    else:
+        source = {"voc": read_voc, "coco": read_coco, "cr7-det": read_cr7}[fmt](store, files)
     source.names = list(names) or source.names
     if not source.names:
         raise DfssdError(
@@ -210,8 +213,14 @@ def _inside(name: str, folders: list[str], listed: set[str]) -> bool:
 
 
 def _closest(name: str, candidates: list[str]) -> str:
-    """The candidate that shares the longest path with `name` (data sets reuse file names in train/ and test/)."""
-    return max(candidates, key=lambda c: (len(os.path.commonprefix([c.lower(), name.lower()])), c))
+    """The candidate that shares most folders with `name` (data sets reuse file names in train/ and test/)."""
+    folders = name.lower().split("/")[:-1]
+
+    def shared(candidate: str) -> int:
+        pairs = zip(folders, candidate.lower().split("/")[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda p: p[0] == p[1], pairs))
+
+    return max(candidates, key=lambda c: (shared(c), c))
 
 
 def read_voc(store: Storage, files: list[str]) -> Source:
@@ -302,7 +311,9 @@ def _coco_labels(sheet: dict[str, Any], names: list[str]) -> dict[str, Label]:
         if note.get("iscrowd") or note.get("image_id") not in boxes:
             continue
         if len(note.get("bbox", ())) != 4:
-            problems[note["image_id"]] = Problem("label_columns", f"annotation {note.get('id')}: bbox has not 4 numbers")
+            problems[note["image_id"]] = Problem(
+                "label_columns", f"annotation {note.get('id')}: bbox has not 4 numbers"
+            )
             continue
         x, y, w, h = (float("nan") if v is None else float(v) for v in note["bbox"])
         boxes[note["image_id"]].append([class_of.get(note["category_id"], -1), x + w / 2, y + h / 2, w, h])

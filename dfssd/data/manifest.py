@@ -45,9 +45,7 @@ SCHEMA = pa.schema(
 )
 WITHHELD_SCHEMA = pa.schema([("image_id", pa.string()), ("boxes", pa.list_(_BOX))])
 _CANDIDATE = pa.struct([*_BOX, ("score", pa.float32()), ("agreement", pa.float32())])
-PSEUDO_SCHEMA = pa.schema(
-    [("image_id", pa.string()), ("teacher", pa.string()), ("boxes", pa.list_(_CANDIDATE))]
-)
+PSEUDO_SCHEMA = pa.schema([("image_id", pa.string()), ("teacher", pa.string()), ("boxes", pa.list_(_CANDIDATE))])
 BAD_SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 # Boxes are (n,5) float32 arrays [cls, cx, cy, w, h] in memory; candidates have two more columns [score, agreement].
@@ -153,9 +151,7 @@ def read_manifest(dataset: Storage) -> Manifest:
         )
     columns = {name: table[name].to_pylist() for name in SCHEMA.names if name != "boxes"}
     boxes = boxes_from_arrow(table["boxes"])
-    rows = [
-        Row(**{name: column[i] for name, column in columns.items()}, boxes=boxes[i]) for i in range(table.num_rows)
-    ]
+    rows = [Row(**{name: column[i] for name, column in columns.items()}, boxes=boxes[i]) for i in range(table.num_rows)]
     return Manifest(rows, meta.pop("names"), meta)
 
 
@@ -166,12 +162,12 @@ def write_withheld(store: Storage, withheld: dict[str, Boxes]) -> None:
     write_table(store, "withheld.parquet", pa.Table.from_arrays(arrays, schema=WITHHELD_SCHEMA))
 
 
-def pseudo_table(image_ids: list[str], teacher: str, boxes: list[Boxes]) -> pa.Table:
+def pseudo_table(image_ids: list[str], teacher: str, boxes: list[Boxes | None]) -> pa.Table:
     """Table of candidates, one row an unlabelled image; `teacher` is the digest of the teacher's weights."""
     arrays = [
         pa.array(image_ids, pa.string()),
         pa.array([teacher] * len(image_ids), pa.string()),
-        boxes_to_arrow(list(boxes), _CANDIDATE),
+        boxes_to_arrow(boxes, _CANDIDATE),
     ]
     return pa.Table.from_arrays(arrays, schema=PSEUDO_SCHEMA)
 

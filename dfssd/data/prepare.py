@@ -48,7 +48,9 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
         DfssdError: unknown layout, too many bad files, or too few images for the splits asked for.
     """
     source = read_source(config.data, config.format, config.names)
-    print(f"data: {len(source.items)} images as {source.format}, {len(source.names)} classes {source.names}", flush=True)
+    print(
+        f"data: {len(source.items)} images as {source.format}, {len(source.names)} classes {source.names}", flush=True
+    )
     good, bad = check_all(source, config)
     _stop_if_too_bad(bad, len(good) + len(bad), config, store)
     images, duplicates, conflicts = drop_duplicates(good)
@@ -88,7 +90,9 @@ def check_all(source: Source, config: Data) -> tuple[list[Checked], list[Bad]]:
         (good if isinstance(result, Checked) else bad).append(result)  # type: ignore[arg-type]
         progress.add()
     if not good:
-        raise DfssdError("not one usable image", where=source.store.uri, todo=f"first problem: {bad[0] if bad else '-'}")
+        raise DfssdError(
+            "not one usable image", where=source.store.uri, todo=f"first problem: {bad[0] if bad else '-'}"
+        )
     return good, bad
 
 

@@ -16,10 +16,10 @@ import numpy as np
 
 
 class Draw(NamedTuple):
-    """One sample to make: image `index` of `stream`, with augmentations seeded by `seed`."""
+    """One sample to make: image number `image` of `stream`, with augmentations seeded by `seed`."""
 
     stream: str
-    index: int
+    image: int
     seed: int
     mosaic: bool
 

@@ -77,7 +77,8 @@ def labelling_order(ids: Sequence[str], counts: np.ndarray, seed: int) -> list[i
     ranked = sorted(range(len(ids)), key=lambda r: shuffle_key(seed, ids[r]))
     queues = [[r for r in reversed(ranked) if counts[r, c]] for c in range(counts.shape[1])]
     share = counts.sum(0) / max(counts.sum(), 1)
-    given, taken, order = np.zeros(counts.shape[1]), np.zeros(len(ids), bool), []
+    given, taken = np.zeros(counts.shape[1]), np.zeros(len(ids), bool)
+    order: list[int] = []
     while len(order) < len(ids):
         open_classes = [c for c, queue in enumerate(queues) if queue]
         total = given.sum() + 1

@@ -54,7 +54,7 @@ def add_scratch(rng: np.random.Generator, image: np.ndarray) -> tuple[float, flo
     mask = np.zeros_like(image)
     cv2.polylines(mask, [points], False, 1.0, int(rng.integers(1, 3)), cv2.LINE_AA)
     image += rng.choice([-1, 1]) * rng.uniform(25, 60) * mask
-    return (*(points.min(0) - 1.0), *(points.max(0) + 2.0))  # type: ignore[return-value]
+    return (*(points.min(0) - 1.0), *(points.max(0) + 2.0))
 
 
 def add_patch(rng: np.random.Generator, image: np.ndarray) -> tuple[float, float, float, float]:
@@ -70,7 +70,7 @@ def add_patch(rng: np.random.Generator, image: np.ndarray) -> tuple[float, float
     mask = cv2.GaussianBlur(mask, (5, 5), 0)
     rough = rng.normal(0, 1, image.shape).astype(np.float32)
     image += mask * (rng.choice([-1, 1]) * rng.uniform(8, 22) + rough * rng.uniform(8, 16))
-    return (*(points.min(0).astype(float)), *(points.max(0) + 1.0))  # type: ignore[return-value]
+    return (*(points.min(0).astype(float)), *(points.max(0) + 1.0))
 
 
 MAKERS = (add_pit, add_scratch, add_patch)

@@ -73,7 +73,9 @@ class _Tap:
         return labels, boxes, weighted, foreground_ba, box_index_ba
 
     def class_loss(self, logits_bac: Tensor, _: Tensor) -> Tensor:
-        return torch.as_tensor(self.bce(logits_bac, self.targets.to(logits_bac.dtype))) * self.anchor_weight.unsqueeze(-1)
+        return torch.as_tensor(self.bce(logits_bac, self.targets.to(logits_bac.dtype))) * self.anchor_weight.unsqueeze(
+            -1
+        )
 
 
 class DetectionLoss:
@@ -86,7 +88,9 @@ class DetectionLoss:
     def __init__(self, model: DetectionModel) -> None:
         self.criterion = model.init_criterion()
         ends = hasattr(self.criterion, "one2one")
-        parts = {k: getattr(self.criterion, k) for k in ("one2many", "one2one")} if ends else {"one2many": self.criterion}
+        parts = (
+            {k: getattr(self.criterion, k) for k in ("one2many", "one2one")} if ends else {"one2many": self.criterion}
+        )
         self.parts = {name: (part, _Tap(part)) for name, part in parts.items()}
         self.stride = model.stride
 

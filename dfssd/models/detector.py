@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
-from ultralytics.nn.tasks import DetectionModel, torch_safe_load
-from ultralytics.utils import YAML
-from ultralytics.utils.checks import check_yaml
+from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_load
 
 from dfssd import __version__
 from dfssd.errors import DfssdError
@@ -43,8 +41,8 @@ def resolve_weights(spec: str) -> tuple[str, bytes | None]:
     """
     if spec.endswith((".yaml", ".yml")):
         try:
-            check_yaml(spec)
-        except (FileNotFoundError, OSError) as error:
+            yaml_model_load(spec)
+        except (OSError, TypeError, KeyError) as error:
             raise DfssdError(
                 f"no model of this name: {spec}", todo="give an Ultralytics yaml (yolov8n.yaml, yolo11s.yaml) or a .pt"
             ) from error
@@ -77,7 +75,7 @@ def build_detector(spec: str, names: Sequence[str], imgsz: int, weights: bytes |
         DfssdError: the model is no YOLO detector with an anchor-free head on strides 8, 16, 32.
     """
     source = read_detector(weights, spec) if weights is not None else None
-    cfg: Any = source.yaml if source is not None else _yaml_dict(spec)
+    cfg: Any = source.yaml if source is not None else yaml_model_load(spec)
     model = DetectionModel(cfg, ch=3, nc=len(names), verbose=False)
     head = model.model[-1]
     if not isinstance(head, Detect) or head.stride.tolist() != [8.0, 16.0, 32.0]:
@@ -92,20 +90,6 @@ def build_detector(spec: str, names: Sequence[str], imgsz: int, weights: bytes |
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".dfl" not in name)  # the DFL kernel is the constant 0..15
     return model
-
-
-def _yaml_dict(spec: str) -> dict[str, Any]:
-    """Load a model yaml with the scale its name carries, without the notice that nc is overridden."""
-    from ultralytics.nn.tasks import yaml_model_load
-
-    return dict(yaml_model_load(spec)) if not Path(spec).exists() else {**YAML.load(spec), **_scale(spec)}
-
-
-def _scale(spec: str) -> dict[str, str]:
-    from ultralytics.nn.tasks import guess_model_scale
-
-    scale = guess_model_scale(spec)
-    return {"scale": scale} if scale else {}
 
 
 def configure(model: DetectionModel, names: Sequence[str], imgsz: int) -> None:
@@ -180,7 +164,9 @@ def branches(output: Any) -> dict[str, Branch]:
     """Raw output by branch: {"one2many": ...} and, for end-to-end heads, {"one2one": ...}; all in float32."""
     raw = output[1] if isinstance(output, tuple) else output
     named = {k: v for k, v in raw.items() if k in ("one2many", "one2one") and v} or {"one2many": raw}
-    return {k: {"boxes": b["boxes"].float(), "scores": b["scores"].float(), "feats": b["feats"]} for k, b in named.items()}
+    return {
+        k: {"boxes": b["boxes"].float(), "scores": b["scores"].float(), "feats": b["feats"]} for k, b in named.items()
+    }
 
 
 def feature_channels(model: DetectionModel) -> list[int]:

@@ -57,7 +57,9 @@ def _stream(config: Config, run: Storage, store: Storage, todo: list[dict[str, A
     total = float(ray.cluster_resources().get("CPU", 1))
     gpu = config.run.gpu == "auto" and ray.cluster_resources().get("GPU", 0) >= config.pseudo.num_actors
     # Actors start first and hold their CPUs; what is left must take the decode tasks, or nothing ever runs.
-    cpus = 1.0 if total - config.pseudo.num_actors >= 4 * DECODE_CPUS else max(0.1, total / 2 / config.pseudo.num_actors)
+    cpus = (
+        1.0 if total - config.pseudo.num_actors >= 4 * DECODE_CPUS else max(0.1, total / 2 / config.pseudo.num_actors)
+    )
     imgsz = config.train.imgsz
     threads = max(1, int(total // config.pseudo.num_actors))
     dataset = (
@@ -189,5 +191,3 @@ def _summarise(config: Config, store: Storage, manifest: Manifest, shards: int) 
         "candidates": {n: len(s) for n, s in joined.items()},
         "score_above_0.5": {n: int((s >= 0.5).sum()) for n, s in joined.items()},
     }
-
-

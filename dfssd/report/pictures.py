@@ -23,7 +23,9 @@ DRAW_ABOVE = 0.25  # score
 
 def sample_rows(manifest: Manifest, count: int) -> list[Row]:
     """Test images with defects, spread over the classes, always the same ones."""
-    rows = sorted((r for r in manifest.of_split("test") if r.boxes is not None and len(r.boxes)), key=lambda r: r.image_id)
+    rows = sorted(
+        (r for r in manifest.of_split("test") if r.boxes is not None and len(r.boxes)), key=lambda r: r.image_id
+    )
     chosen: list[Row] = []
     while rows and len(chosen) < count:
         for c in range(len(manifest.names)):

@@ -55,7 +55,9 @@ def split_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for name, s in summary["splits"].items()
         if s["images"]
     ]
-    rows.append(["labelled", str(summary["labelled_images"]), "", *(str(v) for v in summary["labelled_boxes"].values())])
+    rows.append(
+        ["labelled", str(summary["labelled_images"]), "", *(str(v) for v in summary["labelled_boxes"].values())]
+    )
     return header, rows
 
 

@@ -1,8 +1,8 @@
 """Stop at once when a loss term is not what it claims to be.
 
-A term that is silently 0 or NaN, or that does not reach the student, is the commonest defect of distillation code in the
-field. So: every term is finite at every step; at the first step every term's gradient is followed to the student's first
-layer, and at every log step to the student's outputs (which costs no backward pass through the network).
+A term that is silently 0 or NaN, or that does not reach the student, is the commonest defect of distillation code in
+the field. So: every term is finite at every step; at the first step every term's gradient is followed to the student's
+first layer, and at every log step to the student's outputs (which costs no backward pass through the network).
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def grouped(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_reach(
-    losses: dict[str, Tensor], raw: dict[str, Branch], projected: list[Tensor], first_layer: Tensor | None, silent: set[str]
+    losses: dict[str, Tensor],
+    raw: dict[str, Branch],
+    projected: list[Tensor],
+    first_layer: Tensor | None,
+    silent: set[str],
 ) -> dict[str, float]:
     """Gradient norm of each term at the student, which must be finite and above 0.
 

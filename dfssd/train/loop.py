@@ -190,7 +190,8 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
     say(
         s.world,
         f"{s.job.stage}: step {s.step}  val mAP50 {metrics['map50']:.4f}  mAP50-95 {metrics['map50_95']:.4f}  "
-        f"(best mAP50-95 {s.best['metrics']['map50_95']:.4f} at step {s.best['step']})  {time.monotonic() - begun:.1f} s",
+        f"(best mAP50-95 {s.best['metrics']['map50_95']:.4f} at step {s.best['step']})  "
+        f"{time.monotonic() - begun:.1f} s",
     )
     return metrics
 
@@ -199,7 +200,7 @@ def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
     """Write `best.pt` and `last.pt` in Ultralytics' format, and return what is worth knowing."""
     assert s.best is not None, "a run ends with a validation"
     meter.read()
-    result = {
+    result: dict[str, Any] = {
         "best": {"step": s.best["step"], **s.best["metrics"]},
         "last": last,
         "steps": s.step,

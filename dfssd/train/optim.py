@@ -12,7 +12,8 @@ BATCH_NORM = tuple(v for k, v in nn.__dict__.items() if isinstance(v, type) and 
 
 def make_optimiser(model: nn.Module, config: Train) -> torch.optim.AdamW:
     """AdamW; weight decay on weights only, not on biases and norms (as Ultralytics groups them)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:

@@ -75,7 +75,9 @@ class TrainJob:
 
     def fingerprint(self) -> str:
         """Digest of the settings that this stage's result depends on."""
-        return hashlib.sha256(json.dumps(stage_config(self.config, self.stage), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(stage_config(self.config, self.stage), sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
 
 
 def stage_config(config: Config, stage: str) -> dict[str, Any]:
@@ -197,11 +199,16 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     detector = build_detector(job.model_spec, manifest.names, config.train.imgsz, weights).to(device)
     teacher = _teacher(job, run, detector, manifest, device) if job.distills else None
     channels = teacher.channels if teacher and config.distill.lambda_f > 0 else None
-    student = Student(detector, channels).to(device, memory_format=torch.channels_last).train()
+    student = Student(detector, channels).to(device).train()
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
     policy = make_policy(config.distill, len(manifest.names)) if job.distills else None
     criterion = Criterion(
-        DetectionLoss(detector), config.distill if job.distills else None, policy, config.train.batch // world.size, world
+        DetectionLoss(detector),
+        config.distill if job.distills else None,
+        policy,
+        config.train.batch // world.size,
+        world,
     )
     val = manifest.of_split("val")
     return Session(

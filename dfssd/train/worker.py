@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -73,6 +73,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     world = World(context.get_world_rank(), context.get_world_size())
     job: TrainJob = settings["job"]
     torch.set_num_threads(settings["threads"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces every report twice
     tracker = Tracker(job.tracking_uri, job.mlflow_run_id) if world.rank == 0 else None
 
     def log(metrics: dict[str, float], step: int) -> None:
@@ -110,7 +111,7 @@ def train_in_process(job: TrainJob) -> dict[str, Any]:
 
     def save(metrics: dict[str, Any], session: Session) -> None:
         folder = Path(job.store.path("train", checkpoint.folder_name(session.step)))
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(folder, session.state())
 
     return train(job, World(), torch.device("cpu"), lambda metrics, step: None, save)

@@ -1,0 +1,95 @@
+"""Shared fixtures. The environment is set before Ray, torch or Ultralytics are imported anywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_SCRATCH = Path(tempfile.mkdtemp(prefix="dfssd-t-"))  # short: Ray's socket paths are limited to some 107 characters
+os.environ |= {
+    "RAY_TMPDIR": str(_SCRATCH / "r"),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_TOKEN_PATH": str(_SCRATCH / "token"),
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "YOLO_CONFIG_DIR": str(_SCRATCH / "yolo"),
+    "YOLO_OFFLINE": "true",
+    "OMP_NUM_THREADS": "1",
+    "MPLCONFIGDIR": str(_SCRATCH / "mpl"),
+}
+for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_MODE"):
+    os.environ.pop(_name, None)
+(_SCRATCH / "r").mkdir()
+
+import pytest
+import torch
+
+from dfssd.config import Config, Data, Distill, Models, Run, Train
+from dfssd.data.prepare import prepare
+from dfssd.data.synthetic import make_dataset
+from dfssd.storage import Storage
+
+CR7 = Path(__file__).parents[2] / "shared" / "data" / "cr7-det"
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def strip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 synthetic images of 64 px in the Ultralytics layout."""
+    out = tmp_path_factory.mktemp("strip")
+    make_dataset(out, images=60, side=64, seed=3)
+    return out
+
+
+@pytest.fixture(scope="session")
+def cr7() -> Path:
+    if not CR7.exists():
+        pytest.skip("CR7-DET is not here")
+    return CR7
+
+
+def tiny_config(storage: Path, **changes: object) -> Config:
+    """Settings that train in seconds on one CPU, in fp32 so that runs can be compared bit by bit."""
+    train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
+    run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
+    distill: dict[str, object] = {}
+    for key, value in changes.items():
+        (run if key in Run.model_fields else distill if key in Distill.model_fields else train)[key] = value  # type: ignore[index]
+    return Config(
+        run=Run(**run),  # type: ignore[arg-type]
+        data=Data(label_fraction=0.4),
+        models=Models(teacher="yolov8n.yaml", student="yolov8n.yaml"),
+        train=Train(**train),  # type: ignore[arg-type]
+        distill=Distill(**distill),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def prepared(strip: Path, tmp_path: Path) -> Path:
+    """A storage path with run 'r' whose data set is prepared."""
+    prepare(Data(data=str(strip), label_fraction=0.4), 0, Storage(str(tmp_path)).at("r", "dataset"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """One local Ray for a module: 2 logical CPUs, whatever the machine has."""
+    import ray
+
+    ray.init(
+        num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", object_store_memory=150 * 2**20, log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+    os.environ.pop("RAY_AUTH_MODE", None)  # ray.init of a local cluster sets it for the whole process
