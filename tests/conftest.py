@@ -88,7 +88,11 @@ def local_ray() -> Iterator[None]:
     import ray
 
     ray.init(
-        num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", object_store_memory=150 * 2**20, log_to_driver=False
+        num_cpus=2,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
     )
     yield
     ray.shutdown()

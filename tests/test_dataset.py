@@ -36,13 +36,17 @@ def test_boxes_follow_the_image(prepared):
     for k, row in enumerate(rows):
         image = np.zeros((64, 64, 3), np.uint8)
         for _, cx, cy, w, h in row.boxes:
-            image[round((cy - h / 2) * 64) : round((cy + h / 2) * 64), round((cx - w / 2) * 64) : round((cx + w / 2) * 64)] = 255
+            image[
+                round((cy - h / 2) * 64) : round((cy + h / 2) * 64), round((cx - w / 2) * 64) : round((cx + w / 2) * 64)
+            ] = 255
         dataset._cached[k] = image, (64, 64)
     for seed in range(12):
         sample = dataset.augmented(seed % len(rows), seed, seed % 2 == 0)
         covered = np.zeros((64, 64), bool)
         for cx, cy, w, h in sample["bboxes"].numpy() * 64:
-            covered[max(0, int(cy - h / 2 - 1)) : int(cy + h / 2 + 2), max(0, int(cx - w / 2 - 1)) : int(cx + w / 2 + 2)] = True
+            covered[
+                max(0, int(cy - h / 2 - 1)) : int(cy + h / 2 + 2), max(0, int(cx - w / 2 - 1)) : int(cx + w / 2 + 2)
+            ] = True
         white = sample["img"][0].numpy() > 200
         # Slivers that the augmentation drops as boxes may stay visible; they are a small part.
         assert (white & ~covered).sum() <= 0.15 * max(white.sum(), 60)

@@ -86,7 +86,12 @@ def test_gradients(loss):
 def test_extremes_stay_finite(kind, dtype):
     one_hot = torch.zeros(2, 3, 4, 4, dtype=dtype)
     one_hot[:, :, 1, 2] = 1
-    cases = [torch.full((2, 3, 4, 4), 7.0, dtype=dtype), one_hot, one_hot * 1e4, _maps(3, (2, 3, 4, 4))[0].to(dtype) * 1e4]
+    cases = [
+        torch.full((2, 3, 4, 4), 7.0, dtype=dtype),
+        one_hot,
+        one_hot * 1e4,
+        _maps(3, (2, 3, 4, 4))[0].to(dtype) * 1e4,
+    ]
     for a in cases:
         for b in cases:
             s = a.clone().requires_grad_()

@@ -26,9 +26,7 @@ def _write_voc(truth, out):
         objects = ""
         for c, x, y, w, h in boxes:
             corners = [(x - w / 2) * 64, (y - h / 2) * 64, (x + w / 2) * 64, (y + h / 2) * 64]
-            tags = "".join(
-                f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
-            )
+            tags = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
             objects += f"<object><name>{NAMES[int(c)]}</name><bndbox>{tags}</bndbox></object>"
         size = "<size><width>64</width><height>64</height><depth>1</depth></size>"
         xml = f"<annotation><filename>{path.name}</filename>{size}{objects}</annotation>"

@@ -9,7 +9,8 @@ def _data(n=900, classes=4, seed=0):
     groups = np.sort(rng.integers(0, n // 2, n))
     weights = np.array([0.5, 0.3, 0.15, 0.05])
     boxes = [
-        np.stack([[c, 0.5, 0.5, 0.1, 0.1] for c in rng.choice(classes, rng.integers(1, 4), p=weights)]) for _ in range(n)
+        np.stack([[c, 0.5, 0.5, 0.1, 0.1] for c in rng.choice(classes, rng.integers(1, 4), p=weights)])
+        for _ in range(n)
     ]
     boxes[0] = None
     return ids, groups, class_counts(boxes, classes)
@@ -32,7 +33,11 @@ def test_split_ignores_file_order_and_follows_the_seed():
     order = np.random.default_rng(5).permutation(len(ids))
     renamed = {g: k for k, g in enumerate(np.random.default_rng(6).permutation(np.unique(groups)).tolist())}
     other = assign_splits(
-        [ids[k] for k in order], np.array([renamed[g] for g in groups[order].tolist()]), counts[order], (0.8, 0.1, 0.1), 7
+        [ids[k] for k in order],
+        np.array([renamed[g] for g in groups[order].tolist()]),
+        counts[order],
+        (0.8, 0.1, 0.1),
+        7,
     )
     assert split == {ids[k]: s for k, s in zip(order, other.tolist(), strict=True)}
     assert assign_splits(ids, groups, counts, (0.8, 0.1, 0.1), 8).tolist() != list(split.values())

@@ -1,0 +1,161 @@
+"""The sum of terms: what an unlabelled image may say, and that workers do not matter."""
+
+import pytest
+import torch
+
+from dfssd.config import Distill
+from dfssd.distill.criterion import Criterion, schedule
+from dfssd.models.detection_loss import DetectionLoss
+from dfssd.models.detector import Teacher, branches, build_detector
+from dfssd.pseudo.thresholds import make_policy
+from dfssd.train.session import Student
+from dfssd.train.world import World
+
+NAMES = ["a", "b", "c"]
+
+
+def _parts(**settings):
+    torch.manual_seed(0)
+    detector = build_detector("yolov8n.yaml", NAMES, 64)
+    teacher = Teacher(build_detector("yolov8s.yaml", NAMES, 64), torch.device("cpu"))
+    student = Student(detector, teacher.channels).train()
+    config = Distill(threshold_policy="fixed", tau=0.5, **settings)
+    criterion = Criterion(DetectionLoss(detector), config, make_policy(config, 3), 2, World())
+    return student, teacher, criterion
+
+
+def _batch(score=0.9, candidates=True):
+    """Two labelled images, two unlabelled ones; the last has no candidate."""
+    image = [0.0, 1.0, 2.0] if candidates else [0.0, 1.0]
+    n = len(image)
+    return {
+        "cls": torch.tensor([0.0, 1.0, 2.0][:n]),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]] * n),
+        "batch_idx": torch.tensor(image),
+        "score": torch.tensor([1.0, 1.0, score][:n]),
+        "agreement": torch.ones(n),
+    }
+
+
+def _run(batch, progress=0.0, **settings):
+    student, teacher, criterion = _parts(**settings)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    raw, projected = student(images)
+    raw["one2many"]["scores"].retain_grad()
+    terms = criterion(raw, projected, teacher(images), batch, progress)
+    return student, raw["one2many"], terms
+
+
+def test_all_terms_are_there_by_name_and_reach_their_weights():
+    student, _, terms = _run(_batch())
+    assert set(terms.losses) == {
+        *(f"{t}/{p}" for t in ("sup", "pse") for p in ("box", "cls", "dfl")), "pred/cls", "feat/hw_js"
+    }  # fmt: skip
+    assert all(torch.isfinite(v) for v in terms.losses.values())
+    terms.total().backward()
+    assert student.detector.model[0].conv.weight.grad.abs().sum() > 0
+    assert all(p.weight.grad.abs().sum() > 0 for p in student.projections)
+
+
+def _pse_grad(batch):
+    _, raw, terms = _run(batch)
+    sum(v for k, v in terms.losses.items() if k.startswith("pse")).backward()
+    return raw["scores"].grad.abs().sum(1), terms
+
+
+def test_an_image_without_candidates_says_nothing():
+    grad, _ = _pse_grad(_batch())
+    assert grad[2].sum() > 0 and grad[3].sum() == 0 and grad[:2].sum() == 0
+    _, _, terms = _run(_batch(candidates=False))
+    assert all(float(v.detach()) == 0 for k, v in terms.losses.items() if k.startswith("pse"))
+
+
+def test_an_uncertain_box_teaches_neither_defect_nor_background():
+    sure, terms_sure = _pse_grad(_batch(score=0.9))
+    unsure, terms_unsure = _pse_grad(_batch(score=0.3))
+    assert terms_sure.counts["pse/pseudo_labels"] == 1 and terms_unsure.counts["pse/uncertain"] == 1
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:6, 2:6] = True  # the box on the stride-8 grid
+    level = unsure[2][:64].view(8, 8)
+    assert (level[inside] == 0).all() and (level[~inside] > 0).all()
+    assert (sure[2][:64].view(8, 8)[inside] > 0).all()
+    assert terms_unsure.losses["pse/box"] == 0
+
+
+def test_score_power_weights_the_pseudo_label():
+    _, _, hard = _run(_batch(0.6), score_power=0.0)
+    _, _, soft = _run(_batch(0.6), score_power=2.0)
+    torch.testing.assert_close(soft.losses["pse/box"], hard.losses["pse/box"] * 0.36)
+
+
+def test_a_weight_of_zero_switches_a_term_off():
+    _, _, terms = _run(_batch(), lambda_u=0.0, lambda_p=0.0, lambda_f=0.0)
+    assert {k.split("/")[0] for k in terms.losses} == {"sup"}
+
+
+@pytest.mark.parametrize("key", ["lambda_u", "lambda_p", "lambda_f"])
+def test_weights_are_linear(key):
+    name = {"lambda_u": "pse/cls", "lambda_p": "pred/cls", "lambda_f": "feat/hw_js"}[key]
+    one, three = _run(_batch(), **{key: 1.0})[2], _run(_batch(), **{key: 3.0})[2]
+    torch.testing.assert_close(three.losses[name], one.losses[name] * 3)
+
+
+def test_schedule_of_the_feature_term():
+    assert schedule("constant", 0.7) == 1 and schedule("cosine", 0) == 1
+    assert schedule("cosine", 1) == pytest.approx(0.1) and schedule("cosine", 0.5) == pytest.approx(0.55)
+    start, end = _run(_batch(), 0.0, feature_schedule="cosine")[2], _run(_batch(), 1.0, feature_schedule="cosine")[2]
+    torch.testing.assert_close(end.losses["feat/hw_js"], start.losses["feat/hw_js"] * 0.1)
+
+
+class _FakeWorld(World):
+    """Stands for two workers: adds what the other one would have sent, recorded beforehand."""
+
+    def __init__(self, others):
+        object.__setattr__(self, "rank", 0)
+        object.__setattr__(self, "size", 2)
+        object.__setattr__(self, "others", list(others))
+
+    def sum(self, tensor):
+        return tensor + self.others.pop(0)
+
+
+class _Recorder(World):
+    def __init__(self):
+        object.__setattr__(self, "rank", 0)
+        object.__setattr__(self, "size", 2)
+        object.__setattr__(self, "seen", [])
+
+    def sum(self, tensor):
+        self.seen.append(tensor.clone())
+        return tensor
+
+
+def test_two_workers_add_up_to_one():
+    student, teacher, _ = _parts()
+    student.eval()  # batch norm must not differ between halves
+    student.detector.model[-1].training = True
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    batch = {**_batch(), "batch_idx": torch.tensor([0.0, 1.0, 3.0])}
+    config = Distill(threshold_policy="ema", tau_min=0.3)
+
+    def terms(world, rows, sub, labelled):
+        criterion = Criterion(DetectionLoss(student.detector), config, make_policy(config, 3), labelled, world)
+        raw, projected = student(images[rows])
+        return criterion(raw, projected, teacher(images[rows]), sub, 0.0)
+
+    alone = terms(World(), [0, 1, 2, 3], batch, 2)
+    shards = []
+    for rank in (0, 1):  # worker 0: labelled 0, unlabelled 2; worker 1: labelled 1, unlabelled 3
+        keep = torch.tensor([rank == 0, rank == 1, rank == 1])
+        sub = {k: v[keep] for k, v in batch.items()}
+        sub["batch_idx"] = torch.tensor([0.0]) if rank == 0 else torch.tensor([0.0, 1.0])
+        shards.append(([rank, rank + 2], sub))
+    recorders = [_Recorder(), _Recorder()]
+    for recorder, (rows, sub) in zip(recorders, shards, strict=True):
+        terms(recorder, rows, sub, 1)
+    both = [terms(_FakeWorld(recorders[1 - k].seen), rows, sub, 1) for k, (rows, sub) in enumerate(shards)]
+    for name, want in alone.losses.items():
+        got = both[0].losses[name] + both[1].losses[name]
+        if not name.startswith("feat/hw_js"):  # its layer weights are those of the local batch
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
+    assert branches is not None
