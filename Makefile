@@ -8,7 +8,6 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@# OpenCV's usual wheel needs libGL, which servers lack; the headless one does not.
 	@$(BIN)/python -c "import cv2" 2>/dev/null || ( $(BIN)/python -m pip uninstall --quiet --yes opencv-python \

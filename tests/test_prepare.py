@@ -110,7 +110,7 @@ def test_labelled_list_and_nesting(strip, tmp_path):
 
 
 def test_cr7_det_as_published(cr7, tmp_path):
-    summary, store = _run(cr7, tmp_path)
+    summary, _ = _run(cr7, tmp_path)
     assert summary["files"] == 4140 and summary["bad_files"] == {"duplicate": 59} and summary["images"] == 4081
     assert summary["test_images_with_near_duplicate_in_train"] <= 10
     assert summary["largest_group"] <= 0.02 * 4081

@@ -1,0 +1,185 @@
+"""Interrupt, break and resume the loop itself, in one process."""
+
+import numpy as np
+import pytest
+import torch
+
+from dfssd.data.manifest import pseudo_table, read_manifest, write_table
+from dfssd.errors import DfssdError
+from dfssd.models.detector import build_detector, detector_bytes, load_detector, read_detector
+from dfssd.storage import Storage
+from dfssd.train import guards, loop
+from dfssd.train.session import TrainJob, build_session
+from dfssd.train.worker import train_in_process
+from dfssd.train.world import World
+from tests.conftest import tiny_config
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing of the loop runs after it."""
+
+
+def _give_teacher_and_candidates(storage):
+    """A made-up teacher and made-up candidates, so that the student's stage can run alone."""
+    run = Storage(str(storage / "r"))
+    manifest = read_manifest(run.at("dataset"))
+    torch.manual_seed(9)
+    run.write("teacher/best.pt", detector_bytes(build_detector("yolov8s.yaml", manifest.names, 64), {}))
+    rng = np.random.default_rng(0)
+    rows = manifest.unlabelled_rows()
+    boxes = []
+    for _ in rows:
+        columns = [(0.3, 0.6)] * 4 + [(0.1, 1.0), (1.0, 1.0)]  # cx, cy, w, h, score, agreement
+        numbers = np.stack([rng.uniform(low, high, 2) for low, high in columns], 1)
+        boxes.append(np.concatenate([rng.integers(0, 3, (2, 1)), numbers], 1).astype(np.float32))
+    write_table(run.at("pseudo"), "shard-00000.parquet", pseudo_table([r.image_id for r in rows], "t", boxes))
+
+
+def _run(storage, stage, stop_at=None, monkeypatch=None, **changes):
+    job = TrainJob(stage, str(storage / "r"), tiny_config(storage, **changes))
+    if stop_at is None:
+        return train_in_process(job), job
+    lr = loop.learning_rate
+
+    def deadly(config, step, steps):
+        if step == stop_at:
+            raise Killed
+        return lr(config, step, steps)
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(loop, "learning_rate", deadly)
+        train_in_process(job)
+    return None, job
+
+
+@pytest.mark.parametrize(("stage", "stop_at"), [("label_only", 3), ("label_only", 5), ("student", 4)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(prepared, tmp_path_factory, monkeypatch, stage, stop_at):
+    import shutil
+
+    if stage == "student":
+        _give_teacher_and_candidates(prepared)
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(prepared / "r", other / "r")
+    whole, job = _run(prepared, stage)
+    _run(other, stage, stop_at, monkeypatch)
+    assert not (other / "r" / stage / "best.pt").exists()
+    resumed, other_job = _run(other, stage)
+    assert resumed["best"] == whole["best"] and resumed["steps"] == 6
+    for name in ("best.pt", "last.pt"):
+        a, b = (read_detector(j.store.read(name), name).state_dict() for j in (job, other_job))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = ("time/step (s)", "time/data wait (s)", "speed (img/s)")
+    histories = [
+        [
+            {k: v for k, v in h.items() if k not in drop and not k.startswith("grad/")}
+            for h in j.store.read_json("history.json")
+        ]
+        for j in (job, other_job)
+    ]
+    assert histories[0] == histories[1]  # no step twice, none missing, same losses
+
+
+def test_every_part_of_the_state_matters(prepared):
+    """Leaving any part out of a checkpoint must be noticed: each one changes after three steps."""
+    _give_teacher_and_candidates(prepared)
+    job = TrainJob("student", str(prepared / "r"), tiny_config(prepared, steps=3))
+    fresh = build_session(job, World(), torch.device("cpu")).state()
+    train_in_process(job)
+    from dfssd.train import checkpoint
+
+    trained = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
+    assert set(fresh) == set(trained)
+    for part in ("student", "ema"):
+        assert any(not torch.equal(fresh[part][k], trained[part][k]) for k in fresh[part])
+    assert any("projections" in k for k in trained["student"])
+    assert not torch.equal(fresh["policy"]["mean"], trained["policy"]["mean"])
+    assert trained["optimiser"]["state"] and trained["ema_updates"] == 3 and trained["step"] == 3
+    assert trained["best"] and trained["history"]
+
+
+def test_training_changes_only_what_it_should(prepared):
+    _give_teacher_and_candidates(prepared)
+    job = TrainJob("student", str(prepared / "r"), tiny_config(prepared, steps=2))
+    teacher = read_detector(Storage(str(prepared / "r")).read("teacher/best.pt"), "t").state_dict()
+    before = build_session(job, World(), torch.device("cpu"))
+    start = {k: v.clone() for k, v in before.student.state_dict().items()}
+    train_in_process(job)
+    after = read_detector(job.store.read("last.pt"), "x").state_dict()
+    assert not any("projection" in k for k in after)  # the saved student is a plain detector
+    moved = [k for k in after if not torch.equal(after[k], start[f"detector.{k}"].half().float())]
+    assert any(k.startswith("model.0.conv") for k in moved)
+    again = read_detector(Storage(str(prepared / "r")).read("teacher/best.pt"), "t").state_dict()
+    assert all(torch.equal(teacher[k], again[k]) for k in teacher)
+
+
+def test_label_only_and_student_start_from_the_same_weights(prepared):
+    _give_teacher_and_candidates(prepared)
+    sessions = [
+        build_session(TrainJob(s, str(prepared / "r"), tiny_config(prepared)), World(), torch.device("cpu"))
+        for s in ("label_only", "student")
+    ]
+    a, b = (s.student.detector.state_dict() for s in sessions)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_nan_stops_before_the_update(prepared, monkeypatch):
+    _give_teacher_and_candidates(prepared)
+    import dfssd.distill.criterion as criterion
+
+    feature_loss, calls, weights = criterion.feature_loss, [], []
+
+    def poisoned(*args):
+        calls.append(1)
+        value = feature_loss(*args)
+        return value * float("nan") if len(calls) == 3 else value
+
+    monkeypatch.setattr(criterion, "feature_loss", poisoned)
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (weights.append(1), step(self, *a))[1])
+    with pytest.raises(DfssdError, match=r"feat/hw_js is not finite at step 2; nothing was updated"):
+        _run(prepared, "student", steps=6)
+    assert len(weights) == 2
+
+
+def test_nan_teacher_is_caught_at_the_first_step(prepared):
+    _give_teacher_and_candidates(prepared)
+    run = Storage(str(prepared / "r"))
+    teacher = load_detector(run.read("teacher/best.pt"), "t", 64)
+    with torch.no_grad():
+        teacher.model[4].cv1.conv.weight[0, 0] = float("nan")
+    run.write("teacher/best.pt", detector_bytes(teacher, {}))
+    with pytest.raises(DfssdError, match="not finite at step 0") as caught:
+        _run(prepared, "student")
+    assert "teacher" in caught.value.todo
+
+
+def test_other_settings_do_not_resume(prepared, monkeypatch):
+    _run(prepared, "label_only", 4, monkeypatch)
+    with pytest.raises(DfssdError, match="other settings"):
+        _run(prepared, "label_only", lr=0.01)
+
+
+def test_speed_settings_may_change_on_resume(prepared, monkeypatch):
+    _run(prepared, "label_only", 4, monkeypatch)
+    result, _ = _run(prepared, "label_only", loader_workers=1, log_every=2)
+    assert result["steps"] == 6
+
+
+def test_teacher_of_other_classes_is_refused(prepared):
+    _give_teacher_and_candidates(prepared)
+    run = Storage(str(prepared / "r"))
+    run.write("teacher/best.pt", detector_bytes(build_detector("yolov8n.yaml", ["x", "y", "z"], 64), {}))
+    with pytest.raises(DfssdError, match="teacher knows the classes"):
+        _run(prepared, "student")
+
+
+def test_a_vanished_image_is_a_user_error(prepared, tmp_path):
+    manifest = read_manifest(Storage(str(prepared / "r" / "dataset")))
+    from dfssd.data.manifest import write_manifest
+
+    for row in manifest.rows:
+        row.uri = row.uri.replace(".png", ".gone")
+    write_manifest(Storage(str(prepared / "r" / "dataset")), manifest)
+    with pytest.raises(DfssdError, match="cannot be read"):
+        _run(prepared, "label_only")
+    assert guards.REMEDY
