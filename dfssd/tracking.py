@@ -72,17 +72,17 @@ class Tracker:
         client = None
         while True:
             rows = self._queue.get()
-            if rows is None:
-                return
-            self.undelivered += rows
-            if not self._queue.empty() and len(self.undelivered) < BATCH:
-                continue
+            self.undelivered += rows or []
+            if rows is not None and not self._queue.empty() and len(self.undelivered) < BATCH:
+                continue  # more is waiting: deliver together
             try:
                 client = client or _client(self.uri)
                 self._deliver(client)
             except Exception as error:  # whatever the store does, training goes on; the rows stay and are tried again
                 if len(self.undelivered) < 4 * BATCH:
                     print(f"WARNING: MLflow: {str(error).splitlines()[0][:200]}; will try again", flush=True)
+            if rows is None:
+                return
 
     def _deliver(self, client: Any) -> None:
         from mlflow.entities import Metric
@@ -96,7 +96,6 @@ class Tracker:
         """Deliver what is left, for at most `patience_s` seconds."""
         if not self._thread:
             return
-        self._queue.put([])
         self._queue.put(None)
         self._thread.join(patience_s)
         if self.undelivered:

@@ -96,7 +96,7 @@ def boxes_to_arrow(boxes: list[Boxes | None], struct: pa.StructType) -> pa.Array
     flat = np.concatenate(full).astype(np.float32) if full else np.zeros((0, width), np.float32)
     columns = [pa.array(flat[:, i], type=struct.field(i).type, safe=False) for i in range(width)]
     values = pa.StructArray.from_arrays(columns, fields=list(struct))
-    mask = pa.array([b is None for b in boxes])
+    mask = pa.array([b is None for b in boxes], pa.bool_())
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=mask)
 
 

@@ -1,0 +1,181 @@
+"""The command line is a contract: names, defaults and units are frozen here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfssd.cli import parse
+from dfssd.config import Config, Distill, Section, Train, settings_without_effect
+from dfssd.errors import DfssdError
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py"))
+FLAGS = [
+    "baseline",
+    "batch",
+    "bad-limit",
+    "cache-gib",
+    "close-mosaic",
+    "cpus-per-worker",
+    "data",
+    "divergence",
+    "dry-run",
+    "ema-decay",
+    "experiment",
+    "feature-schedule",
+    "feature-tau",
+    "fliplr",
+    "flipud",
+    "floor",
+    "format",
+    "gpu",
+    "grad-clip",
+    "hsv",
+    "imgsz",
+    "label-batch",
+    "label-fraction",
+    "labelled-list",
+    "labels-per-class",
+    "lambda-f",
+    "lambda-p",
+    "lambda-u",
+    "latency-repeats",
+    "loader-workers",
+    "log-every",
+    "lr",
+    "lr-final",
+    "max-candidates",
+    "max-group-share",
+    "max-side",
+    "missing-labels",
+    "mosaic",
+    "names",
+    "near-duplicate",
+    "nms-iou",
+    "num-actors",
+    "num-workers",
+    "overwrite",
+    "run-name",
+    "sample-images",
+    "scale",
+    "score-power",
+    "seed",
+    "split",
+    "split-shares",
+    "steps",
+    "storage-path",
+    "student",
+    "tau",
+    "tau-decay",
+    "tau-min",
+    "teacher",
+    "teacher-steps",
+    "threshold-policy",
+    "translate",
+    "unlabelled",
+    "unlabelled-ratio",
+    "unreadable-limit",
+    "val-every",
+    "warmup-steps",
+    "weight-decay",
+    "amp",
+]
+
+
+def _job(name, *args, timeout=120):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )
+
+
+def test_the_pipeline_has_these_flags_and_no_others(capsys):
+    sections = [s for s in Config.model_fields if s != "baseline"]
+    with pytest.raises(SystemExit):
+        parse("", sections, ["--help"], baseline=(bool, Config.model_fields["baseline"]))
+    shown = set(re.findall(r"(?<![\w-])--(?!no-)([a-z][a-z0-9-]+)", capsys.readouterr().out)) - {"help"}
+    mentioned_in_text = {"data", "steps", "batch", "unlabelled"}
+    assert shown - mentioned_in_text <= set(FLAGS), sorted(shown - set(FLAGS))
+    assert set(FLAGS) <= shown, sorted(set(FLAGS) - shown)
+
+
+def test_field_names_are_unique_and_described():
+    sections = [
+        f.annotation
+        for f in Config.model_fields.values()
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
+    ]
+    names = [name for s in sections for name in s.model_fields]
+    assert len(names) == len(set(names))
+    assert all(f.description for s in sections for f in s.model_fields.values())
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_has_help_with_defaults(name):
+    result = _job(name, "--help")
+    assert result.returncode == 0 and "--storage-path" in result.stdout and "(default:" in result.stdout
+    lines = (ROOT / "jobs" / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= 60
+
+
+def test_flags_reach_the_config():
+    config, _ = parse("", ["run", "train", "distill"], ["--imgsz", "96", "--lambda-f", "0.5", "--no-overwrite"])
+    assert config.train.imgsz == 96 and config.distill.lambda_f == 0.5
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch", "15", "--num-workers", "2"], "cannot be shared by 2 workers"),
+        (["--unlabelled-ratio", "0.55", "--batch", "20", "--num-workers", "4"], "unlabelled images a batch"),
+    ],
+)
+def test_contradictions_are_user_errors(args, message):
+    with pytest.raises(DfssdError, match=message):
+        parse("", ["run", "train", "distill"], args)
+
+
+def test_settings_without_effect_are_named():
+    config = Config(distill=Distill(threshold_policy="fixed", tau_min=0.6, divergence="mse", feature_tau=2.0))
+    notes = " ".join(settings_without_effect(config))
+    assert "--tau-min" in notes and "--feature-tau" in notes
+    assert not settings_without_effect(Config())
+    assert settings_without_effect(Config(train=Train(steps=50, warmup_steps=20)))
+
+
+def test_dry_run_prints_a_plan_and_changes_nothing(strip, tmp_path):
+    args = ["--data", str(strip), "--storage-path", str(tmp_path / "s"), "--imgsz", "64", "--steps", "10", "--dry-run"]
+    result = _job("pipeline", *args, "--student", "yolov8n.yaml", "--teacher", "yolov8n.yaml", "--batch", "4")
+    assert result.returncode == 0, result.stderr
+    for word in ("60 images", "yolov8n.yaml is there", "teacher", "student", "expected time", "writable"):
+        assert word in result.stdout, word
+    assert not [p for p in (tmp_path / "s").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "/nowhere"], "the data is not there"),
+        (["--teacher", "gone.pt"], "could not be fetched"),
+        (["--cpus-per-worker", "9999"], "CPUs are asked for"),
+        (["--storage-path", "/proc/nope"], "not writable"),
+    ],
+)
+def test_dry_run_ends_with_2_and_says_what_to_do(strip, tmp_path, args, message):
+    base = ["--storage-path", str(tmp_path), "--imgsz", "64", "--dry-run"]
+    result = _job("pipeline", "--data", str(strip), *base, *args)
+    assert result.returncode == 2 and message in result.stderr and "to do:" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_flags_and_bad_values_end_with_2():
+    for args in (["--imgzs", "64"], ["--imgsz", "100"], ["--label-fraction", "0"]):
+        result = _job("pipeline", *args)
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stderr, result.stderr

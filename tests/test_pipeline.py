@@ -1,0 +1,167 @@
+"""The whole path as a user types it, killed in the middle and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _command(strip, storage, *more):
+    settings = (
+        "--label-fraction 0.4 --imgsz 64 --batch 4 --steps 8 --val-every 2 --log-every 1 --num-workers 1 --gpu never"
+    )
+    models = "--teacher yolov8s.yaml --student yolov8n.yaml --latency-repeats 3"
+    args = ["--data", str(strip), "--storage-path", str(storage), "--run-name", "p", *settings.split(), *models.split()]
+    return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *args, *more]
+
+
+def _start(command, log):
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT, env=env, start_new_session=True
+    )
+
+
+def _wait_for(log, process, text, limit_s=240):
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if text in log.read_text():
+            return
+        assert process.poll() is None, f"ended before {text!r}:\n{log.read_text()[-3000:]}"
+        time.sleep(0.2)
+    raise AssertionError(f"{text!r} did not come:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def finished(strip, tmp_path_factory):
+    """A pipeline that was killed inside the teacher's training, then inside the student's, then finished."""
+    storage = tmp_path_factory.mktemp("pipeline")
+    logs = []
+    for number, (stage, reached) in enumerate(
+        [("teacher", "teacher: step 5/8"), ("student", "student: step 3/8"), ("", "")]
+    ):
+        log = storage / f"log{number}"
+        process = _start(_command(strip, storage), log)
+        if stage:
+            _wait_for(log, process, reached)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert not (storage / "p" / stage / "stage.json").exists()
+        else:
+            assert process.wait(timeout=400) == 0, log.read_text()[-4000:]
+        logs.append(log.read_text())
+    return storage, logs
+
+
+def test_finished_stages_are_skipped_and_the_interrupted_one_goes_on(finished):
+    _, (first, second, third) = finished
+    assert "dataset: starts" in first and "dataset: finished" in second and "skipped" in second
+    assert "teacher: goes on" in second and "teacher: resumed at step 4 of 8" in second
+    assert "student: goes on" in third and "student: resumed at step 2 of 8" in third
+    for stage in ("teacher", "label_only", "pseudo"):
+        assert f"{stage}: starts" not in third and f"{stage}: goes on" not in third
+    assert "Traceback" not in third
+
+
+def test_every_stage_leaves_its_artefact(finished):
+    storage, _ = finished
+    run = storage / "p"
+    for stage in ("dataset", "teacher", "label_only", "pseudo", "student", "report"):
+        record = json.loads((run / stage / "stage.json").read_text())
+        assert record["outputs"] and record["code_version"] and record["config"]
+        for name, entry in record["outputs"].items():
+            assert (run / stage / name).stat().st_size == entry["bytes"]
+    for name in ("manifest.parquet", "withheld.parquet", "bad_files.parquet", "groups.png", "split.csv"):
+        assert (run / "dataset" / name).exists()
+    page = (run / "report" / "report.html").read_text()
+    assert page.count("data:image/png") >= 5 and "mAP50" in page
+
+
+def test_metrics_json(finished):
+    storage, logs = finished
+    metrics = json.loads((storage / "p" / "report" / "metrics.json").read_text())
+    for model in ("teacher", "label_only", "student"):
+        one = metrics[model]
+        assert 0 <= one["test"]["map50_95"] <= one["test"]["map50"] <= 1
+        assert one["latency_ms"] > 0 and one["params"] == (11_136_761 if model == "teacher" else one["params"])
+    assert metrics["student"]["params"] == metrics["label_only"]["params"] < metrics["teacher"]["params"]
+    for word in ("student, distilled", "report.html", "mlflow ui --backend-store-uri", "yolo predict model="):
+        assert word in logs[2]
+
+
+def test_one_loss_curve_per_stage_however_often_it_was_killed(finished):
+    storage, _ = finished
+    for stage in ("teacher", "student", "label_only"):
+        history = json.loads((storage / "p" / stage / "history.json").read_text())
+        assert [h["step"] for h in history if "loss/total" in h] == list(range(1, 9))
+    student = [h for h in history if "loss/total" in h]
+    assert student
+    history = json.loads((storage / "p" / "student" / "history.json").read_text())
+    want = {
+        "loss/sup/box",
+        "loss/pred/cls",
+        "loss/feat/hw_js",
+        "lr",
+        "speed (img/s)",
+        "time/data wait (s)",
+        "threshold/pit",
+    }
+    assert want <= set(history[0])
+
+
+def test_mlflow_has_one_nested_run_a_stage(finished):
+    from mlflow import MlflowClient
+
+    storage, _ = finished
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("dfssd")
+    runs = client.search_runs([experiment.experiment_id])
+    parent = json.loads((storage / "p" / "run.json").read_text())["mlflow_run_id"]
+    children = {r.data.tags["stage"]: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
+    assert set(children) == {"dataset", "teacher", "label_only", "pseudo", "student", "report"} and len(runs) == 7
+    assert all(r.info.status == "FINISHED" for r in runs if r.info.run_id != parent)
+    student = children["student"]
+    assert "loss/feat/hw_js" in student.data.metrics and "val/map50" in student.data.metrics
+    assert student.data.params["distill.lambda_f"] == "1.0" and student.inputs.dataset_inputs
+    names = {a.path for a in client.list_artifacts(children["report"].info.run_id)}
+    assert {"report.html", "detections.png", "metrics.json", "stage.json"} <= names
+
+
+def test_again_is_instant_and_other_settings_are_refused(finished, strip):
+    storage, _ = finished
+    begun = time.monotonic()
+    again = subprocess.run(_command(strip, storage), capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert again.returncode == 0 and again.stdout.count("skipped") == 6 and time.monotonic() - begun < 60
+    other = subprocess.run(
+        _command(strip, storage, "--lr", "0.01"), capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert other.returncode == 2 and "config.train.lr: 0.002 -> 0.01" in other.stderr and "--overwrite" in other.stderr
+
+
+def test_pseudo_labels_are_whole_and_resumable(finished, local_ray):
+    """A lost shard is labelled again, to the same boxes; the others are not touched."""
+    import numpy as np
+
+    from dfssd.data.manifest import read_manifest, read_pseudo
+    from dfssd.pseudo import labeller
+    from dfssd.storage import Storage
+    from tests.conftest import tiny_config
+
+    storage, _ = finished
+    run = Storage(str(storage / "p"))
+    manifest = read_manifest(run.at("dataset"))
+    before = read_pseudo(run.at("pseudo"))
+    assert set(before) == {r.image_id for r in manifest.unlabelled_rows()}
+    run.at("pseudo").delete("shard-00000.parquet")
+    labeller.label(tiny_config(storage), run, manifest, "digest")
+    after = read_pseudo(run.at("pseudo"))
+    assert set(after) == set(before)
+    for key in before:
+        np.testing.assert_allclose(after[key], before[key], rtol=1e-4, atol=1e-5)
