@@ -13,10 +13,11 @@ from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.models.detector import count_parameters, load_detector
+from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.report import pictures
 from dfssd.storage import Storage
-from dfssd.train.validation import CONF, MAX_BOXES, NMS_IOU, predict, validate
-from dfssd.train.world import World
+from dfssd.train.validation import validate
+from dfssd.world import World
 
 MODELS = ("teacher", "label_only", "student")
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from dfssd.config import Config
-from dfssd.data.formats import is_image, read_source
+from dfssd.data.formats import read_source
+from dfssd.data.source import is_image
 from dfssd.errors import DfssdError
 from dfssd.progress import clock
 from dfssd.report.tables import render

@@ -9,7 +9,7 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, branches, build_detector
 from dfssd.pseudo.thresholds import make_policy
 from dfssd.train.session import Student
-from dfssd.train.world import World
+from dfssd.world import World
 
 NAMES = ["a", "b", "c"]
 

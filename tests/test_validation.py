@@ -16,7 +16,7 @@ from dfssd.storage import Storage
 from dfssd.train.session import TrainJob
 from dfssd.train.validation import summarise, validate
 from dfssd.train.worker import train_in_process
-from dfssd.train.world import World
+from dfssd.world import World
 from tests.conftest import tiny_config
 
 

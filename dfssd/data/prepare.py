@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from dfssd.config import Data
 from dfssd.data import checks, grouping, splits
-from dfssd.data.formats import Item, Source, is_image, read_source
+from dfssd.data.formats import read_source
 from dfssd.data.manifest import BAD_SCHEMA, SPLITS, Boxes, Manifest, Row, write_manifest, write_table, write_withheld
+from dfssd.data.source import Item, Source, is_image
+from dfssd.data.summary import contact_sheet, summarise
 from dfssd.errors import DfssdError
 from dfssd.progress import Progress
 from dfssd.storage import Storage, read_uri
@@ -66,8 +66,8 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     write_withheld(store, withheld)
     write_bad(store, bad)
     write_split_list(store, images, split_names, labelled)
-    store.write("groups.png", contact_sheet(images, groups))
-    summary = summarise(source, images, rows, withheld, bad, groups, pairs)
+    store.write("groups.png", contact_sheet([i.facts.thumb_hw for i in images], groups))
+    summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
     summary["duplicates_with_other_labels"] = conflicts
     store.write_json("summary.json", summary)
     return summary
@@ -247,60 +247,3 @@ def write_split_list(store: Storage, images: list[Checked], split_names: list[st
     for image, split in zip(images, split_names, strict=True):
         lines.append(f'{image.image_id},"{image.uri.rsplit("/", 1)[-1]}",{split},{int(image.image_id in labelled)}')
     store.write("split.csv", "\n".join([lines[0], *sorted(lines[1:])]).encode() + b"\n")
-
-
-def contact_sheet(images: list[Checked], groups: np.ndarray, rows: int = 10, columns: int = 12) -> bytes:
-    """PNG with the ten largest groups, one a row, up to twelve members spread over the group."""
-    cell = checks.THUMB_SIDE + 2
-    sheet = np.full((rows * cell, columns * cell), 255, np.uint8)
-    for y, (group, _) in enumerate(Counter(groups.tolist()).most_common(rows)):
-        members = np.flatnonzero(groups == group)
-        for x, k in enumerate(members[np.linspace(0, len(members) - 1, min(columns, len(members))).astype(int)]):
-            sheet[y * cell : y * cell + checks.THUMB_SIDE, x * cell : x * cell + checks.THUMB_SIDE] = images[
-                k
-            ].facts.thumb_hw
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).resize((columns * cell * 2, rows * cell * 2), Image.Resampling.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def summarise(
-    source: Source,
-    images: list[Checked],
-    rows: list[Row],
-    withheld: dict[str, Boxes],
-    bad: list[Bad],
-    groups: np.ndarray,
-    pairs: tuple[np.ndarray, np.ndarray],
-) -> dict[str, Any]:
-    """Numbers for stage.json, the terminal and the report."""
-    split_of = np.array([SPLITS.index(r.split) for r in rows])
-    i, j = pairs
-    leaking = set(i[(split_of[i] == 2) & (split_of[j] == 0)].tolist())
-    leaking |= set(j[(split_of[j] == 2) & (split_of[i] == 0)].tolist())
-    per_split: dict[str, Any] = {}
-    for name in SPLITS:
-        members = [r for r in rows if r.split == name]
-        boxes = [b for r in members if (b := r.boxes if r.boxes is not None else withheld.get(r.image_id)) is not None]
-        classes = np.concatenate([b[:, 0] for b in boxes]).astype(int) if boxes else np.zeros(0, int)
-        per_split[name] = {
-            "images": len(members),
-            "labelled": sum(r.labelled for r in members),
-            "boxes": {n: int((classes == c).sum()) for c, n in enumerate(source.names)},
-        }
-    seen = [r.boxes for r in rows if r.labelled and r.boxes is not None]
-    labelled_classes = np.concatenate([b[:, 0] for b in seen]).astype(int) if seen else np.zeros(0, int)
-    return {
-        "format": source.format,
-        "names": source.names,
-        "files": len(source.items),
-        "images": len(images),
-        "splits": per_split,
-        "labelled_images": sum(r.labelled for r in rows),
-        "labelled_boxes": {n: int((labelled_classes == c).sum()) for c, n in enumerate(source.names)},
-        "bad_files": dict(Counter(p.reason for _, p in bad)),
-        "groups": len(set(groups.tolist())),
-        "images_with_near_duplicate": int(sum(s for s in Counter(groups.tolist()).values() if s > 1)),
-        "largest_group": int(max(Counter(groups.tolist()).values())),
-        "test_images_with_near_duplicate_in_train": len(leaking),
-    }

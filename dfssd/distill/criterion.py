@@ -20,7 +20,7 @@ from dfssd.distill.predictions import dense_class
 from dfssd.models.detection_loss import COMPONENTS, DetectionLoss, Targets
 from dfssd.models.detector import Branch
 from dfssd.pseudo.thresholds import Policy, class_sums
-from dfssd.train.world import World
+from dfssd.world import World
 
 
 @dataclass

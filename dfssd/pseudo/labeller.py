@@ -135,7 +135,7 @@ class TeacherActor:
         import torch
 
         from dfssd.data.dataset import network_input
-        from dfssd.train.validation import predict
+        from dfssd.models.predict import predict
 
         settings = self.config.pseudo
         with torch.no_grad():

@@ -13,8 +13,8 @@ from dfssd.config import Config
 from dfssd.data.dataset import decode, network_input, shrink
 from dfssd.data.manifest import Boxes, Manifest, Row
 from dfssd.errors import DfssdError
+from dfssd.models.predict import NMS_IOU, predict
 from dfssd.pseudo.labeller import decode_shard, to_candidates
-from dfssd.train.validation import NMS_IOU, predict
 
 SIDE = 240  # px of one picture
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")

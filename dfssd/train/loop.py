@@ -19,7 +19,7 @@ from dfssd.train.guards import check_finite, check_reach
 from dfssd.train.optim import learning_rate
 from dfssd.train.session import Session, TrainJob, build_session
 from dfssd.train.validation import validate
-from dfssd.train.world import World
+from dfssd.world import World
 
 Log = Callable[[dict[str, float], int], None]
 Save = Callable[[dict[str, Any], Session], None]

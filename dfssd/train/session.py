@@ -32,7 +32,7 @@ from dfssd.models.detector import (
 from dfssd.pseudo.thresholds import Policy, make_policy
 from dfssd.storage import Storage
 from dfssd.train.optim import make_optimiser
-from dfssd.train.world import World
+from dfssd.world import World
 
 EMA_TAU = 100  # updates over which the decay of the weight average builds up
 

@@ -12,34 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ultralytics.engine.validator import BaseValidator
-from ultralytics.utils import nms, ops
+from ultralytics.utils import ops
 from ultralytics.utils.metrics import DetMetrics, box_iou
 
 from dfssd.data.dataset import ManifestDataset, network_input, validation_batches
 from dfssd.errors import DfssdError
-from dfssd.train.world import World
+from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
+from dfssd.world import World
 
 IOU_LEVELS = torch.linspace(0.5, 0.95, 10)
-CONF, NMS_IOU, MAX_BOXES = 0.001, 0.7, 300  # the defaults of `yolo val`
-
-
-def predict(model: nn.Module, images_bchw: Tensor, conf: float, iou: float, most: int) -> list[Tensor]:
-    """Boxes after NMS, one (n,6) tensor [x1, y1, x2, y2 px of the input, score, class] an image.
-
-    Ultralytics' NMS gives up after a wall-clock limit and returns what it has; the limit is set far out of reach.
-    """
-    output = model(images_bchw)
-    boxes = output[0] if isinstance(output, tuple) else output
-    found = nms.non_max_suppression(
-        boxes.float(),
-        conf,
-        iou,
-        multi_label=True,
-        max_det=most,
-        max_time_img=60.0,
-        end2end=bool(getattr(model, "end2end", False)),
-    )
-    return [f[:, :6] for f in found]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from dfssd.errors import DfssdError, find_user_error
 from dfssd.tracking import Tracker
 from dfssd.train import checkpoint
 from dfssd.train.session import Session, TrainJob
-from dfssd.train.world import World
+from dfssd.world import World
 
 KEEP = 2  # checkpoints; the newest may be the one that was being written
 MAX_FAILURES = 3  # restarts of the worker group from the newest checkpoint

@@ -11,7 +11,7 @@ from dfssd.storage import Storage
 from dfssd.train import guards, loop
 from dfssd.train.session import TrainJob, build_session
 from dfssd.train.worker import train_in_process
-from dfssd.train.world import World
+from dfssd.world import World
 from tests.conftest import tiny_config
 
 
