@@ -55,7 +55,7 @@ def connect() -> None:
         settings |= {"object_store_memory": _object_store_bytes()}
     try:
         ray.init(**settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise DfssdError(
             f"no connection to Ray: {str(error).splitlines()[0]}",
             where=os.environ.get("RAY_ADDRESS", "local"),

@@ -121,8 +121,8 @@ class Distill(Section):
     tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of policy 'ema'.")
     score_power: float = Field(1.0, ge=0, description="gamma in the weight score**gamma of a pseudo-label; 0: all 1.")
     lambda_u: float = Field(1.0, ge=0, description="Weight of the pseudo-label loss.")
-    lambda_p: float = Field(1.0, ge=0, description="Weight of the prediction distillation.")
-    lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
+    lambda_p: float = Field(4.0, ge=0, description="Weight of the prediction distillation.")
+    lambda_f: float = Field(10.0, ge=0, description="Weight of the feature distillation.")
     divergence: Literal["mse", "hw_js"] = Field("hw_js", description="How two feature maps are compared.")
     feature_tau: float = Field(1.0, gt=0, description="Temperature of the spatial softmax in 'hw_js'.")
     feature_schedule: Literal["constant", "cosine"] = Field(

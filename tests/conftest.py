@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ os.environ |= {
 for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_MODE"):
     os.environ.pop(_name, None)
 (_SCRATCH / "r").mkdir()
+(_SCRATCH / "token").write_text(secrets.token_hex(32))
 
 import pytest
 import torch

@@ -129,7 +129,7 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     assert all(r.info.status == "FINISHED" for r in runs if r.info.run_id != parent)
     student = children["student"]
     assert "loss/feat/hw_js" in student.data.metrics and "val/map50" in student.data.metrics
-    assert student.data.params["distill.lambda_f"] == "1.0" and student.inputs.dataset_inputs
+    assert student.data.params["distill.lambda_f"] == "10.0" and student.inputs.dataset_inputs
     names = {a.path for a in client.list_artifacts(children["report"].info.run_id)}
     assert {"report.html", "detections.png", "metrics.json", "stage.json"} <= names
 
