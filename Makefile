@@ -15,9 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: install
-	@test -f demo/data/data.yaml || $(BIN)/python -m dfssd.data.synthetic --out demo/data --images 420 --side 128
-	@$(BIN)/python jobs/pipeline.py --data demo/data --label-fraction 0.1 --imgsz 128 \
-	  --steps 400 --teacher-steps 400 --storage-path demo/runs --run-name demo
+	@test -f demo/data/data.yaml || $(BIN)/python -m dfssd.data.synthetic --out demo/data --images 800 --side 128
+	@$(BIN)/python jobs/pipeline.py --data demo/data --label-fraction 0.06 --imgsz 128 \
+	  --steps 320 --teacher-steps 450 --storage-path demo/runs --run-name demo
 
 check: install
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ missing. Memory holds the shards in flight, whatever the number of images.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def label(config: Config, run: Storage, manifest: Manifest, teacher_digest: str)
 def _stream(config: Config, run: Storage, store: Storage, todo: list[dict[str, Any]], digest: str) -> None:
     """Run the Ray Data pipeline over the shards that are missing."""
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = False  # ours survives a job's log, and goes on where a resumed job goes on
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     total = float(ray.cluster_resources().get("CPU", 1))
     gpu = config.run.gpu == "auto" and ray.cluster_resources().get("GPU", 0) >= config.pseudo.num_actors
     # Actors start first and hold their CPUs; what is left must take the decode tasks, or nothing ever runs.

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from dfssd.cluster import Resources
@@ -45,6 +45,7 @@ def fit(job: TrainJob, resources: Resources) -> dict[str, Any]:
             storage_path=job.store.uri,
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
+            logging_config=LoggingConfig(log_level="WARNING"),  # its INFO announces every report
         ),
     )
     try:
@@ -73,7 +74,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     world = World(context.get_world_rank(), context.get_world_size())
     job: TrainJob = settings["job"]
     torch.set_num_threads(settings["threads"])
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces every report twice
+    logging.getLogger().setLevel(logging.WARNING)  # Ray's session logs every report through the root logger
     tracker = Tracker(job.tracking_uri, job.mlflow_run_id) if world.rank == 0 else None
 
     def log(metrics: dict[str, float], step: int) -> None:
