@@ -200,7 +200,7 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     teacher = _teacher(job, run, detector, manifest, device) if job.distills else None
     channels = teacher.channels if teacher and config.distill.lambda_f > 0 else None
     student = Student(detector, channels).to(device).train()
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.to(memory_format=torch.channels_last)
     wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
     policy = make_policy(config.distill, len(manifest.names)) if job.distills else None
     criterion = Criterion(
