@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -50,6 +51,25 @@ def main(job: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def refuse_relative_paths_in_a_job(config: Config) -> None:
+    """A submitted job runs in an unpacked copy of the working directory: what it writes there is lost with the job.
+
+    Raises:
+        DfssdError: a path of this config would lie in that copy.
+    """
+    if "working_dir_files" not in str(Path.cwd()):
+        return
+    paths = [("--storage-path", config.run.storage_path), ("--data", config.data.data)]
+    paths += [("--labelled-list", config.data.labelled_list), *(("--unlabelled", p) for p in config.data.unlabelled)]
+    for flag, path in paths:
+        if path and "://" not in path and not Path(path).is_absolute():
+            raise DfssdError(
+                f"{flag} {path} is relative, and this job runs in a copy of the working directory",
+                where=str(Path.cwd()),
+                todo=f"give {flag} an absolute path that all nodes see, or a URI",
+            )
+
+
 def run_stages(config: Config, stages: Sequence[str]) -> None:
     """Run stages in order, or show the plan."""
     from dfssd.plan import dry_run
@@ -57,10 +77,16 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
 
     for note in settings_without_effect(config):
         print(f"WARNING: {note}", flush=True)
+    refuse_relative_paths_in_a_job(config)
     context = Context(config)
     if config.run.dry_run:
         dry_run(context, stages)
         return
     context.run.check_writable()
-    for name in stages:
-        run_stage(context, name)
+    status = "FAILED"
+    try:
+        for name in stages:
+            run_stage(context, name)
+        status = "FINISHED"
+    finally:
+        context.runs.end_parent(status)

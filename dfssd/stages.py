@@ -31,7 +31,7 @@ class Context:
         run = self.config.run
         storage = Storage(run.storage_path)
         self.run = storage.at(run.run_name)
-        self.runs = Runs(storage, run.experiment, run.run_name)
+        self.runs = Runs(storage, run.experiment, run.run_name, flatten(self.config.model_dump(mode="json")))
 
 
 def make_stage(config: Config, run: Storage, name: str) -> Stage:

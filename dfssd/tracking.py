@@ -112,8 +112,9 @@ def _metric_name(name: str) -> str:
 class Runs:
     """Creates and ends the runs of a pipeline from the driver. Every call may fail without harm, and says so once."""
 
-    def __init__(self, storage: Storage, experiment: str, run_name: str) -> None:
+    def __init__(self, storage: Storage, experiment: str, run_name: str, params: dict[str, Any] | None = None) -> None:
         self.uri, self.experiment, self.run_name = tracking_uri(storage), experiment, run_name
+        self.params = params or {}
         self.storage, self._parent, self._said = storage, "", False
 
     def attempt(self, call: Callable[[Any], T], default: T) -> T:
@@ -139,9 +140,11 @@ class Runs:
         if not self._parent and run.exists("run.json"):
             known = str(run.read_json("run.json").get("mlflow_run_id", ""))
             self._parent = self.attempt(lambda c: known if known and c.get_run(known) else "", "")
+            self.attempt(lambda c: c.update_run(self._parent, status="RUNNING") if self._parent else None, None)
         if not self._parent:
             self._parent = self.attempt(lambda c: self._create(c, self.run_name, {}), "")
             if self._parent:
+                self.attempt(lambda c: _log_params(c, self._parent, self.params), None)
                 run.write_json("run.json", {"mlflow_run_id": self._parent, "experiment": self.experiment})
         return self._parent
 
@@ -170,6 +173,10 @@ class Runs:
 
         tags = {**tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
         return str(client.create_run(experiment_id, tags=tags).info.run_id)
+
+    def end_parent(self, status: str) -> None:
+        """End the pipeline's run, if this process has opened it."""
+        self.end(self._parent, status)
 
     def end(self, run_id: str, status: str) -> None:
         """Mark a run FINISHED, FAILED or KILLED."""

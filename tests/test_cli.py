@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dfssd.cli import parse
-from dfssd.config import Config, Distill, Section, Train, settings_without_effect
+from dfssd.cli import parse, refuse_relative_paths_in_a_job
+from dfssd.config import Config, Data, Distill, Run, Section, Train, settings_without_effect
 from dfssd.errors import DfssdError
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +172,20 @@ def test_dry_run_ends_with_2_and_says_what_to_do(strip, tmp_path, args, message)
     result = _job("pipeline", "--data", str(strip), *base, *args)
     assert result.returncode == 2 and message in result.stderr and "to do:" in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_submitted_job_refuses_relative_paths(tmp_path, monkeypatch):
+    """`ray job submit --working-dir` unpacks to .../working_dir_files/...; what is written there is lost."""
+    job_dir = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job_dir.mkdir(parents=True)
+    monkeypatch.chdir(job_dir)
+    with pytest.raises(DfssdError, match="--storage-path runs is relative"):
+        refuse_relative_paths_in_a_job(Config(run=Run(storage_path="runs")))
+    with pytest.raises(DfssdError, match="--data x is relative"):
+        refuse_relative_paths_in_a_job(Config(run=Run(storage_path="/a"), data=Data(data="x")))
+    refuse_relative_paths_in_a_job(Config(run=Run(storage_path="s3://a/b"), data=Data(data="/x")))
+    monkeypatch.chdir(tmp_path)
+    refuse_relative_paths_in_a_job(Config(run=Run(storage_path="runs")))
 
 
 def test_unknown_flags_and_bad_values_end_with_2():

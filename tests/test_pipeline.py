@@ -130,7 +130,8 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     parent = json.loads((storage / "p" / "run.json").read_text())["mlflow_run_id"]
     children = {r.data.tags["stage"]: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
     assert set(children) == {"dataset", "teacher", "label_only", "pseudo", "student", "report"} and len(runs) == 7
-    assert all(r.info.status == "FINISHED" for r in runs if r.info.run_id != parent)
+    assert all(r.info.status == "FINISHED" for r in runs)
+    assert client.get_run(parent).data.params["train.imgsz"] == "64"
     student = children["student"]
     assert "loss/feat/hw_js" in student.data.metrics and "val/map50" in student.data.metrics
     assert student.data.params["distill.lambda_f"] == "10.0" and student.inputs.dataset_inputs

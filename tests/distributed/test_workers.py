@@ -1,0 +1,81 @@
+"""A real Ray Train group of two workers (gloo), one of which is killed on the way."""
+
+import threading
+import time
+
+import psutil
+import pytest
+
+from dfssd.cluster import Resources, worker_resources
+from dfssd.config import Run
+from dfssd.errors import DfssdError
+from dfssd.storage import Storage
+from dfssd.train.session import TrainJob
+from dfssd.train.worker import fit, train_in_process
+from tests.conftest import tiny_config
+from tests.faults.test_training import _give_teacher_and_candidates
+
+ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
+
+
+def _kill_a_worker_after(checkpoint, killed):
+    """SIGKILL one training worker of this test's own Ray as soon as `checkpoint` is there."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not killed:
+        if checkpoint.exists():
+            mine = psutil.Process().children(recursive=True)
+            workers = [p for p in mine if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
+            if workers:
+                workers[-1].kill()
+                killed.append(workers[-1].pid)
+        time.sleep(0.05)
+
+
+def test_two_workers_survive_the_death_of_one(prepared, local_ray):
+    _give_teacher_and_candidates(prepared)
+    config = tiny_config(prepared, steps=30, val_every=5, num_workers=2)
+    job = TrainJob("student", str(prepared / "r"), config)
+    killed: list[int] = []
+    first = prepared / "r" / "student" / "train" / "step_0000005" / "MANIFEST.json"
+    killer = threading.Thread(target=_kill_a_worker_after, args=(first, killed), daemon=True)
+    killer.start()
+    result = fit(job, ONE_CPU)
+    assert killed, "the run ended before a worker could be killed"
+    assert result["steps"] == 30
+    history = job.store.read_json("history.json")
+    assert [h["step"] for h in history if "loss/total" in h] == list(range(1, 31))
+    assert [h["step"] for h in history if "val/map50" in h] == [5, 10, 15, 20, 25, 30]
+    assert len([f for f in job.store.at("train").folders() if f.startswith("step_")]) <= 3
+    # Two workers and one see the same global batches; what differs is batch norm over a worker's own half.
+    alone = tiny_config(prepared, steps=30, val_every=30)
+    other = Storage(str(prepared)).at("s")
+    for name in ("dataset", "teacher", "pseudo"):
+        for file in Storage(str(prepared)).at("r", name).files():
+            other.write(f"{name}/{file}", Storage(str(prepared)).at("r", name).read(file))
+    single = TrainJob("student", other.uri, alone)
+    train_in_process(single)
+    a, b = history[0], single.store.read_json("history.json")[0]
+    for term in ("loss/sup/cls", "loss/pse/cls", "loss/pred/cls", "loss/feat/hw_js"):
+        assert a[term] == pytest.approx(b[term], rel=0.25), term
+    assert a["pse/pseudo_labels"] == b["pse/pseudo_labels"] and a["pse/uncertain"] == b["pse/uncertain"]
+    assert {k: v for k, v in a.items() if k.startswith("threshold/")} == {
+        k: pytest.approx(v) for k, v in b.items() if k.startswith("threshold/")
+    }
+
+
+def test_a_user_error_in_a_worker_comes_back_as_one_without_retries(prepared, local_ray):
+    config = tiny_config(prepared)
+    job = TrainJob("student", str(prepared / "r"), config)  # no teacher was trained
+    Storage(str(prepared / "r")).write("teacher/best.pt", b"not weights")
+    begun = time.monotonic()
+    with pytest.raises(DfssdError, match="cannot be loaded as a model"):
+        fit(job, ONE_CPU)
+    assert time.monotonic() - begun < 90
+
+
+def test_what_can_never_be_scheduled_says_so_at_once(local_ray):
+    with pytest.raises(DfssdError, match="need 6 CPUs, the cluster has 2"):
+        worker_resources(Run(num_workers=2, cpus_per_worker=3))
+    resources = worker_resources(Run(num_workers=2))
+    assert resources.cpus == 1 and resources.threads == 1
+    assert worker_resources(Run(num_workers=4)).cpus < 0.5
