@@ -11,6 +11,7 @@ import numpy as np
 
 from dfssd.config import Config, as_dict
 from dfssd.data.manifest import read_manifest, read_pseudo
+from dfssd.errors import DfssdError
 from dfssd.stage import Stage, flatten
 from dfssd.storage import Storage
 from dfssd.tracking import Runs
@@ -146,7 +147,8 @@ def _pseudo(context: Context, stage: Stage, run_id: str) -> Body:
         print("pseudo: there is no unlabelled image", flush=True)
     digest = context.run.at("teacher").digest("best.pt")["sha256"][:16]
     summary = label(context.config, context.run, manifest, digest)
-    tau = np.full(len(manifest.names), context.config.distill.tau_min)
+    distill = context.config.distill
+    tau = np.full(len(manifest.names), distill.tau if distill.threshold_policy == "fixed" else distill.tau_min)
     stage.store.write("pseudo.png", pseudo_sheet(manifest, read_pseudo(stage.store), tau))
     context.runs.artefact(run_id, "pseudo.png", stage.store.read("pseudo.png"))
     for name, count in summary["candidates"].items():
@@ -162,6 +164,12 @@ def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
     from dfssd.evaluate import MODELS, measure
     from dfssd.report.html import write_report
 
+    if not any(context.run.exists(f"{m}/stage.json") for m in MODELS):
+        raise DfssdError(
+            "there is no finished model to measure",
+            where=context.run.uri,
+            todo="run jobs/teacher.py or jobs/distill.py first, or jobs/pipeline.py, which runs all in order",
+        )
     connect()
     resources = worker_resources(context.config.run.model_copy(update={"num_workers": 1}))
     task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)

@@ -56,7 +56,7 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     train_in_process(single)
     a, b = history[0], single.store.read_json("history.json")[0]
     for term in ("loss/sup/cls", "loss/pse/cls", "loss/pred/cls", "loss/feat/hw_js"):
-        assert a[term] == pytest.approx(b[term], rel=0.25), term
+        assert a[term] == pytest.approx(b[term], rel=0.25, abs=1e-3), term
     assert a["pse/pseudo_labels"] == b["pse/pseudo_labels"] and a["pse/uncertain"] == b["pse/uncertain"]
     assert {k: v for k, v in a.items() if k.startswith("threshold/")} == {
         k: pytest.approx(v) for k, v in b.items() if k.startswith("threshold/")
