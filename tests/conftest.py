@@ -29,7 +29,7 @@ for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_MODE"):
 import pytest
 import torch
 
-from dfssd.config import Config, Data, Distill, Models, Run, Train
+from dfssd.config import Data
 from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.storage import Storage
@@ -59,22 +59,6 @@ def cr7() -> Path:
     if not CR7.exists():
         pytest.skip("CR7-DET is not here")
     return CR7
-
-
-def tiny_config(storage: Path, **changes: object) -> Config:
-    """Settings that train in seconds on one CPU, in fp32 so that runs can be compared bit by bit."""
-    train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
-    run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
-    distill: dict[str, object] = {}
-    for key, value in changes.items():
-        (run if key in Run.model_fields else distill if key in Distill.model_fields else train)[key] = value  # type: ignore[index]
-    return Config(
-        run=Run(**run),  # type: ignore[arg-type]
-        data=Data(label_fraction=0.4),
-        models=Models(teacher="yolov8n.yaml", student="yolov8n.yaml"),
-        train=Train(**train),  # type: ignore[arg-type]
-        distill=Distill(**distill),  # type: ignore[arg-type]
-    )
 
 
 @pytest.fixture

@@ -153,11 +153,11 @@ def test_again_is_instant_and_other_settings_are_refused(finished, strip):
 def test_pseudo_labels_are_whole_and_resumable(finished, local_ray):
     """A lost shard is labelled again, to the same boxes; the others are not touched."""
     import numpy as np
+    from small import tiny_config
 
     from dfssd.data.manifest import read_manifest, read_pseudo
     from dfssd.pseudo import labeller
     from dfssd.storage import Storage
-    from tests.conftest import tiny_config
 
     storage, _ = finished
     run = Storage(str(storage / "p"))

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from small import tiny_config
 
 from dfssd.config import Data
 from dfssd.data.dataset import ManifestDataset
@@ -17,7 +18,6 @@ from dfssd.train.session import TrainJob
 from dfssd.train.validation import summarise, validate
 from dfssd.train.worker import train_in_process
 from dfssd.world import World
-from tests.conftest import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import time
 
 import psutil
 import pytest
+from small import give_teacher_and_candidates, tiny_config
 
 from dfssd.cluster import Resources, worker_resources
 from dfssd.config import Run
@@ -12,8 +13,6 @@ from dfssd.errors import DfssdError
 from dfssd.storage import Storage
 from dfssd.train.session import TrainJob
 from dfssd.train.worker import fit, train_in_process
-from tests.conftest import tiny_config
-from tests.faults.test_training import _give_teacher_and_candidates
 
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
 
@@ -32,7 +31,7 @@ def _kill_a_worker_after(checkpoint, killed):
 
 
 def test_two_workers_survive_the_death_of_one(prepared, local_ray):
-    _give_teacher_and_candidates(prepared)
+    give_teacher_and_candidates(prepared)
     config = tiny_config(prepared, steps=30, val_every=5, num_workers=2)
     job = TrainJob("student", str(prepared / "r"), config)
     killed: list[int] = []

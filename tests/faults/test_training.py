@@ -1,10 +1,10 @@
 """Interrupt, break and resume the loop itself, in one process."""
 
-import numpy as np
 import pytest
 import torch
+from small import give_teacher_and_candidates, tiny_config
 
-from dfssd.data.manifest import pseudo_table, read_manifest, write_table
+from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, load_detector, read_detector
 from dfssd.storage import Storage
@@ -12,27 +12,10 @@ from dfssd.train import guards, loop
 from dfssd.train.session import TrainJob, build_session
 from dfssd.train.worker import train_in_process
 from dfssd.world import World
-from tests.conftest import tiny_config
 
 
 class Killed(Exception):
     """Stands for SIGKILL: nothing of the loop runs after it."""
-
-
-def _give_teacher_and_candidates(storage):
-    """A made-up teacher and made-up candidates, so that the student's stage can run alone."""
-    run = Storage(str(storage / "r"))
-    manifest = read_manifest(run.at("dataset"))
-    torch.manual_seed(9)
-    run.write("teacher/best.pt", detector_bytes(build_detector("yolov8s.yaml", manifest.names, 64), {}))
-    rng = np.random.default_rng(0)
-    rows = manifest.unlabelled_rows()
-    boxes = []
-    for _ in rows:
-        columns = [(0.3, 0.6)] * 4 + [(0.1, 1.0), (1.0, 1.0)]  # cx, cy, w, h, score, agreement
-        numbers = np.stack([rng.uniform(low, high, 2) for low, high in columns], 1)
-        boxes.append(np.concatenate([rng.integers(0, 3, (2, 1)), numbers], 1).astype(np.float32))
-    write_table(run.at("pseudo"), "shard-00000.parquet", pseudo_table([r.image_id for r in rows], "t", boxes))
 
 
 def _run(storage, stage, stop_at=None, monkeypatch=None, **changes):
@@ -57,7 +40,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(prepared, tmp_path
     import shutil
 
     if stage == "student":
-        _give_teacher_and_candidates(prepared)
+        give_teacher_and_candidates(prepared)
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(prepared / "r", other / "r")
     whole, job = _run(prepared, stage)
@@ -81,7 +64,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(prepared, tmp_path
 
 def test_every_part_of_the_state_matters(prepared):
     """Leaving any part out of a checkpoint must be noticed: each one changes after three steps."""
-    _give_teacher_and_candidates(prepared)
+    give_teacher_and_candidates(prepared)
     job = TrainJob("student", str(prepared / "r"), tiny_config(prepared, steps=3))
     fresh = build_session(job, World(), torch.device("cpu")).state()
     train_in_process(job)
@@ -98,7 +81,7 @@ def test_every_part_of_the_state_matters(prepared):
 
 
 def test_training_changes_only_what_it_should(prepared):
-    _give_teacher_and_candidates(prepared)
+    give_teacher_and_candidates(prepared)
     job = TrainJob("student", str(prepared / "r"), tiny_config(prepared, steps=2))
     teacher = read_detector(Storage(str(prepared / "r")).read("teacher/best.pt"), "t").state_dict()
     before = build_session(job, World(), torch.device("cpu"))
@@ -113,7 +96,7 @@ def test_training_changes_only_what_it_should(prepared):
 
 
 def test_label_only_and_student_start_from_the_same_weights(prepared):
-    _give_teacher_and_candidates(prepared)
+    give_teacher_and_candidates(prepared)
     sessions = [
         build_session(TrainJob(s, str(prepared / "r"), tiny_config(prepared)), World(), torch.device("cpu"))
         for s in ("label_only", "student")
@@ -123,7 +106,7 @@ def test_label_only_and_student_start_from_the_same_weights(prepared):
 
 
 def test_nan_stops_before_the_update(prepared, monkeypatch):
-    _give_teacher_and_candidates(prepared)
+    give_teacher_and_candidates(prepared)
     import dfssd.distill.criterion as criterion
 
     feature_loss, calls, weights = criterion.feature_loss, [], []
@@ -142,7 +125,7 @@ def test_nan_stops_before_the_update(prepared, monkeypatch):
 
 
 def test_nan_teacher_is_caught_at_the_first_step(prepared):
-    _give_teacher_and_candidates(prepared)
+    give_teacher_and_candidates(prepared)
     run = Storage(str(prepared / "r"))
     teacher = load_detector(run.read("teacher/best.pt"), "t", 64)
     with torch.no_grad():
@@ -166,7 +149,7 @@ def test_speed_settings_may_change_on_resume(prepared, monkeypatch):
 
 
 def test_teacher_of_other_classes_is_refused(prepared):
-    _give_teacher_and_candidates(prepared)
+    give_teacher_and_candidates(prepared)
     run = Storage(str(prepared / "r"))
     run.write("teacher/best.pt", detector_bytes(build_detector("yolov8n.yaml", ["x", "y", "z"], 64), {}))
     with pytest.raises(DfssdError, match="teacher knows the classes"):

@@ -1,0 +1,45 @@
+"""Small settings and made-up artefacts that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dfssd.config import Config, Data, Distill, Models, Run, Train
+from dfssd.data.manifest import pseudo_table, read_manifest, write_table
+from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.storage import Storage
+
+
+def tiny_config(storage: Path, **changes: object) -> Config:
+    """Settings that train in seconds on one CPU, in fp32 so that runs can be compared bit by bit."""
+    train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
+    run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
+    distill: dict[str, object] = {}
+    for key, value in changes.items():
+        (run if key in Run.model_fields else distill if key in Distill.model_fields else train)[key] = value  # type: ignore[index]
+    return Config(
+        run=Run(**run),  # type: ignore[arg-type]
+        data=Data(label_fraction=0.4),
+        models=Models(teacher="yolov8n.yaml", student="yolov8n.yaml"),
+        train=Train(**train),  # type: ignore[arg-type]
+        distill=Distill(**distill),  # type: ignore[arg-type]
+    )
+
+
+def give_teacher_and_candidates(storage):
+    """A made-up teacher and made-up candidates, so that the student's stage can run alone."""
+    run = Storage(str(storage / "r"))
+    manifest = read_manifest(run.at("dataset"))
+    torch.manual_seed(9)
+    run.write("teacher/best.pt", detector_bytes(build_detector("yolov8s.yaml", manifest.names, 64), {}))
+    rng = np.random.default_rng(0)
+    rows = manifest.unlabelled_rows()
+    boxes = []
+    for _ in rows:
+        columns = [(0.3, 0.6)] * 4 + [(0.1, 1.0), (1.0, 1.0)]  # cx, cy, w, h, score, agreement
+        numbers = np.stack([rng.uniform(low, high, 2) for low, high in columns], 1)
+        boxes.append(np.concatenate([rng.integers(0, 3, (2, 1)), numbers], 1).astype(np.float32))
+    write_table(run.at("pseudo"), "shard-00000.parquet", pseudo_table([r.image_id for r in rows], "t", boxes))
