@@ -88,5 +88,8 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
         for name in stages:
             run_stage(context, name)
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         context.runs.end_parent(status)

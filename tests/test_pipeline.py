@@ -42,7 +42,7 @@ def _wait_for(log, process, text, limit_s=240):
 
 @pytest.fixture(scope="module")
 def finished(strip, tmp_path_factory):
-    """A pipeline that was killed inside the teacher's training, then inside the student's, then finished."""
+    """A pipeline killed inside the teacher's training, interrupted inside the student's, then finished."""
     storage = tmp_path_factory.mktemp("pipeline")
     logs = []
     for number, (stage, reached) in enumerate(
@@ -52,8 +52,13 @@ def finished(strip, tmp_path_factory):
         process = _start(_command(strip, storage), log)
         if stage:
             _wait_for(log, process, reached)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if stage == "teacher":
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            else:  # Ctrl-C: an orderly end, which must not be taken for success
+                process.send_signal(signal.SIGINT)
+                assert process.wait(timeout=90) == 130, log.read_text()[-3000:]
+                assert "the same command goes on from here" in log.read_text()
             assert not (storage / "p" / stage / "stage.json").exists()
         else:
             assert process.wait(timeout=400) == 0, log.read_text()[-4000:]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,11 @@ def fit(job: TrainJob, resources: Resources) -> dict[str, Any]:
             logging_config=LoggingConfig(log_level="WARNING"),  # its INFO announces every report
         ),
     )
+    handler = signal.getsignal(signal.SIGINT)
     try:
         outcome = trainer.fit().return_value
+    except SystemExit as error:  # Ray answers Ctrl-C with exit code 0, which would read as success
+        raise KeyboardInterrupt from error
     except ray.train.TrainingFailedError as error:
         user_error = find_user_error(error)
         if user_error is not None:
@@ -59,6 +64,9 @@ def fit(job: TrainJob, resources: Resources) -> dict[str, Any]:
             where=job.store.uri,
             todo="see the error above; the same command goes on from the last checkpoint",
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
     if isinstance(outcome, DfssdError):
         raise outcome
     assert isinstance(outcome, dict), "rank 0 returns the loop's result"
