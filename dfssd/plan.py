@@ -10,12 +10,11 @@ import torch
 
 from dfssd.config import Config
 from dfssd.data.formats import read_source
-from dfssd.data.source import is_image
+from dfssd.data.source import unlabelled_uris
 from dfssd.errors import DfssdError
 from dfssd.progress import clock
 from dfssd.report.tables import render
 from dfssd.stages import TRAINING, Context, make_stage
-from dfssd.storage import Storage
 
 RAY_START_S = 20  # seconds until a worker group runs its first step, seen on two cores
 
@@ -71,12 +70,7 @@ def _check_data(context: Context, stages: Sequence[str]) -> int:
     """Number of images; reads the data's labels where prepare is part of the plan."""
     if "dataset" in stages:
         source = read_source(context.config.data.data, context.config.data.format, context.config.data.names)
-        extra = 0
-        for folder in context.config.data.unlabelled:
-            found = sum(is_image(f) for f in Storage(folder).files())
-            if not found:
-                raise DfssdError("no image files found", where=folder, todo="check the path given to --unlabelled")
-            extra += found
+        extra = len(unlabelled_uris(context.config.data))
         labels = sum(item.label is not None for item in source.items)
         print(f"data: {len(source.items)} images ({labels} with a label file) as {source.format}, {extra} more without")
         return len(source.items) + extra

@@ -106,15 +106,6 @@ class Storage:
         elif kind == pafs.FileType.File:
             self.fs.delete_file(path)
 
-    def move(self, old: str, new: str) -> None:
-        self.fs.move(self.path(old), self.path(new))
-
-    def fetch(self, name: str, folder: Path) -> Path:
-        """Copy one file to a local folder and return its path there."""
-        local = folder / name.rsplit("/", 1)[-1]
-        local.write_bytes(self.read(name))
-        return local
-
     def digest(self, name: str) -> dict[str, Any]:
         """Size (bytes) and sha256 of one file."""
         data = self.read(name)

@@ -17,7 +17,7 @@ from dfssd.config import Data
 from dfssd.data import checks, grouping, splits
 from dfssd.data.formats import read_source
 from dfssd.data.manifest import BAD_SCHEMA, SPLITS, Boxes, Manifest, Row, write_manifest, write_table, write_withheld
-from dfssd.data.source import Item, Source, is_image
+from dfssd.data.source import Item, Source, unlabelled_uris
 from dfssd.data.summary import contact_sheet, summarise
 from dfssd.errors import DfssdError
 from dfssd.progress import Progress
@@ -76,12 +76,7 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
 def check_all(source: Source, config: Data) -> tuple[list[Checked], list[Bad]]:
     """Check every image and label; images of --unlabelled folders join without labels."""
     jobs = [(f"{source.store.uri}/{item.name}", item) for item in source.items]
-    for folder in config.unlabelled:
-        store = Storage(folder)
-        names = [f for f in store.files() if is_image(f)]
-        if not names:
-            raise DfssdError("no image files found", where=store.uri, todo="check the path given to --unlabelled")
-        jobs += [(f"{store.uri}/{name}", Item(name)) for name in names]
+    jobs += [(uri, Item(uri.rsplit("/", 1)[-1])) for uri in unlabelled_uris(config)]
     jobs = list({uri: (uri, item) for uri, item in reversed(jobs)}.values())[::-1]  # --unlabelled inside --data
     bad: list[Bad] = [(f"{source.store.uri}/{o}", checks.Problem("label_without_image")) for o in source.orphans]
     good: list[Checked] = []

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import PurePosixPath
 
+from dfssd.config import Data
 from dfssd.data.checks import Label
+from dfssd.errors import DfssdError
 from dfssd.storage import Storage
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -30,6 +32,22 @@ class Source:
     names: list[str]
     items: list[Item]
     orphans: list[str] = field(default_factory=list)
+
+
+def unlabelled_uris(config: Data) -> list[str]:
+    """All images of the --unlabelled folders.
+
+    Raises:
+        DfssdError: one of them holds no image.
+    """
+    uris: list[str] = []
+    for folder in config.unlabelled:
+        store = Storage(folder)
+        names = [f for f in store.files() if is_image(f)]
+        if not names:
+            raise DfssdError("no image files found", where=store.uri, todo="check the path given to --unlabelled")
+        uris += [f"{store.uri}/{name}" for name in names]
+    return uris
 
 
 def is_image(name: str) -> bool:
