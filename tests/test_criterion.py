@@ -134,8 +134,20 @@ def test_two_workers_add_up_to_one():
     student, teacher, _ = _parts()
     student.eval()  # batch norm must not differ between halves
     student.detector.model[-1].training = True
-    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    batch = {**_batch(), "batch_idx": torch.tensor([0.0, 1.0, 3.0])}
+    g = torch.Generator().manual_seed(1)
+    images = torch.rand(4, 3, 64, 64, generator=g)
+    # Enough boxes, and a teacher sure enough of itself, that no normaliser is held at 1: there, sharing it would not show.
+    image = torch.arange(4.0).repeat_interleave(torch.tensor([40, 10, 15, 35]))
+    size = 0.3 + 0.4 * torch.rand(100, 2, generator=g)
+    batch = {
+        "cls": torch.randint(0, 3, (100,), generator=g).float(),
+        "bboxes": torch.cat([torch.full((100, 2), 0.5) + 0.2 * torch.rand(100, 2, generator=g), size], 1),
+        "batch_idx": image,
+        "score": torch.where(image < 2, torch.ones(100), 0.9),
+        "agreement": torch.ones(100),
+    }
+    for conv in teacher.model.model[-1].cv3:
+        conv[-1].bias.data += 6
     config = Distill(threshold_policy="ema", tau_min=0.3)
 
     def terms(world, rows, sub, labelled):
@@ -146,13 +158,15 @@ def test_two_workers_add_up_to_one():
     alone = terms(World(), [0, 1, 2, 3], batch, 2)
     shards = []
     for rank in (0, 1):  # worker 0: labelled 0, unlabelled 2; worker 1: labelled 1, unlabelled 3
-        keep = torch.tensor([rank == 0, rank == 1, rank == 1])
+        keep = (image == rank) | (image == rank + 2)
         sub = {k: v[keep] for k, v in batch.items()}
-        sub["batch_idx"] = torch.tensor([0.0]) if rank == 0 else torch.tensor([0.0, 1.0])
+        sub["batch_idx"] = (sub["batch_idx"] >= 2).float()
         shards.append(([rank, rank + 2], sub))
     recorders = [_Recorder(), _Recorder()]
     for recorder, (rows, sub) in zip(recorders, shards, strict=True):
         terms(recorder, rows, sub, 1)
+    totals = recorders[0].seen[-1][:3] + recorders[1].seen[-1][:3]
+    assert (totals > 1).all(), f"normalisers of sup, pse, pred: {totals}"
     both = [terms(_FakeWorld(recorders[1 - k].seen), rows, sub, 1) for k, (rows, sub) in enumerate(shards)]
     for name, want in alone.losses.items():
         got = both[0].losses[name] + both[1].losses[name]
