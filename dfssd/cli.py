@@ -73,7 +73,7 @@ def refuse_relative_paths_in_a_job(config: Config) -> None:
 def run_stages(config: Config, stages: Sequence[str]) -> None:
     """Run stages in order, or show the plan."""
     from dfssd.plan import dry_run
-    from dfssd.stages import Context, run_stage
+    from dfssd.stages import Context, later_rounds, run_stage
 
     for note in settings_without_effect(config):
         print(f"WARNING: {note}", flush=True)
@@ -87,6 +87,8 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     try:
         for name in stages:
             run_stage(context, name)
+            if name == "quality":
+                later_rounds(context)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

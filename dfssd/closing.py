@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dfssd.config import Config
-from dfssd.report.tables import result_table, verdict
+from dfssd.gate import publish_best, verdict
+from dfssd.report.tables import result_table
 from dfssd.storage import Storage
 from dfssd.tracking import tracking_uri
 
@@ -15,7 +16,9 @@ def print_results(config: Config) -> None:
     results = run.read_json("report/metrics.json")
     print()
     print(result_table(results))
-    print(verdict(results))
+    print(verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with")
+    if config.publish_best:
+        print(publish_best(run))
     print(f"\nstudent   {run.path('student', 'best.pt')}")
     print(f"report    {run.path('report', 'report.html')}")
     print(f"numbers   {run.path('report', 'metrics.json')}")

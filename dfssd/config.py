@@ -78,6 +78,9 @@ class Train(Section):
     batch: int = Field(16, ge=1, description="Labelled images in a global batch.")
     steps: int = Field(1680, ge=1, description="Optimiser steps of the student and of the label-only baseline.")
     teacher_steps: int = Field(0, ge=0, description="Optimiser steps of the teacher; 0: as many as --steps.")
+    teacher_patience: int = Field(
+        0, ge=0, description="Validations without a better one after which the teacher stops; 0: never."
+    )
     lr: float = Field(0.002, gt=0, description="Peak learning rate (AdamW).")
     lr_final: float = Field(0.01, ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
     warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up; at most a tenth of all are used.")
@@ -92,6 +95,10 @@ class Train(Section):
     scale: float = Field(0.5, ge=0, lt=1, description="Random scale gain (+/- share).")
     translate: float = Field(0.1, ge=0, le=1, description="Random shift (share of the side).")
     fliplr: float = Field(0.5, ge=0, le=1, description="Probability of a left-right flip.")
+    mixup: float = Field(0.0, ge=0, le=1, description="Probability of a mixup.")
+    repeat_threshold: float = Field(
+        0.0, ge=0, le=1, description="Share of images below which a class is seen more often (LVIS); 0: off."
+    )
     flipud: float = Field(0.0, ge=0, le=1, description="Probability of an up-down flip.")
     hsv: tuple[float, float, float] = Field((0.015, 0.7, 0.4), description="Random hue, saturation, value gains.")
     val_every: int = Field(0, ge=0, description="Steps between validations and checkpoints; 0: a tenth of all.")
@@ -103,23 +110,50 @@ class Train(Section):
 class Pseudo(Section):
     """How the teacher labels the unlabelled images."""
 
+    label_teachers: tuple[str, ...] = Field(
+        (), description="Weights (.pt) that label instead of the run's own teacher; several are an ensemble."
+    )
+    tta: Literal["none", "flips"] = Field(
+        "flips", description="Label the image alone, or also its three mirrored forms, fused."
+    )
     floor: float = Field(0.05, gt=0, lt=1, description="Lowest score of a candidate box that is kept.")
-    label_batch: int = Field(32, ge=1, description="Images in one forward pass of the labelling teacher.")
-    num_actors: int = Field(1, ge=1, description="Labelling actors (processes).")
+    label_batch: int = Field(0, ge=0, description="Images in one forward pass of the labelling teacher; 0: automatic.")
+    num_actors: int = Field(0, ge=0, description="Labelling actors (processes); 0: one a GPU, or one for 8 CPUs.")
     nms_iou: float = Field(0.65, gt=0, le=1, description="IoU above which two candidates of a class are one.")
+    fuse_iou: float = Field(0.55, gt=0, le=1, description="IoU above which boxes of several forms or teachers are one.")
     max_candidates: int = Field(100, ge=1, description="Most candidates an image.")
     unreadable_limit: float = Field(0.01, ge=0, le=1, description="Share of unreadable images (0..1) that is accepted.")
+
+
+class Thresholds(Section):
+    """Which candidates become pseudo-labels."""
+
+    threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
+        "ema", description="How class thresholds are set (docs/design.md, section 5)."
+    )
+    tau: float = Field(
+        0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
+    )
+    tau_min: float = Field(0.0, ge=0, lt=1, description="Lowest threshold of 'ema', 'gmm', 'match'; 0: 0.5, 0.1, 0.1.")
+    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of 'ema', 'gmm', 'match'.")
+    tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of 'ema'.")
+
+    def lowest(self, policy: str = "") -> float:
+        """Lowest threshold of a policy, by default of the chosen one."""
+        return self.tau_min or {"ema": 0.5}.get(policy or self.threshold_policy, 0.1)
 
 
 class Distill(Section):
     """The method: L = L_sup + lambda_u L_pse + lambda_p L_pred + lambda_f s(t) L_feat."""
 
     unlabelled_ratio: float = Field(1.0, ge=0, description="Unlabelled images in a batch for each labelled one.")
-    threshold_policy: Literal["fixed", "ema"] = Field("ema", description="How class thresholds are set.")
-    tau: float = Field(0.5, gt=0, lt=1, description="Threshold of policy 'fixed'.")
-    tau_min: float = Field(0.5, gt=0, lt=1, description="Lowest threshold of policy 'ema'.")
-    tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of policy 'ema'.")
     score_power: float = Field(1.0, ge=0, description="gamma in the weight score**gamma of a pseudo-label; 0: all 1.")
+    uncertain: Literal["ignore", "background"] = Field(
+        "ignore", description="What a candidate below its threshold says: nothing, or (harmful) 'no defect here'."
+    )
+    agreement_min: float = Field(
+        0.0, ge=0, le=1, description="Agreement under flips from which a pseudo-label teaches its box; 0: always."
+    )
     lambda_u: float = Field(1.0, ge=0, description="Weight of the pseudo-label loss.")
     lambda_p: float = Field(4.0, ge=0, description="Weight of the prediction distillation.")
     lambda_f: float = Field(10.0, ge=0, description="Weight of the feature distillation.")
@@ -145,9 +179,19 @@ class Config(Section):
     models: Models = Models()
     train: Train = Train()
     pseudo: Pseudo = Pseudo()
+    thresholds: Thresholds = Thresholds()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
-    baseline: bool = Field(True, description="Also train the label-only student for as many steps.")
+    baseline: bool = Field(True, description="Also train the label-only student for as many steps, as a gate.")
+    publish_best: bool = Field(
+        False, description="Where the label-only student is better on val, publish it as student/best.pt."
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=5,
+        description="Rounds of teacher and labels; from the second on it also learns from its own labels.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -160,6 +204,8 @@ class Config(Section):
             )
         if abs(sum(self.data.split_shares) - 1) > 1e-6:
             raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
+        if self.thresholds.lowest() > self.thresholds.tau_max:
+            raise ValueError(f"--tau-min {self.thresholds.lowest()} is above --tau-max {self.thresholds.tau_max}")
         if self.data.labels_per_class and self.data.labelled_list:
             raise ValueError("--labels-per-class and --labelled-list exclude each other")
         return self
@@ -175,23 +221,34 @@ class Config(Section):
 
 def settings_without_effect(config: Config) -> list[str]:
     """Sentences on settings that were changed but cannot do anything in this combination."""
-    distill, default, notes = config.distill, Distill(), []
-    if distill.threshold_policy == "ema" and distill.tau != default.tau:
-        notes.append("--tau has no effect with --threshold-policy ema; set --tau-min")
-    if distill.threshold_policy == "fixed":
-        changed = [f for f in ("tau_min", "tau_decay") if getattr(distill, f) != getattr(default, f)]
-        notes += [f"--{f.replace('_', '-')} has no effect with --threshold-policy fixed" for f in changed]
+    distill, default = config.distill, Distill()
+    notes = _thresholds_without_effect(config.thresholds)
     if distill.divergence != "hw_js" and distill.feature_tau != default.feature_tau:
         notes.append(f"--feature-tau has no effect with --divergence {distill.divergence}")
     if distill.lambda_f == 0 and distill.divergence != default.divergence:
         notes.append("--divergence has no effect with --lambda-f 0")
     if distill.unlabelled_ratio == 0 and distill.lambda_u != default.lambda_u:
         notes.append("--lambda-u has no effect with --unlabelled-ratio 0")
+    if distill.agreement_min > 0 and config.pseudo.tta == "none" and len(config.pseudo.label_teachers) < 2:
+        notes.append("--agreement-min has no effect with --tta none and one teacher: every agreement is 1")
+    if config.publish_best and not config.baseline:
+        notes.append("--publish-best has no effect with --no-baseline: there is nothing to compare with")
     if config.data.labels_per_class and config.data.label_fraction != Data().label_fraction:
         notes.append("--label-fraction has no effect with --labels-per-class")
     if config.train.steps < 10 * config.train.warmup_steps and config.train.warmup_steps != Train().warmup_steps:
         notes.append("--warmup-steps is cut to a tenth of --steps")
     return notes
+
+
+def _thresholds_without_effect(config: Thresholds) -> list[str]:
+    used = {
+        "fixed": {"tau"},
+        "ema": {"tau_min", "tau_max", "tau_decay"},
+        "gmm": {"tau", "tau_min", "tau_max"},
+        "match": {"tau_min", "tau_max"},
+    }[config.threshold_policy]
+    changed = [k for k, v in config if k != "threshold_policy" and v != getattr(Thresholds(), k) and k not in used]
+    return [f"--{k.replace('_', '-')} has no effect with --threshold-policy {config.threshold_policy}" for k in changed]
 
 
 def as_dict(section: BaseModel, *leave_out: str) -> dict[str, Any]:

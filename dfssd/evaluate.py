@@ -12,25 +12,25 @@ import torch
 from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import Manifest, read_manifest
+from dfssd.gate import compare
 from dfssd.models.detector import count_parameters, load_detector
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.report import pictures
 from dfssd.storage import Storage
-from dfssd.train.validation import validate
+from dfssd.train.validation import collect, validate
 from dfssd.world import World
 
-MODELS = ("teacher", "label_only", "student")
 
-
-def measure(config: Config, run_uri: str, threads: int) -> dict[str, Any]:
-    """Measure every finished model of the run; runs as one Ray task.
+def measure(config: Config, run_uri: str, models: list[str], threads: int) -> dict[str, Any]:
+    """Measure finished models of the run; runs as one Ray task.
 
     Args:
+        models: names of their artefacts.
         threads: torch threads, also for the latency.
 
     Returns:
-        by model (teacher, label_only, student): test {map50, map50_95, precision, recall, by_class}, params, latency_ms,
-        weights_bytes; and `environment`.
+        by model (teacher, teacher_2, label_only, student): test {map50, map50_95, precision, recall, by_class}, params,
+        latency_ms, weights_bytes; `gate` (see `dfssd.gate.compare`) where both students are there; and `environment`.
     """
     torch.set_num_threads(threads)
     run = Storage(run_uri)
@@ -38,25 +38,27 @@ def measure(config: Config, run_uri: str, threads: int) -> dict[str, Any]:
     report = run.at("report")
     results: dict[str, Any] = {}
     detections = {}
-    for name in MODELS:
-        if not run.exists(f"{name}/stage.json"):
-            continue
+    gate: dict[str, Any] = {}
+    for name in models:
         begun = time.monotonic()
         data = run.read(f"{name}/best.pt")
         model = load_detector(data, run.path(name, "best.pt"), config.train.imgsz)
         parameters = count_parameters(model)
         model = model.fuse(verbose=False)
-        dataset = _test_set(config, manifest)
         results[name] = {
-            "test": validate(model, dataset, model.names, World(), torch.device("cpu")),
+            "test": validate(model, _images(config, manifest, "test"), model.names, World(), torch.device("cpu")),
             "params": parameters,
             "latency_ms": latency_ms(model, config.train.imgsz, config.evaluate.latency_repeats),
             "weights_bytes": len(data),
         }
+        if name in ("label_only", "student") and {"label_only", "student"} <= set(models):
+            gate[name] = collect(model, _images(config, manifest, "val"), World(), torch.device("cpu"))
         detections[name] = pictures.detect_samples(model, manifest, config)
         test = results[name]["test"]
         print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)
     report.write("detections.png", pictures.detection_sheet(manifest, detections, config))
+    if gate:
+        results["gate"] = compare(gate["label_only"], gate["student"])
     results["environment"] = {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -68,8 +70,8 @@ def measure(config: Config, run_uri: str, threads: int) -> dict[str, Any]:
     return results
 
 
-def _test_set(config: Config, manifest: Manifest) -> ManifestDataset:
-    rows = [r for r in manifest.of_split("test") if r.boxes is not None]
+def _images(config: Config, manifest: Manifest, split: str) -> ManifestDataset:
+    rows = [r for r in manifest.of_split(split) if r.boxes is not None]
     return ManifestDataset(rows, [r.boxes for r in rows], manifest.names, config.train.imgsz)
 
 

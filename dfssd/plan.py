@@ -14,7 +14,8 @@ from dfssd.data.source import unlabelled_uris
 from dfssd.errors import DfssdError
 from dfssd.progress import clock
 from dfssd.report.tables import render
-from dfssd.stages import TRAINING, Context, make_stage
+from dfssd.rounds import in_round, split_round
+from dfssd.stages import Context, make_stage
 
 RAY_START_S = 20  # seconds until a worker group runs its first step, seen on two cores
 
@@ -33,18 +34,23 @@ def dry_run(context: Context, stages: Sequence[str]) -> None:
     threads = _check_resources(config)
     rows, total = [], 0.0
     step_s: dict[tuple[str, bool], float] = {}
-    for name in stages:
+    for name in _with_rounds(stages, config.rounds):
         state = _state(context, name)
         steps, seconds = "", float(images) / 1000
-        if name in TRAINING:
-            count = config.teacher_steps() if name == "teacher" else config.train.steps
-            spec = config.models.teacher if name == "teacher" else config.models.student
-            key = spec, name == "student"
-            step_s[key] = step_s.get(key) or time_step(config, spec, threads, distills=name == "student")
+        kind, number = split_round(name)
+        if kind in ("teacher", "label_only", "student"):
+            count = config.teacher_steps() if kind == "teacher" else config.train.steps
+            spec = config.models.teacher if kind == "teacher" else config.models.student
+            unlabelled = name == "student" or number > 1
+            key = spec, unlabelled
+            step_s[key] = step_s.get(key) or time_step(config, spec, threads, unlabelled, distills=name == "student")
             # Validation of a tenth of the images, ten times, costs about a third of a training step an image.
             validation = 10 * images / 10 / config.train.batch * step_s[key] / 3
             steps, seconds = str(count), count * step_s[key] + validation + RAY_START_S
-        elif name in ("pseudo", "report"):
+        elif kind == "pseudo":
+            views = (4 if config.pseudo.tta == "flips" else 1) * max(1, len(config.pseudo.label_teachers))
+            seconds = RAY_START_S + images * views / 50
+        elif name == "report":
             seconds = RAY_START_S + images / 50
         seconds = 0.0 if state == "finished" else seconds
         total += seconds
@@ -110,12 +116,22 @@ def _check_resources(config: Config) -> int:
     return config.run.cpus_per_worker or max(1, cpus // config.run.num_workers)
 
 
-def time_step(config: Config, spec: str, threads: int, distills: bool) -> float:
+def _with_rounds(stages: Sequence[str], rounds: int) -> list[str]:
+    """The stages in order, with those of later rounds where they will run."""
+    names = []
+    for name in stages:
+        names.append(name)
+        if name == "quality":
+            names += [in_round(kind, n) for n in range(2, rounds + 1) for kind in ("teacher", "pseudo", "quality")]
+    return names
+
+
+def time_step(config: Config, spec: str, threads: int, unlabelled: bool, distills: bool) -> float:
     """Seconds of one training step on this machine: the faster of two, on random images."""
     from dfssd.models.detector import autocast_dtype, branches, build_detector, resolve_weights
     from dfssd.models.detector import threads as using_threads
 
-    images = config.train.batch + (config.unlabelled_batch() if distills else 0)
+    images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
     images = max(1, images // config.run.num_workers)
     names = [f"class{k}" for k in range(7)]
     device = torch.device("cpu")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dfssd.config import Config, as_dict
-from dfssd.data.manifest import read_manifest, read_pseudo
+from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
+from dfssd.rounds import finished_models, improved, in_round, newest_round, split_round
 from dfssd.stage import Stage, flatten
 from dfssd.storage import Storage
-from dfssd.tracking import Runs
+from dfssd.tracking import Runs, Tracker
 
-ORDER = ("dataset", "teacher", "label_only", "pseudo", "student", "report")
-TRAINING = ("teacher", "label_only", "student")
+ORDER = ("dataset", "teacher", "label_only", "pseudo", "quality", "student", "report")
 
 
 @dataclass
@@ -37,23 +36,43 @@ class Context:
 
 def make_stage(config: Config, run: Storage, name: str) -> Stage:
     """The stage's config (what its result depends on) and inputs."""
-    from dfssd.train.session import stage_config
+    from dfssd.train.job import stage_config
 
     seed = {"seed": config.run.seed}
+    kind, number = split_round(name)
     if name == "dataset":
         data = as_dict(config.data, "bad_limit", "max_side")
         for key in ("data", "labelled_list"):
             data[key] = str(Path(data[key]).absolute()) if data[key] and "://" not in data[key] else data[key]
         return Stage(run, name, {"data": data, **seed})
-    if name == "pseudo":
-        pseudo = as_dict(config.pseudo, "label_batch", "num_actors", "unreadable_limit")
-        return Stage(run, name, {"pseudo": pseudo, "imgsz": config.train.imgsz}, ("dataset", "teacher"))
+    if kind == "pseudo":
+        pseudo = as_dict(config.pseudo, "label_batch", "num_actors", "unreadable_limit", "label_teachers")
+        settings: dict[str, Any] = {"pseudo": pseudo, "imgsz": config.train.imgsz}
+        external = [hashlib.sha256(given_weights(spec)).hexdigest() for spec in config.pseudo.label_teachers]
+        if external and number == 1:
+            return Stage(run, name, {**settings, "teachers": external}, ("dataset",))
+        return Stage(run, name, settings, ("dataset", in_round("teacher", number)))
+    if kind == "quality":
+        settings = {"thresholds": as_dict(config.thresholds), "steps": config.train.steps}
+        return Stage(run, name, settings, ("dataset", in_round("pseudo", number)))
     if name == "report":
-        models = [m for m in TRAINING if run.exists(f"{m}/stage.json")]
         settings = {"evaluate": as_dict(config.evaluate), "imgsz": config.train.imgsz}
-        return Stage(run, name, settings, ("dataset", *models))
-    inputs = ("dataset", "teacher", "pseudo") if name == "student" else ("dataset",)
-    return Stage(run, name, stage_config(config, name), inputs)
+        return Stage(run, name, settings, ("dataset", *finished_models(run)))
+    return Stage(run, name, stage_config(config, name), training_inputs(config, run, name))
+
+
+def training_inputs(config: Config, run: Storage, name: str) -> tuple[str, ...]:
+    """Artefacts that a training stage reads: a student those of the newest finished round."""
+    kind, number = split_round(name)
+    if kind == "teacher" and number > 1:
+        return "dataset", in_round("pseudo", number - 1)
+    if name != "student":
+        return ("dataset",)
+    number = newest_round(run)
+    distill = config.distill
+    teacher = (in_round("teacher", number),) if distill.lambda_p > 0 or distill.lambda_f > 0 else ()
+    pseudo = (in_round("pseudo", number),) if distill.unlabelled_ratio > 0 else ()
+    return ("dataset", *teacher, *pseudo)
 
 
 def run_stage(context: Context, name: str) -> dict[str, Any]:
@@ -73,7 +92,7 @@ def run_stage(context: Context, name: str) -> dict[str, Any]:
     stage.record_run_id(run_id)
     status = "FAILED"
     try:
-        summary, outputs = BODIES[name](context, stage, run_id)
+        summary, outputs = BODIES[split_round(name)[0]](context, stage, run_id)
         record = stage.finish(outputs, summary)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -106,10 +125,19 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
     from dfssd.cluster import connect, worker_resources
     from dfssd.models.detector import resolve_weights
     from dfssd.report.plots import training_curves
-    from dfssd.train.session import TrainJob
+    from dfssd.train.job import TrainJob
     from dfssd.train.worker import fit
 
-    job = TrainJob(stage.name, context.run.uri, context.config, context.runs.uri, run_id)
+    named = {split_round(name)[0]: name for name in stage.inputs}
+    job = TrainJob(
+        stage.name,
+        context.run.uri,
+        context.config,
+        context.runs.uri,
+        run_id,
+        teacher=named.get("teacher", ""),
+        pseudo=named.get("pseudo", ""),
+    )
     _, weights = resolve_weights(job.model_spec)
     if weights is not None and not stage.store.exists("init.pt"):
         stage.store.write("init.pt", weights)
@@ -129,6 +157,31 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
     return summary, ["best.pt", "last.pt", "history.json", "curves.png"]
 
 
+def later_rounds(context: Context) -> None:
+    """Rounds 2, 3, ...: a teacher that also learns from its own pseudo-labels (Noisy Student, Xie et al., CVPR 2020),
+    and its labels; until the settings' number is reached or its validation is no better than that of the round before."""
+    for number in range(2, context.config.rounds + 1):
+        run_stage(context, in_round("teacher", number))
+        if not improved(context.run, number):
+            return
+        run_stage(context, in_round("pseudo", number))
+        run_stage(context, in_round("quality", number))
+
+
+def given_weights(spec: str) -> bytes:
+    """Content of a .pt that labels.
+
+    Raises:
+        DfssdError: there is no such file, or it holds no detector.
+    """
+    from dfssd.models.detector import resolve_weights
+
+    _, weights = resolve_weights(spec)
+    if weights is None:
+        raise DfssdError(f"{spec} has no weights, so it cannot label", todo="give the .pt of a trained detector")
+    return weights
+
+
 def log_dataset(context: Context, run_id: str) -> None:
     """Log the split, by its digest, as the data set of an MLflow run."""
     record = context.run.at("dataset").read_json("stage.json")
@@ -139,32 +192,52 @@ def log_dataset(context: Context, run_id: str) -> None:
 def _pseudo(context: Context, stage: Stage, run_id: str) -> Body:
     from dfssd.cluster import connect
     from dfssd.pseudo.labeller import label
-    from dfssd.report.pictures import pseudo_sheet
 
+    teachers = [name for name in stage.inputs if name != "dataset"]
+    weights = [f"{name}/best.pt" for name in teachers]
+    for k, spec in enumerate(() if teachers else context.config.pseudo.label_teachers):
+        weights.append(f"{stage.name}/teachers/{k}.pt")  # a copy: workers may run on other machines
+        context.run.write(weights[-1], given_weights(spec))
     connect()
     manifest = read_manifest(context.run.at("dataset"))
     if not manifest.unlabelled_rows():
-        print("pseudo: there is no unlabelled image", flush=True)
-    digest = context.run.at("teacher").digest("best.pt")["sha256"][:16]
-    summary = label(context.config, context.run, manifest, digest)
-    distill = context.config.distill
-    tau = np.full(len(manifest.names), distill.tau if distill.threshold_policy == "fixed" else distill.tau_min)
-    stage.store.write("pseudo.png", pseudo_sheet(manifest, read_pseudo(stage.store), tau))
-    context.runs.artefact(run_id, "pseudo.png", stage.store.read("pseudo.png"))
-    for name, count in summary["candidates"].items():
-        rate = summary["score_above_0.5"][name] / max(summary["images"], 1)
-        print(f"pseudo: {name}: {count} candidates, {rate:.2f} an image with a score of 0.5 or more", flush=True)
+        print(f"{stage.name}: there is no unlabelled image", flush=True)
+    tracker = Tracker(context.runs.uri, run_id)
+    try:
+        summary = label(context.config, context.run, stage.name, manifest, weights, tracker.log)
+    finally:
+        tracker.close()
     return summary, [f for f in stage.store.files() if f != "started.json"]
+
+
+def _quality(context: Context, stage: Stage, run_id: str) -> Body:
+    from dfssd.pseudo.quality import measure
+    from dfssd.report import quality as report
+
+    folder = in_round("pseudo", split_round(stage.name)[1])
+    quality = measure(context.config, context.run, folder)
+    numbers = quality.numbers()
+    manifest = read_manifest(context.run.at("dataset"))
+    print(report.terminal_table(numbers), flush=True)
+    stage.store.write_json("quality.json", numbers)
+    stage.store.write("quality.csv", report.csv(numbers))
+    stage.store.write("quality.png", report.curves(quality))
+    stage.store.write("doubtful.png", report.doubtful_sheet(quality, manifest))
+    outputs = ["quality.json", "quality.csv", "quality.png", "doubtful.png"]
+    for name in outputs:
+        context.runs.artefact(run_id, name, stage.store.read(name))
+    return numbers, outputs
 
 
 def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
     import ray
 
     from dfssd.cluster import connect, worker_resources
-    from dfssd.evaluate import MODELS, measure
+    from dfssd.evaluate import measure
     from dfssd.report.html import write_report
 
-    if not any(context.run.exists(f"{m}/stage.json") for m in MODELS):
+    models = finished_models(context.run)
+    if not models:
         raise DfssdError(
             "there is no finished model to measure",
             where=context.run.uri,
@@ -173,18 +246,16 @@ def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
     connect()
     resources = worker_resources(context.config.run.model_copy(update={"num_workers": 1}))
     task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
-    results = ray.get(task.remote(context.config, context.run.uri, resources.threads))
+    results = ray.get(task.remote(context.config, context.run.uri, models, resources.threads))
     stage.store.write_json("metrics.json", results)
     write_report(context.config, context.run, results)
-    for model in MODELS:
-        if model in results:
-            values = {f"{model}/{k}": v for k, v in flatten(results[model]).items() if isinstance(v, int | float)}
-            context.runs.metrics(run_id, values)
-            context.runs.metrics(context.runs.parent(), values)
+    for name in [*models, *(["gate"] if "gate" in results else [])]:
+        values = {f"{name}/{k}": v for k, v in flatten(results[name]).items() if isinstance(v, int | float)}
+        context.runs.metrics(run_id, values)
+        context.runs.metrics(context.runs.parent(), values)
     for name in ("report.html", "metrics.json", "detections.png"):
         context.runs.artefact(run_id, name, stage.store.read(name))
-    summary = {m: {"map50": results[m]["test"]["map50"], "map50_95": results[m]["test"]["map50_95"]} for m in MODELS
-               if m in results}  # fmt: skip
+    summary = {m: {"map50": results[m]["test"]["map50"], "map50_95": results[m]["test"]["map50_95"]} for m in models}
     return summary, [f for f in stage.store.files() if f != "started.json"]
 
 
@@ -193,6 +264,7 @@ BODIES: dict[str, Callable[[Context, Stage, str], Body]] = {
     "teacher": _train,
     "label_only": _train,
     "pseudo": _pseudo,
+    "quality": _quality,
     "student": _train,
     "report": _evaluate,
 }

@@ -4,7 +4,7 @@ from dfssd.cli import main, parse, run_stages
 
 
 def job() -> None:
-    config, _ = parse(__doc__ or "", ["run", "models", "train", "distill"])
+    config, _ = parse(__doc__ or "", ["run", "models", "train", "thresholds", "distill"])
     run_stages(config, ["student"])
 
 

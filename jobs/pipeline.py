@@ -8,12 +8,13 @@ from dfssd.closing import print_results
 from dfssd.config import Config
 from dfssd.stages import ORDER
 
-SECTIONS = [name for name in Config.model_fields if name != "baseline"]
-BASELINE = (bool, Config.model_fields["baseline"])
+OWN = ("baseline", "publish_best", "rounds")
+SECTIONS = [name for name in Config.model_fields if name not in OWN]
+FLAGS = {name: (Config.model_fields[name].annotation, Config.model_fields[name]) for name in OWN}
 
 
 def job() -> None:
-    config, _ = parse(__doc__ or "", SECTIONS, baseline=BASELINE)
+    config, _ = parse(__doc__ or "", SECTIONS, **FLAGS)
     run_stages(config, [s for s in ORDER if config.baseline or s != "label_only"])
     if not config.run.dry_run:
         print_results(config)

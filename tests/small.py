@@ -7,25 +7,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dfssd.config import Config, Data, Distill, Models, Run, Train
+from dfssd.config import Config, Data, Distill, Models, Pseudo, Run, Thresholds, Train
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
 from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.storage import Storage
+from dfssd.train.job import TrainJob
+
+OTHERS = {"distill": Distill, "thresholds": Thresholds, "pseudo": Pseudo}
 
 
 def tiny_config(storage: Path, **changes: object) -> Config:
     """Settings that train in seconds on one CPU, in fp32 so that runs can be compared bit by bit."""
     train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
     run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
-    distill: dict[str, object] = {}
+    others: dict[str, dict[str, object]] = {"distill": {}, "thresholds": {}, "pseudo": {}}
+    sections = {"run": (Run, run), **{k: (t, others[k]) for k, t in OTHERS.items()}}
     for key, value in changes.items():
-        (run if key in Run.model_fields else distill if key in Distill.model_fields else train)[key] = value  # type: ignore[index]
+        own = next((d for model, d in sections.values() if key in model.model_fields), train)
+        own[key] = value  # type: ignore[index]
     return Config(
         run=Run(**run),  # type: ignore[arg-type]
         data=Data(label_fraction=0.4),
         models=Models(teacher="yolov8n.yaml", student="yolov8n.yaml"),
         train=Train(**train),  # type: ignore[arg-type]
-        distill=Distill(**distill),  # type: ignore[arg-type]
+        distill=Distill(**others["distill"]),  # type: ignore[arg-type]
+        thresholds=Thresholds(**others["thresholds"]),  # type: ignore[arg-type]
+        pseudo=Pseudo(**others["pseudo"]),  # type: ignore[arg-type]
+    )
+
+
+def make_job(stage: str, run_uri: str, config: Config) -> TrainJob:
+    """A training stage; the student's learns from what `give_teacher_and_candidates` left."""
+    return TrainJob(
+        stage, run_uri, config, **({"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {})
     )
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from dfssd.cli import parse, refuse_relative_paths_in_a_job
-from dfssd.config import Config, Data, Distill, Run, Section, Train, settings_without_effect
+from dfssd.config import Config, Data, Distill, Pseudo, Run, Section, Thresholds, Train, settings_without_effect
 from dfssd.errors import DfssdError
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py"))
 FLAGS = [
+    "agreement-min",
     "baseline",
     "batch",
     "bad-limit",
@@ -31,6 +32,7 @@ FLAGS = [
     "flipud",
     "floor",
     "format",
+    "fuse-iou",
     "gpu",
     "grad-clip",
     "hsv",
@@ -39,6 +41,7 @@ FLAGS = [
     "label-fraction",
     "labelled-list",
     "labels-per-class",
+    "label-teachers",
     "lambda-f",
     "lambda-p",
     "lambda-u",
@@ -51,6 +54,7 @@ FLAGS = [
     "max-group-share",
     "max-side",
     "missing-labels",
+    "mixup",
     "mosaic",
     "names",
     "near-duplicate",
@@ -58,6 +62,9 @@ FLAGS = [
     "num-actors",
     "num-workers",
     "overwrite",
+    "publish-best",
+    "repeat-threshold",
+    "rounds",
     "run-name",
     "sample-images",
     "scale",
@@ -70,11 +77,15 @@ FLAGS = [
     "student",
     "tau",
     "tau-decay",
+    "tau-max",
     "tau-min",
     "teacher",
+    "teacher-patience",
     "teacher-steps",
     "threshold-policy",
     "translate",
+    "tta",
+    "uncertain",
     "unlabelled",
     "unlabelled-ratio",
     "unreadable-limit",
@@ -96,11 +107,12 @@ def _job(name, *args, timeout=120):
 
 
 def test_the_pipeline_has_these_flags_and_no_others(capsys):
-    sections = [s for s in Config.model_fields if s != "baseline"]
+    own = ("baseline", "publish_best", "rounds")
+    flags = {name: (Config.model_fields[name].annotation, Config.model_fields[name]) for name in own}
     with pytest.raises(SystemExit):
-        parse("", sections, ["--help"], baseline=(bool, Config.model_fields["baseline"]))
+        parse("", [s for s in Config.model_fields if s not in own], ["--help"], **flags)
     shown = set(re.findall(r"(?<![\w-])--(?!no-)([a-z][a-z0-9-]+)", capsys.readouterr().out)) - {"help"}
-    mentioned_in_text = {"data", "steps", "batch", "unlabelled"}
+    mentioned_in_text = {"data", "steps", "batch", "unlabelled", "tau"}
     assert shown - mentioned_in_text <= set(FLAGS), sorted(shown - set(FLAGS))
     assert set(FLAGS) <= shown, sorted(set(FLAGS) - shown)
 
@@ -142,9 +154,13 @@ def test_contradictions_are_user_errors(args, message):
 
 
 def test_settings_without_effect_are_named():
-    config = Config(distill=Distill(threshold_policy="fixed", tau_min=0.6, divergence="mse", feature_tau=2.0))
+    thresholds = Thresholds(threshold_policy="fixed", tau_min=0.6)
+    config = Config(thresholds=thresholds, distill=Distill(divergence="mse", feature_tau=2.0))
     notes = " ".join(settings_without_effect(config))
-    assert "--tau-min" in notes and "--feature-tau" in notes
+    assert "--tau-min" in notes and "--feature-tau" in notes and "--tau " not in notes
+    alone = Config(pseudo=Pseudo(tta="none"), distill=Distill(agreement_min=0.5), publish_best=True, baseline=False)
+    notes = " ".join(settings_without_effect(alone))
+    assert "--agreement-min" in notes and "--publish-best" in notes
     assert not settings_without_effect(Config())
     assert settings_without_effect(Config(train=Train(steps=50, warmup_steps=20)))
 

@@ -7,7 +7,7 @@ from dfssd.config import Distill
 from dfssd.distill.criterion import Criterion, schedule
 from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, branches, build_detector
-from dfssd.pseudo.thresholds import make_policy
+from dfssd.pseudo.thresholds import EmaThreshold, FixedThreshold
 from dfssd.train.session import Student
 from dfssd.world import World
 
@@ -19,8 +19,9 @@ def _parts(**settings):
     detector = build_detector("yolov8n.yaml", NAMES, 64)
     teacher = Teacher(build_detector("yolov8s.yaml", NAMES, 64), torch.device("cpu"))
     student = Student(detector, teacher.channels).train()
-    config = Distill(threshold_policy="fixed", tau=0.5, **settings)
-    criterion = Criterion(DetectionLoss(detector), config, make_policy(config, 3), 2, World())
+    criterion = Criterion(
+        DetectionLoss(detector), Distill(**settings), FixedThreshold(torch.full((3,), 0.5)), 2, World()
+    )
     return student, teacher, criterion
 
 
@@ -88,6 +89,61 @@ def test_score_power_weights_the_pseudo_label():
     torch.testing.assert_close(soft.losses["pse/box"], hard.losses["pse/box"] * 0.36)
 
 
+def test_a_box_that_moved_under_flips_teaches_its_class_but_not_its_place():
+    batch = _batch(0.9)
+    batch["agreement"] = torch.tensor([1.0, 1.0, 0.4])
+    _, _, terms = _run(batch, agreement_min=0.6)
+    _, _, free = _run(batch, agreement_min=0.0)
+    assert terms.losses["pse/box"] == 0 and terms.losses["pse/dfl"] == 0 and terms.counts["pse/without_box_term"] == 1
+    assert free.losses["pse/box"] > 0 and free.counts["pse/without_box_term"] == 0
+    torch.testing.assert_close(terms.losses["pse/cls"], free.losses["pse/cls"])
+    batch["agreement"][:] = 0.6  # the limit itself is enough
+    assert _run(batch, agreement_min=0.6)[2].losses["pse/box"] > 0
+    batch["agreement"][:] = 0.0  # labels of people are never gated
+    torch.testing.assert_close(_run(batch, agreement_min=0.6)[2].losses["sup/box"], free.losses["sup/box"])
+
+
+def test_a_pseudo_label_of_weight_zero_is_absent():
+    """score**gamma underflows to 0: then the box claims no anchor's class, box or DFL term."""
+    sure, _ = _pse_grad(_batch(score=0.9))
+    _, raw, terms = _run(_batch(score=0.9), score_power=3000.0)
+    raw["boxes"].retain_grad()
+    sum(v for k, v in terms.losses.items() if k.startswith("pse")).backward()
+    inside = sure[2] > 0
+    assert terms.losses["pse/box"] == 0 and terms.losses["pse/dfl"] == 0 and inside.any()
+    _, _, background = _run(_batch(score=0.3), uncertain="background")
+    assert terms.losses["pse/cls"] < background.losses["pse/cls"]  # its anchors are not background either
+
+
+def test_an_uncertain_box_as_background_is_what_it_says():
+    """The ablation: below the threshold means 'no defect here', also in an image without candidates."""
+    _, raw, terms = _run(_batch(score=0.3), uncertain="background")
+    sum(v for k, v in terms.losses.items() if k.startswith("pse")).backward()
+    grad = raw["scores"].grad.abs().sum(1)
+    assert (grad[2:] > 0).all() and terms.counts["pse/pseudo_labels"] == 0
+
+
+def test_the_area_of_a_silent_image_in_a_mosaic_is_unknown():
+    """A box of score 0 marks it: no gradient inside, no vote in the thresholds, not counted as uncertain."""
+    batch = _batch(score=0.0)
+    grad, _ = _pse_grad(batch)
+    assert (grad == 0).all()  # nothing but a silent image in the whole sample
+    batch = {k: torch.cat([v, v[-1:]]) for k, v in batch.items()}  # a silent quarter beside an image with a candidate
+    batch["score"][-1], batch["bboxes"][-1] = 0.9, torch.tensor([0.1, 0.1, 0.1, 0.1])
+    grad, terms = _pse_grad(batch)
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:6, 2:6] = True
+    level = grad[2][:64].view(8, 8)
+    assert (level[inside] == 0).all() and (level[~inside] > 0).all() and terms.counts["pse/uncertain"] == 0
+    policy = EmaThreshold(3, 0.5, 0.1)
+    student, teacher, criterion = _parts()
+    criterion.policy = policy
+    images = torch.rand(4, 3, 64, 64)
+    raw, projected = student(images)
+    criterion(raw, projected, teacher(images), _batch(score=0.0), 0.0)
+    assert (policy.mean == 0).all()
+
+
 def test_a_weight_of_zero_switches_a_term_off():
     _, _, terms = _run(_batch(), lambda_u=0.0, lambda_p=0.0, lambda_f=0.0)
     assert {k.split("/")[0] for k in terms.losses} == {"sup"}
@@ -148,10 +204,9 @@ def test_two_workers_add_up_to_one():
     }
     for conv in teacher.model.model[-1].cv3:
         conv[-1].bias.data += 6
-    config = Distill(threshold_policy="ema", tau_min=0.3)
 
     def terms(world, rows, sub, labelled):
-        criterion = Criterion(DetectionLoss(student.detector), config, make_policy(config, 3), labelled, world)
+        criterion = Criterion(DetectionLoss(student.detector), Distill(), EmaThreshold(3, 0.999, 0.3), labelled, world)
         raw, projected = student(images[rows])
         return criterion(raw, projected, teacher(images[rows]), sub, 0.0)
 

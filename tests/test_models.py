@@ -34,7 +34,9 @@ def _batch(images=4, seed=1):
     centre, size = 0.3 + 0.4 * torch.rand(n, 2, generator=g), 0.1 + 0.4 * torch.rand(n, 2, generator=g)
     image = torch.cat([torch.full((c,), float(i)) for i, c in enumerate(count)])
     cls = torch.randint(0, 3, (n,), generator=g).float()
-    return torch.rand(images, 3, 64, 64, generator=g), Targets(cls, torch.cat([centre, size], 1), image, torch.ones(n))
+    return torch.rand(images, 3, 64, 64, generator=g), Targets(
+        cls, torch.cat([centre, size], 1), image, torch.ones(n), torch.ones(n)
+    )
 
 
 @pytest.mark.parametrize("spec", FAMILIES)
@@ -104,9 +106,11 @@ def _loss_and_grad(model, images, targets, ignore=None):
 def test_weights_scale_the_terms_of_their_box_and_nothing_else():
     """One box with weight w: positives' class term and box and DFL terms are w times, background stays."""
     model, (images, _) = _model(), _batch()
-    one = Targets(torch.tensor([1.0]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]), torch.tensor([0.0]), torch.tensor([1.0]))
+    one = Targets(
+        torch.tensor([1.0]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]), torch.tensor([0.0]), torch.ones(1), torch.ones(1)
+    )
     full, normaliser, raw_full = _loss_and_grad(model, images, one)
-    one.weight = torch.tensor([0.25])
+    one.weight = one.box_weight = torch.tensor([0.25])
     quarter, normaliser_q, raw_quarter = _loss_and_grad(model, images, one)
     torch.testing.assert_close(quarter[0, [0, 2]], full[0, [0, 2]] * 0.25)
     assert normaliser == normaliser_q  # else uniform weights would cancel
@@ -119,7 +123,9 @@ def test_weights_scale_the_terms_of_their_box_and_nothing_else():
 
 def test_ignored_anchors_get_no_class_gradient_unless_a_box_claims_them():
     model, (images, targets) = _model(), _batch()
-    uncertain = Targets(torch.tensor([0.0]), torch.tensor([[0.5, 0.5, 0.6, 0.6]]), torch.tensor([1.0]), torch.ones(1))
+    uncertain = Targets(
+        torch.tensor([0.0]), torch.tensor([[0.5, 0.5, 0.6, 0.6]]), torch.tensor([1.0]), torch.ones(1), torch.ones(1)
+    )
     loss = DetectionLoss(model)
     feats = branches(model(images))["one2many"]["feats"]
     ignore = loss.anchors_inside(feats, uncertain, 4)
@@ -136,7 +142,9 @@ def test_ignored_anchors_get_no_class_gradient_unless_a_box_claims_them():
 def test_a_box_thinner_than_a_cell_still_covers_one():
     model = _model()
     feats = branches(model(torch.rand(1, 3, 64, 64)))["one2many"]["feats"]
-    thin = Targets(torch.zeros(1), torch.tensor([[0.49, 0.5, 0.001, 0.9]]), torch.zeros(1), torch.ones(1))
+    thin = Targets(
+        torch.zeros(1), torch.tensor([[0.49, 0.5, 0.001, 0.9]]), torch.zeros(1), torch.ones(1), torch.ones(1)
+    )
     inside = DetectionLoss(model).anchors_inside(feats, thin, 1)[0]
     assert inside[:64].sum() > 0 and inside[64:80].sum() > 0 and inside[80:].sum() > 0
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dfssd.data.sampling import StepSampler, permutation, stable_seed
+from dfssd.data.sampling import StepSampler, epoch_order, repeat_factors, stable_seed
 
 SIZES, PER_STEP = {"labelled": 37, "unlabelled": 101}, {"labelled": 24, "unlabelled": 24}
 
@@ -40,8 +40,38 @@ def test_seed_stream_and_close_mosaic():
     assert [all(d.mosaic for d in b) for b in _sampler()] == [True] * 9 + [False] * 3
     seeds = [d.seed for b in _sampler() for d in b]
     assert len(set(seeds)) == len(seeds)
-    assert not np.array_equal(permutation(0, "labelled", 0, 50), permutation(0, "unlabelled", 0, 50))
+    assert not np.array_equal(epoch_order(0, "labelled", 0, 50), epoch_order(0, "unlabelled", 0, 50))
 
 
 def test_seeds_are_the_same_on_every_machine():
     assert stable_seed(0, "labelled", 3) == 1968432918
+
+
+def test_repeat_factors_follow_lvis():
+    def one(*classes):
+        return np.array([[c, 0.5, 0.5, 0.1, 0.1] for c in classes], np.float32).reshape(-1, 5)
+
+    boxes = [one(0)] * 80 + [one(0, 1)] * 16 + [one(2)] * 4 + [None]
+    factors = np.array(repeat_factors(boxes, 3, threshold=0.25))
+    share = np.array([96, 16, 4]) / 101
+    want = np.sqrt(0.25 / share).clip(1)
+    np.testing.assert_allclose(factors[[0, 80, 96, 100]], [1, want[1], want[2], 1])
+    assert set(repeat_factors(boxes, 3, 0.0)) == {1.0}
+
+
+def test_an_epoch_with_repeat_factors_has_a_fixed_length_and_the_right_means():
+    factors = tuple([1.0] * 20 + [1.4] * 10 + [2.5] * 6)
+    counts = np.zeros(36)
+    for epoch in range(400):
+        order = epoch_order(0, "labelled", epoch, factors)
+        assert len(order) == 49
+        own = np.bincount(order, minlength=36)
+        assert (own >= np.floor(np.array(factors)) - 1e-9).all() and (own <= np.ceil(np.array(factors))).all()
+        counts += own
+    np.testing.assert_allclose(counts / 400, factors, atol=0.1)
+    sampler = StepSampler({"labelled": factors}, {"labelled": 16}, 0, 0, 49, plain_from=99)
+    drawn = np.bincount([d.image for b in sampler for d in b], minlength=36)
+    assert drawn.sum() == 16 * 49 and drawn[30:].mean() > 2.2 * drawn[:20].mean()
+    halves = [list(StepSampler({"labelled": factors}, {"labelled": 16}, 0, 0, 9, 99, rank=r, world=2)) for r in (0, 1)]
+    for step, whole in enumerate(list(sampler)[:9]):
+        assert sorted(halves[0][step] + halves[1][step]) == sorted(whole)

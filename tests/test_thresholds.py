@@ -1,12 +1,25 @@
+import numpy as np
 import pytest
 import torch
 
-from dfssd.config import Distill
-from dfssd.pseudo.thresholds import EmaThreshold, FixedThreshold, class_sums, make_policy
+from dfssd.config import Thresholds
+from dfssd.pseudo.thresholds import (
+    BINS,
+    POLICIES,
+    EmaThreshold,
+    FixedThreshold,
+    ScoreCounts,
+    class_sums,
+    gmm_threshold,
+    make_policy,
+    match_thresholds,
+    policy_thresholds,
+    score_bin,
+)
 
 
 def test_fixed_never_moves():
-    policy = FixedThreshold(3, 0.4)
+    policy = FixedThreshold(torch.full((3,), 0.4))
     policy.update(torch.tensor([9.0, 9, 9]), torch.tensor([10.0, 10, 10]))
     torch.testing.assert_close(policy.thresholds(), torch.full((3,), 0.4))
 
@@ -46,9 +59,98 @@ def _reference():
 
 
 def test_state_survives_a_checkpoint():
-    policy = make_policy(Distill(threshold_policy="ema"), 4)
-    policy.update(torch.ones(4), torch.ones(4))
-    other = make_policy(Distill(threshold_policy="ema"), 4)
-    other.load_state_dict(policy.state_dict())
-    torch.testing.assert_close(other.mean, policy.mean)
-    assert isinstance(make_policy(Distill(threshold_policy="fixed", tau=0.3), 2), FixedThreshold)
+    rate, scores = np.full(4, 0.5), ScoreCounts.empty(4)
+    for policy in POLICIES:
+        config = Thresholds(threshold_policy=policy)
+        one, other = make_policy(config, scores, rate), make_policy(config, scores, rate)
+        one.update(torch.ones(4), torch.ones(4))
+        if isinstance(one, FixedThreshold):
+            one = FixedThreshold(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        other.load_state_dict(one.state_dict())
+        torch.testing.assert_close(other.thresholds(), one.thresholds())
+    assert isinstance(make_policy(Thresholds(threshold_policy="ema"), scores, rate), EmaThreshold)
+
+
+def _scores(*by_class):
+    counts = ScoreCounts.empty(len(by_class))
+    for c, values in enumerate(by_class):
+        boxes = np.zeros((len(values), 7), np.float32)
+        boxes[:, 0], boxes[:, 5] = c, values
+        np.add.at(counts.counts, (boxes[:, 0].astype(int), score_bin(boxes[:, 5])), 1)
+    return counts
+
+
+def _where_posteriors_meet(low, high):
+    """Score at which the upper of two known Gaussians (mean, deviation, share) becomes the likelier one."""
+    x = np.linspace(low[0], high[0], 100_001)
+    density = [share / std * np.exp(-0.5 * ((x - mean) / std) ** 2) for mean, std, share in (low, high)]
+    return x[np.argmax(density[1] >= density[0])]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [((0.2, 0.05, 0.5), (0.8, 0.05, 0.5)), ((0.15, 0.04, 0.8), (0.6, 0.1, 0.2)), ((0.3, 0.08, 0.3), (0.7, 0.08, 0.7))],
+)
+def test_gmm_finds_the_crossing_of_two_known_gaussians(low, high):
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(m, s, int(20_000 * share)) for m, s, share in (low, high)]).clip(0.0, 0.999)
+    got = gmm_threshold(_scores(values).counts[0], fallback=0.5)
+    assert got == pytest.approx(_where_posteriors_meet(low, high), abs=0.02)
+
+
+def test_gmm_agrees_with_scikit_learn():
+    from sklearn.mixture import GaussianMixture
+
+    rng = np.random.default_rng(1)
+    values = np.concatenate([rng.beta(2, 12, 3000), rng.beta(8, 3, 900)])
+    ours = gmm_threshold(_scores(values).counts[0], 0.5)
+    model = GaussianMixture(2, means_init=[[0.15], [0.7]], reg_covar=1e-4, tol=1e-7, max_iter=500).fit(values[:, None])
+    upper = int(model.means_.argmax())
+    x = np.linspace(model.means_.min(), model.means_.max(), 10_000)
+    theirs = x[np.argmax(model.predict_proba(x[:, None])[:, upper] >= 0.5)]
+    assert ours == pytest.approx(theirs, abs=0.01)
+
+
+def test_gmm_falls_back_where_there_is_nothing_to_fit():
+    assert gmm_threshold(_scores([0.3] * 19).counts[0], 0.42) == 0.42  # too few
+    assert gmm_threshold(_scores([0.3] * 500).counts[0], 0.42) == 0.42  # one score only
+    assert gmm_threshold(_scores([]).counts[0], 0.42) == 0.42
+
+
+def test_match_gives_the_labelled_rate():
+    rng = np.random.default_rng(0)
+    scores = _scores(rng.random(4000), rng.random(500) * 0.5, rng.random(30))
+    scores.images = 1000
+    rate = np.array([0.8, 0.25, 0.5])
+    tau = match_thresholds(scores, rate)
+    per_image = scores.per_image(tau)
+    np.testing.assert_allclose(per_image[:2], rate[:2], atol=0.02)  # ties within a bin aside
+    assert tau[0] == pytest.approx(0.8, abs=0.02) and tau[1] == pytest.approx(0.25, abs=0.03)
+    assert tau[2] == 0 and per_image[2] == 0.03  # 500 wanted, 30 there: all are taken
+    assert match_thresholds(scores, np.zeros(3)).tolist() == [1.0, 1.0, 1.0]  # a class nobody labelled gets none
+
+
+def test_thresholds_stay_between_their_limits():
+    scores = _scores(np.linspace(0.05, 0.2, 200), np.linspace(0.9, 0.999, 200))
+    scores.images = 100
+    for policy in ("gmm", "match", "ema"):
+        config = Thresholds(threshold_policy=policy, tau_min=0.3, tau_max=0.6)
+        tau = policy_thresholds(config, policy, scores, np.array([1.0, 1.0]), steps=10**6)
+        assert tau.min() >= 0.3 and tau.max() <= 0.6
+        assert make_policy(config, scores, np.array([1.0, 1.0])).thresholds().max() <= 0.6 + 1e-6
+    assert policy_thresholds(Thresholds(tau=0.7), "fixed", scores, np.ones(2)).tolist() == [0.7, 0.7]
+
+
+def test_counts_of_scores_are_those_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    scores, every = ScoreCounts.empty(3), []
+    for _ in range(50):
+        boxes = np.zeros((rng.integers(0, 9), 7), np.float32)
+        boxes[:, 0], boxes[:, 5] = rng.integers(0, 3, len(boxes)), rng.random(len(boxes))
+        scores.add(boxes)
+        every.append(boxes)
+    flat, tau = np.concatenate(every), np.array([0.3, 0.5, 0.7])
+    want = [((flat[:, 0] == c) & (flat[:, 5] >= tau[c])).sum() / 50 for c in range(3)]
+    np.testing.assert_allclose(scores.per_image(tau), want)
+    np.testing.assert_allclose(scores.mean(), [flat[flat[:, 0] == c, 5].mean() for c in range(3)], atol=1e-3)
+    assert score_bin(np.float32(0.3)) == 300 and score_bin(1.0) == BINS - 1

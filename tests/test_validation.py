@@ -14,7 +14,7 @@ from dfssd.data.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.models.detector import load_detector
 from dfssd.storage import Storage
-from dfssd.train.session import TrainJob
+from dfssd.train.job import TrainJob
 from dfssd.train.validation import summarise, validate
 from dfssd.train.worker import train_in_process
 from dfssd.world import World

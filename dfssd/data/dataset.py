@@ -97,7 +97,7 @@ class ManifestDataset(YOLODataset):
             return
         self.cache = "ram"  # mosaic partners come from the whole set, not from what happened to be loaded last
         self.with_mosaic = self.build_transforms(_hyp(train))
-        self.without_mosaic = self.build_transforms(_hyp(train.model_copy(update={"mosaic": 0.0})))
+        self.without_mosaic = self.build_transforms(_hyp(train.model_copy(update={"mosaic": 0.0, "mixup": 0.0})))
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
         return [row.uri for row in self._rows]
@@ -150,7 +150,7 @@ def _hyp(train: Train | None) -> Any:
     """Ultralytics' settings namespace."""
     settings: dict[str, Any] = {"task": "detect"}
     if train is not None:
-        settings |= {k: getattr(train, k) for k in ("mosaic", "scale", "translate", "fliplr", "flipud")}
+        settings |= {k: getattr(train, k) for k in ("mosaic", "mixup", "scale", "translate", "fliplr", "flipud")}
         settings |= dict(zip(("hsv_h", "hsv_s", "hsv_v"), train.hsv, strict=True))
     return get_cfg(overrides=settings)
 

@@ -162,6 +162,15 @@ def write_withheld(store: Storage, withheld: dict[str, Boxes]) -> None:
     write_table(store, "withheld.parquet", pa.Table.from_arrays(arrays, schema=WITHHELD_SCHEMA))
 
 
+def read_withheld(store: Storage) -> dict[str, Boxes]:
+    """Boxes by image_id that exist for images treated as unlabelled; for evaluation alone."""
+    if not store.exists("withheld.parquet"):
+        return {}
+    table = read_table(store, "withheld.parquet")
+    boxes = boxes_from_arrow(table["boxes"])
+    return {i: b for i, b in zip(table["image_id"].to_pylist(), boxes, strict=True) if b is not None}
+
+
 def pseudo_table(image_ids: list[str], teacher: str, boxes: list[Boxes | None]) -> pa.Table:
     """Table of candidates, one row an unlabelled image; `teacher` is the digest of the teacher's weights."""
     arrays = [

@@ -1,18 +1,23 @@
 """Which images make up which step: a pure function of (seed, stream, step).
 
 A stream (labelled or unlabelled) is an endless row of positions; epoch e covers the positions e*n .. (e+1)*n-1 in an
-order drawn from (seed, stream, e). Step s uses the positions s*B .. (s+1)*B-1. World size only slices a step's positions,
+order drawn from (seed, stream, e); with repeat factors n is their sum, and an image comes that often, rounded up or down
+anew in each epoch. Step s uses the positions s*B .. (s+1)*B-1. World size only slices a step's positions,
 and a resumed run needs nothing but the step it stopped at.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+
+from dfssd.data.manifest import Boxes
+
+Repeats = int | tuple[float, ...]  # number of images, each once an epoch; or how often each one comes
 
 
 class Draw(NamedTuple):
@@ -25,9 +30,40 @@ class Draw(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def permutation(seed: int, stream: str, epoch: int, n: int) -> np.ndarray:
-    """Order of the n images of a stream in one epoch."""
-    return np.random.default_rng(stable_seed(seed, stream, epoch)).permutation(n)
+def epoch_order(seed: int, stream: str, epoch: int, repeats: Repeats) -> np.ndarray:
+    """Images of a stream in the order of one epoch.
+
+    Fractions are rounded by systematic sampling: an image with factor 1.4 comes once or twice, in the long run 1.4 times,
+    and the length of an epoch never changes, so that a position says in which epoch it lies.
+    """
+    rng = np.random.default_rng(stable_seed(seed, stream, epoch))
+    length = epoch_length(repeats)
+    if isinstance(repeats, int):
+        return rng.permutation(length)
+    shuffled = rng.permutation(len(repeats))  # neighbours share a draw, so they must change
+    ends = np.cumsum(np.asarray(repeats)[shuffled])
+    marks = (np.arange(length) + rng.random()) * (ends[-1] / length)
+    images = shuffled[np.searchsorted(ends, marks, side="right").clip(max=len(repeats) - 1)]
+    return np.asarray(images[rng.permutation(length)])
+
+
+def epoch_length(repeats: Repeats) -> int:
+    """Samples in one epoch of a stream."""
+    return repeats if isinstance(repeats, int) else round(sum(repeats))
+
+
+def repeat_factors(boxes: Sequence[Boxes | None], classes: int, threshold: float) -> tuple[float, ...]:
+    """How often each image comes in an epoch: max over its classes of max(1, sqrt(threshold / share of images with it)).
+
+    Repeat-factor sampling, Gupta et al., LVIS, CVPR 2019, section B.1. 0 switches it off.
+    """
+    shown = np.zeros((len(boxes), classes), bool)
+    for row, own in zip(shown, boxes, strict=True):
+        if own is not None and len(own):
+            row[own[:, 0].astype(int)] = True
+    share = shown.mean(0)
+    factor = np.sqrt(threshold / np.maximum(share, 1e-12)).clip(min=1)
+    return tuple(float(f) for f in np.where(shown, factor, 1.0).max(1, initial=1.0))
 
 
 def stable_seed(*parts: object) -> int:
@@ -35,9 +71,10 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "big")
 
 
-def draw(seed: int, stream: str, position: int, n: int, mosaic: bool) -> Draw:
-    """The sample at a position of a stream of n images."""
-    order = permutation(seed, stream, position // n, n)
+def draw(seed: int, stream: str, position: int, repeats: Repeats, mosaic: bool) -> Draw:
+    """The sample at a position of a stream."""
+    n = epoch_length(repeats)
+    order = epoch_order(seed, stream, position // n, repeats)
     return Draw(stream, int(order[position % n]), stable_seed(seed, stream, "augment", position), mosaic)
 
 
@@ -45,7 +82,7 @@ class StepSampler:
     """Yields, step by step, the samples of one rank: labelled ones first.
 
     Args:
-        sizes: images in each stream, e.g. {"labelled": 325, "unlabelled": 2938}.
+        repeats: for each stream its number of images, or how often each image comes in an epoch.
         per_step: images of each stream in a global batch.
         steps: range of steps to yield, `first` to `last` (exclusive).
         plain_from: first step without mosaic.
@@ -54,7 +91,7 @@ class StepSampler:
 
     def __init__(
         self,
-        sizes: dict[str, int],
+        repeats: dict[str, Repeats],
         per_step: dict[str, int],
         seed: int,
         first: int,
@@ -63,7 +100,7 @@ class StepSampler:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.sizes, self.per_step, self.seed = sizes, per_step, seed
+        self.repeats, self.per_step, self.seed = repeats, per_step, seed
         self.first, self.last, self.plain_from = first, last, plain_from
         self.rank, self.world = rank, world
 
@@ -77,7 +114,7 @@ class StepSampler:
     def at(self, step: int) -> list[Draw]:
         """Samples of this rank at one step."""
         return [
-            draw(self.seed, stream, position, self.sizes[stream], step < self.plain_from)
+            draw(self.seed, stream, position, self.repeats[stream], step < self.plain_from)
             for stream, count in self.per_step.items()
             for position in range(step * count + self.rank, (step + 1) * count, self.world)
         ]

@@ -92,23 +92,33 @@ class Criterion:
     ) -> tuple[Tensor, Tensor]:
         """Detection loss on unlabelled images: pseudo-labels weighted by score, uncertain boxes left out.
 
-        An image without any candidate is left out as a whole, and every anchor inside an uncertain box is neither
-        positive nor background: an unlabelled image never says "no defect here" where the teacher was not sure.
+        A box that moved under flips (agreement below the limit) still says that there is a defect of this class, but
+        not where exactly: its box and DFL terms have no weight (Soft Teacher, Xu et al., ICCV 2021, section 3.3).
+
+        An image without any candidate is left out as a whole (its area travels through a mosaic as a box of score 0), and
+        every anchor inside an uncertain box is neither positive nor background: an unlabelled image never says "no defect
+        here" where the teacher was not sure.
         """
         assert self.config is not None and self.policy is not None
         candidates, score = _targets(batch, mine, self.labelled), batch["score"][mine]
         tau = self.policy.thresholds().to(score.device)
-        stats = torch.cat(class_sums(candidates.cls, score, len(tau)))
+        seen = score > 0  # a score of 0 marks the area of an image without candidates
+        stats = torch.cat(class_sums(candidates.cls[seen], score[seen], len(tau)))
         stats = self.world.sum(stats)
         self.policy.update(*stats.cpu().chunk(2))
-        sure = (score >= tau[candidates.cls.long()]) & (score.pow(self.config.score_power) > 0)
+        sure = (score >= tau[candidates.cls.long()]) & seen
         candidates.weight = score.pow(self.config.score_power)
+        placed = batch["agreement"][mine] >= self.config.agreement_min
+        candidates.box_weight = candidates.weight * placed
+        counts["pse/pseudo_labels"] = sure.sum().float()
+        counts["pse/uncertain"] = (~sure & seen).sum().float()
+        counts["pse/without_box_term"] = (sure & ~placed).sum().float()
+        if self.config.uncertain == "background":
+            return self.detection(raw, candidates.where(sure))
         size = raw["one2many"]["scores"].shape[0]
         ignore = self.detection.anchors_inside(raw["one2many"]["feats"], candidates.where(~sure), size)
         silent = torch.ones(size, dtype=torch.bool, device=score.device)
-        silent[candidates.image.long()] = False
-        counts["pse/pseudo_labels"] = sure.sum().float()
-        counts["pse/uncertain"] = (~sure).sum().float()
+        silent[candidates.image[seen].long()] = False
         return self.detection(raw, candidates.where(sure), ignore | silent[:, None])
 
     def _normalised(self, sums: dict[str, tuple[Tensor, Tensor]], counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,4 +161,4 @@ def _slice(raw: dict[str, Branch], first: int, last: int) -> dict[str, Branch]:
 def _targets(batch: dict[str, Any], keep: Tensor, first: int) -> Targets:
     """Boxes chosen by `keep`, with images counted from `first`, all with weight 1."""
     image = batch["batch_idx"][keep] - first
-    return Targets(batch["cls"][keep], batch["bboxes"][keep], image, torch.ones_like(image))
+    return Targets(batch["cls"][keep], batch["bboxes"][keep], image, torch.ones_like(image), torch.ones_like(image))

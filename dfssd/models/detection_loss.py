@@ -31,16 +31,18 @@ class Targets:
         cls: (N,) class ids.
         boxes: (N,4) cx, cy, w, h, 0..1.
         image: (N,) index of the image in the batch, ascending.
-        weight: (N,) weight of each box on its class, box and DFL terms.
+        weight: (N,) weight of each box on its class term.
+        box_weight: (N,) weight of each box on its box and DFL terms.
     """
 
     cls: Tensor
     boxes: Tensor
     image: Tensor
     weight: Tensor
+    box_weight: Tensor
 
     def where(self, keep: Tensor) -> Targets:
-        return Targets(self.cls[keep], self.boxes[keep], self.image[keep], self.weight[keep])
+        return Targets(self.cls[keep], self.boxes[keep], self.image[keep], self.weight[keep], self.box_weight[keep])
 
 
 class _Tap:
@@ -54,6 +56,7 @@ class _Tap:
         self.assigner, self.bce = criterion.assigner, criterion.bce
         criterion.assigner, criterion.bce = self.assign, self.class_loss
         self.weights_bm: Tensor = torch.zeros(0)
+        self.box_weights_bm: Tensor = torch.zeros(0)
         self.ignore_ba: Tensor | None = None
         self.normaliser: Tensor = torch.zeros(())
         self.weighted_sum: Tensor = torch.zeros(())
@@ -62,13 +65,15 @@ class _Tap:
         labels, boxes, scores_bac, foreground_ba, box_index_ba = self.assigner(*args, **kwargs)
         self.targets = scores_bac
         self.normaliser = scores_bac.sum()
+        foreground = foreground_ba.bool()
+        ones = torch.ones_like(foreground_ba, dtype=scores_bac.dtype)
+        weight, box_weight = ones, ones
         if self.weights_bm.shape[1]:
-            weight = self.weights_bm.gather(1, box_index_ba.clamp(max=self.weights_bm.shape[1] - 1))
-        else:
-            weight = torch.ones_like(foreground_ba, dtype=scores_bac.dtype)
-        background = torch.ones_like(weight) if self.ignore_ba is None else (~self.ignore_ba).to(weight.dtype)
-        self.anchor_weight = torch.where(foreground_ba.bool(), weight, background)
-        weighted = scores_bac * torch.where(foreground_ba.bool(), weight, torch.zeros_like(weight)).unsqueeze(-1)
+            index = box_index_ba.clamp(max=self.weights_bm.shape[1] - 1)
+            weight, box_weight = self.weights_bm.gather(1, index), self.box_weights_bm.gather(1, index)
+        background = ones if self.ignore_ba is None else (~self.ignore_ba).to(ones.dtype)
+        self.anchor_weight = torch.where(foreground, weight, background)
+        weighted = scores_bac * torch.where(foreground, box_weight, torch.zeros_like(ones)).unsqueeze(-1)
         self.weighted_sum = weighted.sum()
         return labels, boxes, weighted, foreground_ba, box_index_ba
 
@@ -123,7 +128,9 @@ class DetectionLoss:
         share = self.branch_weights()
         for name, (part, tap) in self.parts.items():
             preds = raw[name]
-            tap.weights_bm = _pad(targets, preds["scores"].shape[0])
+            size = preds["scores"].shape[0]
+            tap.weights_bm = _pad(targets.weight, targets, size)
+            tap.box_weights_bm = _pad(targets.box_weight, targets, size)
             tap.ignore_ba = ignore_ba
             batch = {"cls": targets.cls.view(-1, 1), "bboxes": targets.boxes, "batch_idx": targets.image}
             _, loss, _ = part.get_assigned_targets_and_loss(preds, batch)
@@ -147,13 +154,13 @@ class DetectionLoss:
         return counts > 0
 
 
-def _pad(targets: Targets, batch_size: int) -> Tensor:
-    """(B,M) weights in the layout in which Ultralytics pads its targets."""
+def _pad(weight_n: Tensor, targets: Targets, batch_size: int) -> Tensor:
+    """(B,M) weights of boxes in the layout in which Ultralytics pads its targets."""
     counts = torch.bincount(targets.image.long(), minlength=batch_size)
     most = int(counts.max()) if len(targets.cls) else 0
-    padded = torch.ones(batch_size, most, device=targets.weight.device)
+    padded = torch.ones(batch_size, most, device=weight_n.device)
     if most:
         first = counts.cumsum(0) - counts
         within = torch.arange(len(targets.cls), device=counts.device) - first[targets.image.long()]
-        padded[targets.image.long(), within] = targets.weight.to(padded.dtype)
+        padded[targets.image.long(), within] = weight_n.to(padded.dtype)
     return padded

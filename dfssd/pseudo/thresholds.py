@@ -1,23 +1,81 @@
 """Policies that turn candidates into pseudo-labels and uncertain boxes, per class.
 
 A candidate whose score reaches its class threshold is a pseudo-label; one between floor and threshold is uncertain.
+`fixed` and `ema` need nothing but a batch; `gmm` and `match` look at the scores of all candidates once, before training.
+
+Legend: C classes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dfssd.config import Distill
+from dfssd.config import Thresholds
+from dfssd.data.manifest import Boxes, Row
+
+BINS = 1000  # of a score histogram; thresholds are exact to a thousandth
+FEWEST = 20  # candidates of a class from which a mixture is fitted
+POLICIES = ("fixed", "ema", "gmm", "match")
+
+
+@dataclass
+class ScoreCounts:
+    """How often each score was given, by class: all that a policy needs to know of any number of candidates.
+
+    Args:
+        counts: (C, BINS) candidates with a score in [k/BINS, (k+1)/BINS).
+        images: unlabelled images looked at.
+    """
+
+    counts: np.ndarray
+    images: int = 0
+
+    @classmethod
+    def empty(cls, classes: int) -> ScoreCounts:
+        return cls(np.zeros((classes, BINS), np.int64))
+
+    def add(self, boxes: Boxes) -> None:
+        """Take in the (n,7) candidates of one image."""
+        self.images += 1
+        np.add.at(self.counts, (boxes[:, 0].astype(int), score_bin(boxes[:, 5])), 1)
+
+    def per_image(self, tau_c: np.ndarray) -> np.ndarray:
+        """(C,) pseudo-labels an image at thresholds tau_c."""
+        kept = [row[score_bin(t) :].sum() for row, t in zip(self.counts, tau_c, strict=True)]
+        return np.asarray(kept) / max(self.images, 1)
+
+    def mean(self) -> np.ndarray:
+        """(C,) mean score; 0 for a class without a candidate."""
+        centres = (np.arange(BINS) + 0.5) / BINS
+        return np.asarray(self.counts @ centres / np.maximum(self.counts.sum(1), 1))
+
+
+def score_bin(score: Any) -> Any:
+    """Histogram bin of a score. Half a bin in a million is added, so that 0.3 as a float lands in bin 300."""
+    return np.minimum((np.asarray(score, np.float64) * BINS + 1e-4).astype(int), BINS - 1)
+
+
+def labelled_rates(rows: list[Row], classes: int) -> np.ndarray:
+    """(C,) labelled boxes an image, over labelled images."""
+    boxes = [r.boxes[:, 0].astype(int) for r in rows if r.boxes is not None]
+    total = np.bincount(np.concatenate(boxes), minlength=classes) if boxes else np.zeros(classes)
+    return np.asarray(total / max(len(boxes), 1))
 
 
 class FixedThreshold:
-    """The same threshold for every class, for ever."""
+    """Thresholds that stay: the same for every class, or one each.
 
-    def __init__(self, classes: int, tau: float) -> None:
-        self._tau = torch.full((classes,), tau)
+    Args:
+        tau_c: (C,) thresholds.
+    """
+
+    def __init__(self, tau_c: Tensor) -> None:
+        self._tau = tau_c
 
     def thresholds(self) -> Tensor:
         """(C,) thresholds."""
@@ -41,13 +99,13 @@ class EmaThreshold:
     workers, so the number of workers does not matter.
     """
 
-    def __init__(self, classes: int, decay: float, tau_min: float) -> None:
-        self.decay, self.tau_min = decay, tau_min
+    def __init__(self, classes: int, decay: float, tau_min: float, tau_max: float = 1.0) -> None:
+        self.decay, self.tau_min, self.tau_max = decay, tau_min, tau_max
         self.mean = torch.zeros(classes)
 
     def thresholds(self) -> Tensor:
         """(C,) thresholds."""
-        return self.mean.clamp(min=self.tau_min)
+        return self.mean.clamp(self.tau_min, self.tau_max)
 
     def update(self, score_sum_c: Tensor, count_c: Tensor) -> None:
         """Take in one global batch: sums of scores and numbers of candidates by class, (C,) each."""
@@ -64,11 +122,81 @@ class EmaThreshold:
 Policy = FixedThreshold | EmaThreshold
 
 
-def make_policy(config: Distill, classes: int) -> Policy:
-    """The policy that the settings name."""
-    if config.threshold_policy == "fixed":
-        return FixedThreshold(classes, config.tau)
-    return EmaThreshold(classes, config.tau_decay, config.tau_min)
+def make_policy(config: Thresholds, scores: ScoreCounts, rate_c: np.ndarray) -> Policy:
+    """The policy that the settings name.
+
+    Args:
+        scores: of all candidates on unlabelled images.
+        rate_c: (C,) labelled boxes an image (see `labelled_rates`), for 'match'.
+    """
+    if config.threshold_policy == "ema":
+        return EmaThreshold(len(rate_c), config.tau_decay, config.lowest(), config.tau_max)
+    tau = policy_thresholds(config, config.threshold_policy, scores, rate_c)
+    return FixedThreshold(torch.as_tensor(tau, dtype=torch.float32))
+
+
+def policy_thresholds(
+    config: Thresholds, policy: str, scores: ScoreCounts, rate_c: np.ndarray, steps: int = 0
+) -> np.ndarray:
+    """(C,) thresholds of any policy on these candidates; for 'ema' those it will have reached after `steps`."""
+    if policy == "fixed":
+        return np.full(len(rate_c), config.tau)
+    if policy == "ema":
+        tau = scores.mean() * (1 - config.tau_decay**steps)
+    elif policy == "gmm":
+        tau = np.array([gmm_threshold(row, config.tau) for row in scores.counts])
+    else:
+        tau = match_thresholds(scores, rate_c)
+    return np.asarray(tau.clip(config.lowest(policy), config.tau_max))
+
+
+def gmm_threshold(counts: np.ndarray, fallback: float) -> float:
+    """Score above which a candidate more likely belongs to the upper of two Gaussians fitted to a class's scores.
+
+    Consistent-Teacher (Wang et al., CVPR 2023, section 3.4) fits one mixture a class; expectation maximisation from the
+    split of greatest between-class variance, so that the same scores give the same threshold.
+
+    Args:
+        counts: (BINS,) histogram of the scores of all candidates of the class.
+        fallback: threshold where there are fewer than 20 candidates, or no two groups.
+    """
+    x, n = (np.arange(BINS) + 0.5) / BINS, counts.astype(np.float64)
+    if n.sum() < FEWEST or np.count_nonzero(n) < 2:
+        return fallback
+    low = np.cumsum(n)
+    mass = np.cumsum(n * x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (mass[-1] * low / low[-1] - mass) ** 2 / (low * (low[-1] - low))
+    upper = x > x[int(np.nanargmax(np.where(np.isfinite(between), between, -1)))]
+    posterior = upper.astype(np.float64)  # of the upper component
+    for _ in range(500):
+        weights = np.stack([(1 - posterior) * n, posterior * n])
+        share = weights.sum(1) / n.sum()
+        mean = weights @ x / np.maximum(weights.sum(1), 1e-12)
+        variance = (weights * (x - mean[:, None]) ** 2).sum(1) / np.maximum(weights.sum(1), 1e-12) + 1e-4
+        log = np.log(np.maximum(share, 1e-12))[:, None] - 0.5 * (
+            (x - mean[:, None]) ** 2 / variance[:, None] + np.log(variance)[:, None]
+        )
+        new = 1 / (1 + np.exp(np.clip(log[0] - log[1], -500, 500)))
+        done = float(np.abs(new - posterior).max()) < 1e-6
+        posterior = new
+        if done:
+            break
+    between_means = (x >= mean[0]) & (x <= mean[1]) & (posterior >= 0.5)
+    return float(x[between_means][0]) if between_means.any() else fallback
+
+
+def match_thresholds(scores: ScoreCounts, rate_c: np.ndarray) -> np.ndarray:
+    """(C,) thresholds at which pseudo-labels an image equal the labelled rate of each class.
+
+    LabelMatch (Chen et al., CVPR 2022, section 3.2). Where a class has fewer candidates than that, all are taken.
+    """
+    wanted = np.rint(rate_c * scores.images)
+    from_above = scores.counts[:, ::-1].cumsum(1)[:, ::-1]  # candidates with a score in this bin or a higher one
+    reached = from_above >= np.maximum(wanted, 1)[:, None]
+    highest = BINS - 1 - reached[:, ::-1].argmax(1)
+    tau = np.where(reached.any(1), highest / BINS, 0.0)
+    return np.asarray(np.where(wanted > 0, tau, 1.0))
 
 
 def class_sums(cls_n: Tensor, score_n: Tensor, classes: int) -> tuple[Tensor, Tensor]:

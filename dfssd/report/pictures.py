@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from dfssd.data.dataset import decode, network_input, shrink
 from dfssd.data.manifest import Boxes, Manifest, Row
 from dfssd.errors import DfssdError
 from dfssd.models.predict import NMS_IOU, predict
-from dfssd.pseudo.labeller import decode_shard, to_candidates
+from dfssd.pseudo.teachers import decode_shard, in_shares, out_of_letterbox
 
 SIDE = 240  # px of one picture
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")
@@ -42,13 +41,14 @@ def detect_samples(model: torch.nn.Module, manifest: Manifest, config: Config) -
     rows = sample_rows(manifest, config.evaluate.sample_images)
     if not rows:
         return []
-    ready = decode_shard(
-        {"shard": 0, "ids": [r.image_id for r in rows], "uris": [r.uri for r in rows]}, config.train.imgsz
-    )
+    side, same = config.train.imgsz, np.arange(len(manifest.names))
+    ready = decode_shard({"uris": [r.uri for r in rows]}, side)
     images = network_input(torch.from_numpy(ready["images"].transpose(0, 3, 1, 2).copy()), torch.device("cpu"))
     found = predict(model, images, DRAW_ABOVE, NMS_IOU, 50)
     return [
-        to_candidates(one.numpy(), scale, left, top, size) if scale else np.zeros((0, 7), np.float32)
+        out_of_letterbox(in_shares(one, same, side), scale, left, top, size, side)
+        if scale
+        else np.zeros((0, 7), np.float32)
         for one, (scale, left, top), size in zip(found, ready["geometry"].tolist(), ready["sizes"], strict=True)
     ]
 
@@ -95,11 +95,3 @@ def detection_sheet(manifest: Manifest, detections: dict[str, list[Boxes]], conf
     for name, found in detections.items():
         columns[name] = [draw(r, b, manifest.names) for r, b in zip(rows, found, strict=True)]
     return sheet(columns)
-
-
-def pseudo_sheet(manifest: Manifest, candidates: dict[str, Boxes], tau: np.ndarray, count: int = 12) -> bytes:
-    """Unlabelled images with pseudo-labels (coloured) and uncertain boxes (grey), in three columns."""
-    rows = [r for r in manifest.unlabelled_rows() if len(candidates.get(r.image_id, ()))]
-    rows = rows[:: max(1, len(rows) // count)][:count]
-    pictures: list[Any] = [draw(r, candidates[r.image_id], manifest.names, tau) for r in rows]
-    return sheet({f"pseudo-labels {k + 1}": pictures[k::3] for k in range(3)})

@@ -8,7 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-LABELS = {"teacher": "teacher", "label_only": "student, labels alone", "student": "student, distilled"}
+from dfssd.rounds import split_round
+
+LABELS = {"label_only": "student, labels alone", "student": "student, distilled"}
+
+
+def models_in(results: dict[str, Any]) -> dict[str, str]:
+    """Measured models and what to call them: teachers of all rounds first."""
+    teachers = [name for name in results if split_round(name)[0] == "teacher"]
+    titles = {name: "teacher" if name == "teacher" else f"teacher, round {split_round(name)[1]}" for name in teachers}
+    return titles | {name: label for name, label in LABELS.items() if name in results}
 
 
 def render(title: str, header: list[str], rows: list[list[str]]) -> str:
@@ -27,18 +36,17 @@ def model_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one a model, measured on the test split."""
     header = ["model", "test mAP50", "test mAP50-95", "parameters", "latency (ms)"]
     rows = []
-    for name, label in LABELS.items():
-        if name in results:
-            one = results[name]
-            numbers = [f"{one['test']['map50']:.3f}", f"{one['test']['map50_95']:.3f}"]
-            rows.append([label, *numbers, f"{one['params'] / 1e6:.2f} M", f"{one['latency_ms']:.1f}"])
+    for name, label in models_in(results).items():
+        one = results[name]
+        numbers = [f"{one['test']['map50']:.3f}", f"{one['test']['map50_95']:.3f}"]
+        rows.append([label, *numbers, f"{one['params'] / 1e6:.2f} M", f"{one['latency_ms']:.1f}"])
     return header, rows
 
 
 def class_rows(results: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: test mAP50 by class and model."""
-    models = [m for m in LABELS if m in results]
-    header = ["class", "boxes", *(f"{LABELS[m]}" for m in models)]
+    models = models_in(results)
+    header = ["class", "boxes", *models.values()]
     rows = []
     for name in names:
         cells = [results[m]["test"]["by_class"].get(name) for m in models]
@@ -76,16 +84,3 @@ def split_table(summary: dict[str, Any]) -> str:
 def result_table(results: dict[str, Any]) -> str:
     """Models side by side, for the terminal."""
     return render("measured on the test split", *model_rows(results))
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """One line: did the unlabelled images pay?"""
-    if not {"label_only", "student"} <= results.keys():
-        return ""
-    gain = [100 * (results["student"]["test"][k] - results["label_only"]["test"][k]) for k in ("map50", "map50_95")]
-    if gain[0] > 0:
-        return f"The unlabelled images paid: {gain[0]:+.1f} points of test mAP50, {gain[1]:+.1f} of mAP50-95."
-    return (
-        f"The unlabelled images did NOT pay: {gain[0]:+.1f} points of test mAP50, {gain[1]:+.1f} of mAP50-95. "
-        "Use label_only/best.pt, and look at pseudo/pseudo.png."
-    )

@@ -16,8 +16,9 @@ from dfssd.models.detector import detector_bytes
 from dfssd.progress import clock
 from dfssd.train import checkpoint
 from dfssd.train.guards import check_finite, check_reach
+from dfssd.train.job import TrainJob
 from dfssd.train.optim import learning_rate
-from dfssd.train.session import Session, TrainJob, build_session
+from dfssd.train.session import Session, build_session
 from dfssd.train.validation import validate
 from dfssd.world import World
 
@@ -50,7 +51,7 @@ def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Sav
     meter, begun, first, last_metrics = Meter(), time.monotonic(), s.step, {}
     batches = iter(s.loader())
 
-    while s.step < steps:
+    while s.step < steps and not out_of_patience(s):
         meter.start()
         batch = to_device(next(batches), device)
         images = network_input(batch["img"], device)
@@ -194,6 +195,15 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
         f"{time.monotonic() - begun:.1f} s",
     )
     return metrics
+
+
+def out_of_patience(s: Session) -> bool:
+    """Has validation not improved for as long as the settings allow?"""
+    since = s.step - s.best["step"] if s.best else 0
+    if not s.job.patience or since < s.job.patience * s.job.val_every():
+        return False
+    say(s.world, f"{s.job.stage}: no better validation for {since} steps, stops at step {s.step} of {s.job.steps}")
+    return True
 
 
 def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
-from dfssd.config import Config, as_dict
 from dfssd.data.dataset import ManifestDataset, Streams, collate
-from dfssd.data.manifest import Manifest, read_manifest, read_pseudo
-from dfssd.data.sampling import StepSampler
+from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
+from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion
 from dfssd.errors import DfssdError
 from dfssd.models.detection_loss import DetectionLoss
@@ -29,71 +27,13 @@ from dfssd.models.detector import (
     feature_channels,
     load_detector,
 )
-from dfssd.pseudo.thresholds import Policy, make_policy
+from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.storage import Storage
+from dfssd.train.job import TrainJob
 from dfssd.train.optim import make_optimiser
 from dfssd.world import World
 
 EMA_TAU = 100  # updates over which the decay of the weight average builds up
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What one training stage is about.
-
-    Args:
-        stage: teacher, label_only or student (also the name of its artefact).
-        run_uri: storage of the run.
-        config: all settings.
-        tracking_uri, mlflow_run_id: where to log; '' for nowhere.
-    """
-
-    stage: str
-    run_uri: str
-    config: Config
-    tracking_uri: str = ""
-    mlflow_run_id: str = ""
-
-    @property
-    def steps(self) -> int:
-        return self.config.teacher_steps() if self.stage == "teacher" else self.config.train.steps
-
-    @property
-    def model_spec(self) -> str:
-        return self.config.models.teacher if self.stage == "teacher" else self.config.models.student
-
-    @property
-    def distills(self) -> bool:
-        return self.stage == "student"
-
-    @property
-    def store(self) -> Storage:
-        return Storage(self.run_uri).at(self.stage)
-
-    def val_every(self) -> int:
-        return self.config.train.val_every or max(1, self.steps // 10)
-
-    def fingerprint(self) -> str:
-        """Digest of the settings that this stage's result depends on."""
-        return hashlib.sha256(json.dumps(stage_config(self.config, self.stage), sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
-
-
-def stage_config(config: Config, stage: str) -> dict[str, Any]:
-    """The settings that the result of a training stage depends on; what only changes speed is left out."""
-    train = as_dict(config.train, "teacher_steps", "steps", "val_every", "log_every", "loader_workers", "cache_gib")
-    teacher = stage == "teacher"
-    settings: dict[str, Any] = {
-        "model": config.models.teacher if teacher else config.models.student,
-        "steps": config.teacher_steps() if teacher else config.train.steps,
-        "val_every": config.train.val_every,  # decides which weights can become the best ones
-        "seed": config.run.seed,
-        "train": train,
-    }
-    if stage == "student":
-        settings["distill"] = as_dict(config.distill)
-    return settings
 
 
 class Student(nn.Module):
@@ -144,10 +84,13 @@ class Session:
         if "unlabelled" in self.streams.streams:
             per_step["unlabelled"] = config.unlabelled_batch()
         plain_from = round(self.job.steps * (1 - config.train.close_mosaic))
-        sizes = {name: len(s) for name, s in self.streams.streams.items()}
+        repeats: dict[str, Repeats] = {name: len(s) for name, s in self.streams.streams.items()}
+        if config.train.repeat_threshold:
+            labels, classes = [r.boxes for r in self.manifest.labelled_rows()], len(self.manifest.names)
+            repeats["labelled"] = repeat_factors(labels, classes, config.train.repeat_threshold)
         seed, world = config.run.seed, self.world
         sampler = StepSampler(
-            sizes, per_step, seed, self.step, self.job.steps, plain_from, rank=world.rank, world=world.size
+            repeats, per_step, seed, self.step, self.job.steps, plain_from, rank=world.rank, world=world.size
         )
         workers = config.train.loader_workers
         if workers < 0:
@@ -191,7 +134,7 @@ class Session:
 
 def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     """Build all parts of a training run; nothing is restored yet."""
-    config = job.config
+    config, method = job.config, job.method()
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
     manifest = read_manifest(run.at("dataset"))
@@ -202,14 +145,9 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     student = Student(detector, channels).to(device).train()
     student.to(memory_format=torch.channels_last)
     wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
-    policy = make_policy(config.distill, len(manifest.names)) if job.distills else None
-    criterion = Criterion(
-        DetectionLoss(detector),
-        config.distill if job.distills else None,
-        policy,
-        config.train.batch // world.size,
-        world,
-    )
+    candidates = read_pseudo(run.at(job.pseudo)) if job.pseudo and config.unlabelled_batch() else {}
+    policy = make_policy(config.thresholds, *_scores(manifest, candidates)) if method else None
+    criterion = Criterion(DetectionLoss(detector), method, policy, config.train.batch // world.size, world)
     val = manifest.of_split("val")
     return Session(
         job=job,
@@ -224,7 +162,7 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         policy=policy,
         teacher=teacher,
         criterion=criterion,
-        streams=Streams(_streams(job, run, manifest)),
+        streams=Streams(_streams(job, manifest, candidates)),
         val=ManifestDataset(
             val, [r.boxes for r in val], manifest.names, config.train.imgsz, cache_gib=config.train.cache_gib
         ),
@@ -238,12 +176,13 @@ def _teacher(
     distill = job.config.distill
     if distill.lambda_p == 0 and distill.lambda_f == 0:
         return None
-    model = load_detector(run.read("teacher/best.pt"), run.path("teacher/best.pt"), job.config.train.imgsz)
+    where = run.path(job.teacher, "best.pt")
+    model = load_detector(run.read(f"{job.teacher}/best.pt"), where, job.config.train.imgsz)
     teacher = Teacher(model, device)
     if teacher.names != manifest.names:
         raise DfssdError(
             f"the teacher knows the classes {teacher.names}, the data has {manifest.names}",
-            where=run.path("teacher/best.pt"),
+            where=where,
             todo="train the teacher on this data set",
         )
     if model.model[-1].stride.tolist() != student.model[-1].stride.tolist():
@@ -251,8 +190,16 @@ def _teacher(
     return teacher
 
 
-def _streams(job: TrainJob, run: Storage, manifest: Manifest) -> dict[str, ManifestDataset]:
-    """Labelled images, and for the student the unlabelled ones with their candidates."""
+def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCounts, np.ndarray]:
+    """What a threshold policy is made from: scores of all candidates, and (C,) labelled boxes an image."""
+    scores = ScoreCounts.empty(len(manifest.names))
+    for image_id in sorted(candidates):
+        scores.add(candidates[image_id])
+    return scores, labelled_rates(manifest.labelled_rows(), len(manifest.names))
+
+
+def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> dict[str, ManifestDataset]:
+    """Labelled images, and where there are candidates the unlabelled ones with them."""
     config, names = job.config, manifest.names
     labelled = manifest.labelled_rows()
     if not any(r.boxes is not None and len(r.boxes) for r in labelled):
@@ -262,13 +209,17 @@ def _streams(job: TrainJob, run: Storage, manifest: Manifest) -> dict[str, Manif
         return ManifestDataset(rows, boxes, names, config.train.imgsz, config.train, config.train.cache_gib)
 
     streams = {"labelled": dataset(labelled, [r.boxes for r in labelled])}
-    if job.distills and config.unlabelled_batch():
-        candidates = read_pseudo(run.at("pseudo"))
+    if job.pseudo and config.unlabelled_batch():
         rows = [r for r in manifest.unlabelled_rows() if r.image_id in candidates]
         if not rows:
             raise DfssdError(
                 "there is no unlabelled image to learn from",
                 todo="lower --label-fraction, add --unlabelled DIR, or set --unlabelled-ratio 0",
             )
-        streams["unlabelled"] = dataset(rows, [candidates[r.image_id] for r in rows])
+        streams["unlabelled"] = dataset(rows, [_or_silent(candidates[r.image_id]) for r in rows])
     return streams
+
+
+def _or_silent(boxes: Boxes) -> Boxes:
+    """The candidates; for an image without any one box of score 0 over all of it, which marks its area as unknown."""
+    return boxes if len(boxes) else np.array([[0, 0.5, 0.5, 1, 1, 0, 1]], np.float32)

@@ -23,7 +23,6 @@ from dfssd.world import World
 IOU_LEVELS = torch.linspace(0.5, 0.95, 10)
 
 
-@torch.no_grad()
 def validate(
     model: nn.Module,
     dataset: ManifestDataset,
@@ -42,6 +41,12 @@ def validate(
     Raises:
         DfssdError: the set has no box to find.
     """
+    return summarise(collect(model, dataset, world, device), names)
+
+
+@torch.no_grad()
+def collect(model: nn.Module, dataset: ManifestDataset, world: World, device: torch.device) -> list[dict[str, Any]]:
+    """What matched what on each image, of all workers: scores, classes and hits at ten IoU levels."""
     stats: list[dict[str, Any]] = []
     for batch in validation_batches(dataset, world.rank, world.size):
         images = network_input(batch["img"], device)
@@ -51,8 +56,7 @@ def validate(
             mine = batch["batch_idx"] == k
             truth = ops.xywh2xyxy(batch["bboxes"][mine]) * torch.tensor([width, height, width, height])
             stats.append(_match(boxes.cpu(), batch["cls"][mine], truth, batch["im_file"][k]))
-    everything = [one for part in world.gather(stats) for one in part]
-    return summarise(everything, names)
+    return [one for part in world.gather(stats) for one in part]
 
 
 def _match(found: Tensor, classes: Tensor, truth_xyxy: Tensor, name: str) -> dict[str, Any]:

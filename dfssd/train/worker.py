@@ -19,7 +19,8 @@ from dfssd.cluster import Resources
 from dfssd.errors import DfssdError, find_user_error
 from dfssd.tracking import Tracker
 from dfssd.train import checkpoint
-from dfssd.train.session import Session, TrainJob
+from dfssd.train.job import TrainJob
+from dfssd.train.session import Session
 from dfssd.world import World
 
 KEEP = 2  # checkpoints; the newest may be the one that was being written

@@ -5,13 +5,12 @@ import time
 
 import psutil
 import pytest
-from small import give_teacher_and_candidates, tiny_config
+from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.cluster import Resources, worker_resources
 from dfssd.config import Run
 from dfssd.errors import DfssdError
 from dfssd.storage import Storage
-from dfssd.train.session import TrainJob
 from dfssd.train.worker import fit, train_in_process
 
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
@@ -33,7 +32,7 @@ def _kill_a_worker_after(checkpoint, killed):
 def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     give_teacher_and_candidates(prepared)
     config = tiny_config(prepared, steps=30, val_every=5, num_workers=2)
-    job = TrainJob("student", str(prepared / "r"), config)
+    job = make_job("student", str(prepared / "r"), config)
     killed: list[int] = []
     first = prepared / "r" / "student" / "train" / "step_0000005" / "MANIFEST.json"
     killer = threading.Thread(target=_kill_a_worker_after, args=(first, killed), daemon=True)
@@ -51,7 +50,7 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     for name in ("dataset", "teacher", "pseudo"):
         for file in Storage(str(prepared)).at("r", name).files():
             other.write(f"{name}/{file}", Storage(str(prepared)).at("r", name).read(file))
-    single = TrainJob("student", other.uri, alone)
+    single = make_job("student", other.uri, alone)
     train_in_process(single)
     a, b = history[0], single.store.read_json("history.json")[0]
     for term in ("loss/sup/cls", "loss/pse/cls", "loss/pred/cls", "loss/feat/hw_js"):
@@ -64,7 +63,7 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
 
 def test_a_user_error_in_a_worker_comes_back_as_one_without_retries(prepared, local_ray):
     config = tiny_config(prepared)
-    job = TrainJob("student", str(prepared / "r"), config)  # no teacher was trained
+    job = make_job("student", str(prepared / "r"), config)  # no teacher was trained
     Storage(str(prepared / "r")).write("teacher/best.pt", b"not weights")
     begun = time.monotonic()
     with pytest.raises(DfssdError, match="cannot be loaded as a model"):

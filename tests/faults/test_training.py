@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from small import give_teacher_and_candidates, tiny_config
+from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, load_detector, read_detector
 from dfssd.storage import Storage
 from dfssd.train import guards, loop
-from dfssd.train.session import TrainJob, build_session
+from dfssd.train.session import build_session
 from dfssd.train.worker import train_in_process
 from dfssd.world import World
 
@@ -19,7 +19,7 @@ class Killed(Exception):
 
 
 def _run(storage, stage, stop_at=None, monkeypatch=None, **changes):
-    job = TrainJob(stage, str(storage / "r"), tiny_config(storage, **changes))
+    job = make_job(stage, str(storage / "r"), tiny_config(storage, **changes))
     if stop_at is None:
         return train_in_process(job), job
     lr = loop.learning_rate
@@ -65,7 +65,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(prepared, tmp_path
 def test_every_part_of_the_state_matters(prepared):
     """Leaving any part out of a checkpoint must be noticed: each one changes after three steps."""
     give_teacher_and_candidates(prepared)
-    job = TrainJob("student", str(prepared / "r"), tiny_config(prepared, steps=3))
+    job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=3))
     fresh = build_session(job, World(), torch.device("cpu")).state()
     train_in_process(job)
     from dfssd.train import checkpoint
@@ -82,7 +82,7 @@ def test_every_part_of_the_state_matters(prepared):
 
 def test_training_changes_only_what_it_should(prepared):
     give_teacher_and_candidates(prepared)
-    job = TrainJob("student", str(prepared / "r"), tiny_config(prepared, steps=2))
+    job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=2))
     teacher = read_detector(Storage(str(prepared / "r")).read("teacher/best.pt"), "t").state_dict()
     before = build_session(job, World(), torch.device("cpu"))
     start = {k: v.clone() for k, v in before.student.state_dict().items()}
@@ -98,7 +98,7 @@ def test_training_changes_only_what_it_should(prepared):
 def test_label_only_and_student_start_from_the_same_weights(prepared):
     give_teacher_and_candidates(prepared)
     sessions = [
-        build_session(TrainJob(s, str(prepared / "r"), tiny_config(prepared)), World(), torch.device("cpu"))
+        build_session(make_job(s, str(prepared / "r"), tiny_config(prepared)), World(), torch.device("cpu"))
         for s in ("label_only", "student")
     ]
     a, b = (s.student.detector.state_dict() for s in sessions)

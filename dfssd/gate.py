@@ -1,0 +1,132 @@
+"""The gate: did the unlabelled images pay? Student against label-only student, with an interval that says how sure.
+
+The published comparison is on the val split, never on test: it decides which model is used. The interval is a paired
+bootstrap over images (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): both models are measured
+on the same draws of images, so what is hard for both cancels. It covers the choice of val images, not the seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ultralytics.utils.metrics import compute_ap
+
+from dfssd.storage import Storage
+
+RESAMPLES = 300
+LEVEL = 95  # percent
+MEASURES = ("map50", "map50_95")
+
+
+class Ranked:
+    """Predictions of one model, sorted by score within each class, ready to be weighted image by image.
+
+    Args:
+        stats: matches of each image, as `dfssd.train.validation.collect` returns them.
+    """
+
+    def __init__(self, stats: list[dict[str, Any]]) -> None:
+        image = np.repeat(np.arange(len(stats)), [len(s["conf"]) for s in stats])
+        conf = np.concatenate([s["conf"] for s in stats])
+        cls = np.concatenate([s["pred_cls"] for s in stats])
+        hits = np.concatenate([s["tp"] for s in stats])
+        classes = np.unique(np.concatenate([s["target_cls"] for s in stats]))
+        self.truth = np.array([[(s["target_cls"] == c).sum() for s in stats] for c in classes])  # (C, images)
+        self.parts = []
+        for c in classes:
+            rows = np.flatnonzero(cls == c)
+            rows = rows[np.argsort(-conf[rows], kind="stable")]
+            self.parts.append((image[rows], hits[rows].astype(np.float32)))
+
+    def map(self, weight: np.ndarray) -> np.ndarray:
+        """(2,) mAP50 and mAP50-95 where image i counts weight[i] times; as Ultralytics computes it."""
+        aps = []
+        for boxes, (image, hits) in zip(self.truth @ weight, self.parts, strict=True):
+            if boxes == 0:
+                continue  # the class is in none of the images that count
+            own = weight[image]
+            seen = own > 0
+            own, hit = own[seen, None], hits[seen]
+            if not len(own):
+                aps.append(np.zeros(10))
+                continue
+            true = (own * hit).cumsum(0, dtype=np.float64)
+            precision, recall = true / own.cumsum(0, dtype=np.float64), true / boxes
+            aps.append(np.array([compute_ap(recall[:, j], precision[:, j])[0] for j in range(hits.shape[1])]))
+        table = np.array(aps)
+        return np.array([table[:, 0].mean(), table.mean()])
+
+
+def compare(base: list[dict[str, Any]], other: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """Difference in mAP of two models on the same images, with a 95 % interval.
+
+    Args:
+        base, other: matches of each image, images in the same order.
+
+    Returns:
+        by measure (map50, map50_95): label_only, student, difference, low, high (all 0..1); and images, resamples.
+    """
+    assert [s["im_name"] for s in base] == [s["im_name"] for s in other], "both models saw the same images"
+    models, images = (Ranked(base), Ranked(other)), len(base)
+    points = np.stack([m.map(np.ones(images)) for m in models])
+    rng = np.random.default_rng(seed)
+    labelled = np.flatnonzero([len(s["target_cls"]) for s in base])
+    draws: list[np.ndarray] = []
+    while len(draws) < RESAMPLES:
+        weight = np.bincount(rng.integers(images, size=images), minlength=images).astype(np.float64)
+        if weight[labelled].any():  # a draw of images without a box measures nothing
+            draws.append(models[1].map(weight) - models[0].map(weight))
+    low, high = np.percentile(np.stack(draws), [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
+    result: dict[str, Any] = {
+        name: {
+            "label_only": float(points[0, k]),
+            "student": float(points[1, k]),
+            "difference": float(points[1, k] - points[0, k]),
+            "low": float(low[k]),
+            "high": float(high[k]),
+        }
+        for k, name in enumerate(MEASURES)
+    }
+    return {**result, "images": images, "resamples": RESAMPLES}
+
+
+def better(gate: dict[str, Any]) -> str:
+    """'student' or 'label_only': which has the higher val mAP50-95, the measure by which weights are chosen."""
+    return "student" if gate["map50_95"]["difference"] > 0 else "label_only"
+
+
+def verdict(gate: dict[str, Any]) -> str:
+    """One line: did the unlabelled images pay?"""
+    one = gate["map50_95"]
+    said = "paid" if one["low"] > 0 else "did NOT pay" if one["difference"] <= 0 else "may have paid"
+    numbers = ", ".join(
+        f"{label} {100 * g['difference']:+.1f} points ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})"
+        for label, g in (("mAP50", gate["map50"]), ("mAP50-95", one))
+    )
+    text = f"The unlabelled images {said}: val {numbers}; 95 % intervals over {gate['images']} images."
+    if said == "did NOT pay":
+        text += " Use label_only/best.pt (or --publish-best), and look at quality/quality.png and doubtful.png."
+    elif said == "may have paid":
+        text += " The interval holds zero: more val images or more seeds would tell."
+    return text
+
+
+def publish_best(run: Storage) -> str:
+    """Make `student/best.pt` the better of student and label-only student; return what was done, in one line.
+
+    The distilled weights stay as `student/distilled.pt`. Typed again, nothing more happens.
+    """
+    gate = run.read_json("report/metrics.json").get("gate")
+    if gate is None:
+        return "publish: there is no label-only student to compare with; student/best.pt is the distilled one"
+    if better(gate) == "student":
+        return "publish: student/best.pt is the distilled student, which is the better one on val"
+    if not run.exists("student/distilled.pt"):
+        run.write("student/distilled.pt", run.read("student/best.pt"))
+    run.write("student/best.pt", run.read("label_only/best.pt"))
+    record = run.read_json("student/stage.json")
+    record["outputs"] |= {name: run.at("student").digest(name) for name in ("best.pt", "distilled.pt")}
+    # The digest stays: it names what the stage made, and later stages were made from that.
+    run.write_json("student/stage.json", {**record, "published": "label_only"})
+    return "publish: student/best.pt is now the label-only student, the better one on val (the other: student/distilled.pt)"

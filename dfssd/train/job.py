@@ -1,0 +1,102 @@
+"""What one training stage is about, and which settings its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dfssd.config import Config, Distill, as_dict
+from dfssd.storage import Storage
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What one training stage is about.
+
+    Args:
+        stage: teacher, label_only or student (also the name of its artefact); teacher_2 is the teacher of round 2.
+        run_uri: storage of the run.
+        config: all settings.
+        tracking_uri, mlflow_run_id: where to log; '' for nowhere.
+        teacher: artefact of the teacher that the student is distilled from.
+        pseudo: artefact with the candidates for unlabelled images; '' trains on labels alone.
+    """
+
+    stage: str
+    run_uri: str
+    config: Config
+    tracking_uri: str = ""
+    mlflow_run_id: str = ""
+
+    teacher: str = "teacher"
+    pseudo: str = ""
+
+    @property
+    def trains_teacher(self) -> bool:
+        return is_teacher(self.stage)
+
+    @property
+    def steps(self) -> int:
+        return self.config.teacher_steps() if self.trains_teacher else self.config.train.steps
+
+    @property
+    def model_spec(self) -> str:
+        return self.config.models.teacher if self.trains_teacher else self.config.models.student
+
+    @property
+    def distills(self) -> bool:
+        return self.stage == "student"
+
+    @property
+    def patience(self) -> int:
+        """Validations without a better one after which training stops; 0: never."""
+        return self.config.train.teacher_patience if self.trains_teacher else 0
+
+    def method(self) -> Distill | None:
+        """The terms beside L_sup: all of them for the student, pseudo-labels alone for a teacher of a later round."""
+        if self.distills:
+            return self.config.distill
+        if self.pseudo:
+            return self.config.distill.model_copy(update={"lambda_p": 0.0, "lambda_f": 0.0})
+        return None
+
+    @property
+    def store(self) -> Storage:
+        return Storage(self.run_uri).at(self.stage)
+
+    def val_every(self) -> int:
+        return self.config.train.val_every or max(1, self.steps // 10)
+
+    def fingerprint(self) -> str:
+        """Digest of the settings that this stage's result depends on."""
+        return hashlib.sha256(json.dumps(stage_config(self.config, self.stage), sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
+
+
+def stage_config(config: Config, stage: str) -> dict[str, Any]:
+    """The settings that the result of a training stage depends on; what only changes speed is left out."""
+    train = as_dict(config.train, "teacher_steps", "steps", "val_every", "log_every", "loader_workers", "cache_gib")
+    teacher = is_teacher(stage)
+    if not teacher:
+        del train["teacher_patience"]
+    settings: dict[str, Any] = {
+        "model": config.models.teacher if teacher else config.models.student,
+        "steps": config.teacher_steps() if teacher else config.train.steps,
+        "val_every": config.train.val_every,  # decides which weights can become the best ones
+        "seed": config.run.seed,
+        "train": train,
+    }
+    if stage == "student" or (teacher and stage != "teacher"):
+        own = ("unlabelled_ratio", "score_power", "uncertain", "agreement_min", "lambda_u")
+        distill = as_dict(config.distill)
+        settings["distill"] = distill if stage == "student" else {k: distill[k] for k in own}
+        settings["thresholds"] = as_dict(config.thresholds)
+    return settings
+
+
+def is_teacher(stage: str) -> bool:
+    """Is this the stage of a teacher, of whatever round?"""
+    return stage.split("_")[0] == "teacher"

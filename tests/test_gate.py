@@ -1,0 +1,122 @@
+"""The gate: its mAP is Ultralytics', its interval covers the truth, and its words follow the numbers."""
+
+import numpy as np
+import pytest
+
+from dfssd import gate
+from dfssd.storage import Storage
+from dfssd.train.validation import summarise
+
+
+def _stats(images=80, skill=0.7, seed=0, classes=3):
+    """Matches of a made-up detector that finds each box with probability `skill`."""
+    rng, stats = np.random.default_rng(seed), []
+    for k in range(images):
+        target = rng.integers(0, classes, rng.integers(0, 4)).astype(np.float32)
+        rows = []
+        for c in target:
+            if rng.random() < skill:
+                rows.append((c, 0.3 + 0.7 * rng.random(), rng.uniform(0.5, 1.0)))
+        rows += [(rng.integers(classes), 0.7 * rng.random(), 0.0) for _ in range(rng.integers(0, 5))]
+        rows.sort(key=lambda r: -r[1])
+        table = np.array(rows).reshape(-1, 3)
+        tp = table[:, 2:] > np.linspace(0.5, 0.95, 10)[None]
+        stats.append({"tp": tp, "conf": table[:, 1], "pred_cls": table[:, 0], "target_cls": target,
+                      "target_img": np.unique(target), "im_name": str(k)})  # fmt: skip
+    return stats
+
+
+def test_with_every_image_once_the_map_is_ultralytics():
+    stats = _stats()
+    want = summarise(stats, {0: "a", 1: "b", 2: "c"})
+    got = gate.Ranked(stats).map(np.ones(80))
+    np.testing.assert_allclose(got, [want["map50"], want["map50_95"]], rtol=1e-9)
+
+
+def test_weights_count_an_image_as_often_as_they_say():
+    stats = _stats(30)
+    weight = np.random.default_rng(3).integers(0, 4, 30)
+    repeated = [s for s, w in zip(stats, weight, strict=True) for _ in range(w)]
+    want = summarise(repeated, {0: "a", 1: "b", 2: "c"})
+    np.testing.assert_allclose(
+        gate.Ranked(stats).map(weight.astype(float)), [want["map50"], want["map50_95"]], atol=2e-3
+    )
+
+
+def test_a_class_that_a_draw_does_not_hold_is_left_out():
+    stats = _stats(12, classes=3)
+    only = np.array([float(set(s["target_cls"]) <= {0.0} and len(s["target_cls"]) > 0) for s in stats])
+    only[np.flatnonzero([set(s["target_cls"]) == {1.0} for s in stats])] = 1
+    assert np.isfinite(gate.Ranked(stats).map(only)).all()
+
+
+def test_equal_models_differ_by_nothing_and_a_better_one_by_more():
+    weak, strong = _stats(skill=0.5), _stats(skill=0.9)
+    for one, other in zip(weak, strong, strict=True):  # the same images
+        other["target_cls"], other["target_img"] = one["target_cls"], one["target_img"]
+    same = gate.compare(weak, weak)
+    assert all(same[m][k] == 0 for m in gate.MEASURES for k in ("difference", "low", "high"))
+    result = gate.compare(weak, _stats(skill=0.5, seed=0))
+    assert result == gate.compare(weak, _stats(skill=0.5, seed=0))  # the same draws every time
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
+    """Two detectors of known skill on many made-up val sets: the 95 % interval holds the true difference nearly always."""
+    monkeypatch.setattr(gate, "RESAMPLES", 60)
+    rng = np.random.default_rng(0)
+
+    def pair(images):
+        base, other = [], []
+        for k in range(images):
+            target = np.zeros(rng.integers(1, 4), np.float32)
+            for stats, skill in ((base, 0.5), (other, 0.65)):
+                hit = rng.random(len(target)) < skill
+                stats.append({"tp": np.repeat(hit[:, None], 10, 1), "conf": rng.random(len(target)), "pred_cls": target,
+                              "target_cls": target, "target_img": np.unique(target), "im_name": str(k)})  # fmt: skip
+        return base, other
+
+    def difference(base, other):
+        ones = np.ones(len(base))
+        return (gate.Ranked(other).map(ones) - gate.Ranked(base).map(ones))[0]
+
+    truth = difference(*pair(20_000))
+    covered = [r["map50"]["low"] <= truth <= r["map50"]["high"] for r in (gate.compare(*pair(60)) for _ in range(40))]
+    assert 34 <= sum(covered) <= 40
+    assert truth > 0.1
+
+
+def _result(difference, low, high):
+    one = {"label_only": 0.3, "student": 0.3 + difference, "difference": difference, "low": low, "high": high}
+    return {"map50": one, "map50_95": one, "images": 40, "resamples": 300}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said", "model"),
+    [
+        ((0.05, 0.02, 0.08), "paid:", "student"),
+        ((0.01, -0.02, 0.04), "may have paid", "student"),
+        ((-0.03, -0.06, 0.01), "did NOT pay", "label_only"),
+    ],
+)
+def test_the_words_follow_the_numbers(numbers, said, model):
+    line = gate.verdict(_result(*numbers))
+    assert said in line and f"{100 * numbers[0]:+.1f} points" in line and "40 images" in line and "\n" not in line
+    assert gate.better(_result(*numbers)) == model
+    assert ("--publish-best" in line) == (model == "label_only")
+
+
+def test_publish_best_puts_the_better_one_in_place_and_keeps_the_other(tmp_path):
+    run = Storage(str(tmp_path))
+    run.write("student/best.pt", b"distilled")
+    run.write("label_only/best.pt", b"labels alone")
+    run.write_json("student/stage.json", {"outputs": {"best.pt": run.at("student").digest("best.pt")}, "digest": "d"})
+    run.write_json("report/metrics.json", {"gate": _result(0.02, 0.01, 0.03)})
+    assert "is the distilled student" in gate.publish_best(run) and run.read("student/best.pt") == b"distilled"
+    run.write_json("report/metrics.json", {"gate": _result(-0.02, -0.04, 0.0)})
+    for _ in range(2):  # typed again, the distilled weights are still there
+        assert "is now the label-only student" in gate.publish_best(run)
+        assert run.read("student/best.pt") == b"labels alone" and run.read("student/distilled.pt") == b"distilled"
+    record = run.read_json("student/stage.json")
+    assert record["outputs"]["best.pt"] == run.at("label_only").digest("best.pt") and record["digest"] == "d"
+    run.write_json("report/metrics.json", {})
+    assert "no label-only student" in gate.publish_best(run)
