@@ -22,7 +22,6 @@ import tyro
 
 from dfssd.config import Config, Run, Train
 from dfssd.evaluate import measure
-from dfssd.report.tables import render
 from dfssd.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +63,7 @@ class Row:
     model: str
     commands: list[list[str]]
     needs: list[str] = field(default_factory=list)  # runs that must be finished
-    copies: list[str] = field(default_factory=list)  # artefacts to take over from the base run
+    copies: list[str] = field(default_factory=list)  # artefacts to take over from other runs, as run/artefact
 
 
 def train_flags(s: Settings, seed: int) -> list[str]:
@@ -75,10 +74,10 @@ def train_flags(s: Settings, seed: int) -> list[str]:
 
 
 def student(s: Settings, title: str, run: str, seed: int, flags: list[str]) -> Row:
-    """A student on pseudo-labels alone, from the base run's candidates."""
+    """A student on pseudo-labels alone."""
     off = ["--lambda-p", "0", "--lambda-f", "0"]
     command = ["distill", *train_flags(s, seed), *off, *flags]
-    return Row(title, run, "student", [command], needs=["base"], copies=["dataset", "pseudo"])
+    return Row(title, run, "student", [command], needs=["ensemble"], copies=["base/dataset", "ensemble/pseudo"])
 
 
 def first_rows(s: Settings) -> list[Row]:
@@ -89,7 +88,14 @@ def first_rows(s: Settings) -> list[Row]:
     rows = [Row("teacher (YOLOv8s, labels alone)", "base", "teacher", [few, ["teacher", *flags], label])]
     for seed in range(s.seeds):
         alone = ["teacher", "--role", "label_only", *train_flags(s, seed)]
-        rows.append(Row("label-only student", f"label_only_{seed}", "label_only", [alone], ["data"], ["dataset"]))
+        rows.append(Row("label-only student", f"label_only_{seed}", "label_only", [alone], ["data"], ["base/dataset"]))
+    # Not the teacher alone: on a handful of labels it is no better than its students, and together they know more.
+    files = [
+        f"{s.storage_path}/{run}/best.pt"
+        for run in ("base/teacher", "label_only_0/label_only", "label_only_1/label_only")
+    ]
+    label = [*label, "--teacher", *files]
+    rows.append(Row("", "ensemble", "", [label], ["base", "label_only_0", "label_only_1"], ["base/dataset"]))
     every = ["prepare", "--data", s.data, "--label-fraction", "1.0"]
     ceiling = [every, ["teacher", "--role", "label_only", *flags]]
     rows.append(Row("ceiling: all labels", "ceiling", "label_only", ceiling))
@@ -142,7 +148,7 @@ def run_row(storage: Path, row: Row) -> bool:
         return True
     folder.mkdir(parents=True, exist_ok=True)
     for name in row.copies:
-        source, target = Storage(str(storage / "base" / name)), Storage(str(folder / name))
+        source, target = Storage(str(storage / name)), Storage(str(folder / name.split("/")[1]))
         for file in source.files():
             if not target.exists(file):
                 target.write(file, source.read(file))
@@ -155,7 +161,7 @@ def run_row(storage: Path, row: Row) -> bool:
                 return False
     minutes = (time.monotonic() - begun) / 60
     (folder / "row.done").write_text(f"{minutes:.1f} min\n")
-    print(f"{row.title} ({row.run}): {minutes:.1f} min", flush=True)
+    print(f"{row.run}: {minutes:.1f} min", flush=True)
     return True
 
 
@@ -173,7 +179,7 @@ def measured(s: Settings, row: Row) -> dict[str, float]:
 def table(s: Settings, rows: list[Row]) -> str:
     """Markdown: one line a title, mean and standard deviation over its seeds, share of the gap that it closes."""
     by_title: dict[str, list[dict[str, float]]] = {}
-    for row in rows:
+    for row in (r for r in rows if r.model):
         by_title.setdefault(row.title, []).append(measured(s, row))
     low, high = (
         statistics.mean(r["map50"] for r in by_title[t]) for t in ("label-only student", "ceiling: all labels")
@@ -211,12 +217,15 @@ def main() -> None:
         for seed in range(s.seeds)
     ]  # fmt: skip
     execute(s, more)
-    text = table(s, rows[1 : -len(POLICIES) - 1] + rows[-len(POLICIES) :] + more + [rows[0], rows[-len(POLICIES) - 1]])
+    alone = [r for r in rows if r.run.startswith("label_only")]
+    text = table(
+        s, alone + [r for r in rows if r.run in POLICIES] + more + [r for r in rows if r.run in ("base", "ceiling")]
+    )
     Path(s.storage_path, "table.md").write_text(text + "\n")
     print(text)
-    print(render("quality of the candidates", ["source", "mAP50"], [
-        [k, f"{v:.3f}"] for k, v in Storage(s.storage_path).read_json("base/quality/quality.json")["candidates_ap50"].items()
-    ]))  # fmt: skip
+    for run, who in (("base", "teacher"), ("ensemble", "teacher and two label-only students")):
+        quality = Storage(s.storage_path).read_json(f"{run}/quality/quality.json")["candidates_ap50"]
+        print(f"candidates of {who}: " + ", ".join(f"mAP50 {v:.3f} against {k}" for k, v in quality.items()))
 
 
 if __name__ == "__main__":

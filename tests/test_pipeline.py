@@ -82,7 +82,7 @@ def test_finished_stages_are_skipped_and_the_interrupted_one_goes_on(finished):
 def test_every_stage_leaves_its_artefact(finished):
     storage, _ = finished
     run = storage / "p"
-    for stage in ("dataset", "teacher", "label_only", "pseudo", "student", "report"):
+    for stage in ("dataset", "teacher", "label_only", "pseudo", "quality", "student", "report"):
         record = json.loads((run / stage / "stage.json").read_text())
         assert record["outputs"] and record["code_version"] and record["config"]
         for name, entry in record["outputs"].items():
@@ -101,6 +101,9 @@ def test_metrics_json(finished):
         assert 0 <= one["test"]["map50_95"] <= one["test"]["map50"] <= 1
         assert one["latency_ms"] > 0 and one["params"] == (11_136_761 if model == "teacher" else one["params"])
     assert metrics["student"]["params"] == metrics["label_only"]["params"] < metrics["teacher"]["params"]
+    gate = metrics["gate"]["map50_95"]
+    assert gate["difference"] == pytest.approx(gate["student"] - gate["label_only"]) and gate["low"] <= gate["high"]
+    assert "The unlabelled images" in logs[2] and "policy 'ema'" in logs[2]
     for word in ("student, distilled", "report.html", "mlflow ui --backend-store-uri", "yolo predict model="):
         assert word in logs[2]
 
@@ -134,7 +137,8 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     runs = client.search_runs([experiment.experiment_id])
     parent = json.loads((storage / "p" / "run.json").read_text())["mlflow_run_id"]
     children = {r.data.tags["stage"]: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
-    assert set(children) == {"dataset", "teacher", "label_only", "pseudo", "student", "report"} and len(runs) == 7
+    assert set(children) == {"dataset", "teacher", "label_only", "pseudo", "quality", "student", "report"}
+    assert len(runs) == 8
     assert all(r.info.status == "FINISHED" for r in runs)
     assert client.get_run(parent).data.params["train.imgsz"] == "64"
     student = children["student"]
@@ -148,7 +152,7 @@ def test_again_is_instant_and_other_settings_are_refused(finished, strip):
     storage, _ = finished
     begun = time.monotonic()
     again = subprocess.run(_command(strip, storage), capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert again.returncode == 0 and again.stdout.count("skipped") == 6 and time.monotonic() - begun < 60
+    assert again.returncode == 0 and again.stdout.count("skipped") == 7 and time.monotonic() - begun < 60
     other = subprocess.run(
         _command(strip, storage, "--lr", "0.01"), capture_output=True, text=True, cwd=ROOT, timeout=120
     )
@@ -170,7 +174,7 @@ def test_pseudo_labels_are_whole_and_resumable(finished, local_ray):
     before = read_pseudo(run.at("pseudo"))
     assert set(before) == {r.image_id for r in manifest.unlabelled_rows()}
     run.at("pseudo").delete("shard-00000.parquet")
-    labeller.label(tiny_config(storage), run, manifest, "digest")
+    labeller.label(tiny_config(storage), run, "pseudo", manifest, ["teacher/best.pt"], lambda metrics, step: None)
     after = read_pseudo(run.at("pseudo"))
     assert set(after) == set(before)
     for key in before:

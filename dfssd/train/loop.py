@@ -187,7 +187,9 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
     metrics = {k: v for k, v in result.items() if isinstance(v, float)}
     if s.best is None or metrics["map50_95"] >= s.best["metrics"]["map50_95"]:
         weights = {k: v.detach().cpu().clone() for k, v in s.ema.ema.state_dict().items()}
-        s.best = {"step": s.step, "metrics": metrics, "ema": weights}
+        risen = s.best is None or metrics["map50_95"] > s.best["metrics"]["map50_95"]
+        since = s.step if risen or s.best is None else s.best["since"]  # an equal value is no progress
+        s.best = {"step": s.step, "since": since, "metrics": metrics, "ema": weights}
     say(
         s.world,
         f"{s.job.stage}: step {s.step}  val mAP50 {metrics['map50']:.4f}  mAP50-95 {metrics['map50_95']:.4f}  "
@@ -199,7 +201,7 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
 
 def out_of_patience(s: Session) -> bool:
     """Has validation not improved for as long as the settings allow?"""
-    since = s.step - s.best["step"] if s.best else 0
+    since = s.step - s.best["since"] if s.best else 0
     if not s.job.patience or since < s.job.patience * s.job.val_every():
         return False
     say(s.world, f"{s.job.stage}: no better validation for {since} steps, stops at step {s.step} of {s.job.steps}")

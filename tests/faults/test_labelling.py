@@ -1,0 +1,196 @@
+"""The labelling job, broken on purpose: driver killed, actor killed, images lost. Nothing is lost, nothing comes twice."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from small import tiny_config
+
+from dfssd.config import Data
+from dfssd.data.manifest import read_manifest, read_pseudo, read_table
+from dfssd.data.prepare import prepare
+from dfssd.data.synthetic import make_dataset
+from dfssd.errors import DfssdError
+from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.pseudo import labeller
+from dfssd.storage import Storage
+
+ROOT = Path(__file__).parents[2]
+IMAGES = 420  # some six shards
+
+
+@pytest.fixture(scope="module")
+def run_uri(tmp_path_factory):
+    """A run with a data set and a (random) teacher, both finished as far as a stage can tell."""
+    import torch
+
+    strip, storage = tmp_path_factory.mktemp("strip"), tmp_path_factory.mktemp("storage")
+    make_dataset(strip, images=IMAGES, side=64, seed=5)
+    run = Storage(str(storage)).at("r")
+    summary = prepare(Data(data=str(strip), label_fraction=0.02, split_shares=(0.9, 0.05, 0.05)), 0, run.at("dataset"))
+    torch.manual_seed(0)
+    model = build_detector("yolov8s.yaml", read_manifest(run.at("dataset")).names, 64)
+    for conv in model.model[-1].cv3:
+        conv[-1].bias.data += 6
+    run.write("teacher/best.pt", detector_bytes(model, {}))
+    for stage in ("dataset", "teacher"):
+        run.write_json(f"{stage}/stage.json", {"digest": stage, "summary": summary, "config": {}, "inputs": {}})
+    return run.uri
+
+
+@pytest.fixture
+def run(run_uri, tmp_path):
+    shutil.copytree(run_uri, tmp_path / "r")
+    return Storage(str(tmp_path)).at("r")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_uri, tmp_path_factory):
+    """Candidates of a run that nothing happened to."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(run_uri, storage / "r")
+    process = _start(storage, storage / "log")
+    assert process.wait(timeout=300) == 0, (storage / "log").read_text()[-3000:]
+    return read_pseudo(Storage(str(storage)).at("r", "pseudo"))
+
+
+def _start(storage, log):
+    flags = "--imgsz 64 --gpu never --run-name r --num-actors 1 --tta flips"
+    command = [sys.executable, str(ROOT / "jobs" / "pseudo_label.py"), "--storage-path", str(storage), *flags.split()]
+    return subprocess.Popen(command, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _shards(run):
+    return (
+        [f for f in run.at("pseudo").files(recursive=False) if f.startswith("shard-")] if run.exists("pseudo") else []
+    )
+
+
+def _equal(found, wanted):
+    assert set(found) == set(wanted)
+    for image_id, boxes in wanted.items():
+        np.testing.assert_array_equal(found[image_id], boxes)
+
+
+def _ids_on_storage(run):
+    return [i for name in _shards(run) for i in read_table(run.at("pseudo"), name)["image_id"].to_pylist()]
+
+
+def test_a_killed_driver_goes_on_with_what_is_missing(run, tmp_path, undisturbed):
+    first, second = tmp_path / "log1", tmp_path / "log2"
+    process = _start(tmp_path, first)
+    deadline = time.monotonic() + 240
+    while len(_shards(run)) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, first.read_text()[-3000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    _end_orphans(tmp_path)
+    before = {name: (tmp_path / "r" / "pseudo" / name).stat().st_mtime_ns for name in _shards(run)}
+    assert 2 <= len(before) < 6, "killed in the middle"
+    assert not run.exists("pseudo/stage.json")
+    assert _start(tmp_path, second).wait(timeout=300) == 0, second.read_text()[-3000:]
+    assert f"resumed, {len(before)} of" in second.read_text()
+    for name, written in before.items():
+        assert (tmp_path / "r" / "pseudo" / name).stat().st_mtime_ns == written, f"{name} was labelled again"
+    ids = _ids_on_storage(run)
+    assert len(ids) == len(set(ids)) and set(ids) == {
+        r.image_id for r in read_manifest(run.at("dataset")).unlabelled_rows()
+    }
+    _equal(read_pseudo(run.at("pseudo")), undisturbed)
+
+
+def _end_orphans(storage):
+    """Ray's workers outlive a killed driver for some seconds and may still commit a shard; wait until they are gone."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        count = len(list(Path(storage, "r", "pseudo").glob("shard-*")))
+        time.sleep(3)
+        if len(list(Path(storage, "r", "pseudo").glob("shard-*"))) == count:
+            return
+
+
+def test_a_killed_actor_is_replaced(run, undisturbed, local_ray):
+    killed: list[int] = []
+
+    def kill():
+        deadline = time.monotonic() + 200
+        while not killed and time.monotonic() < deadline:
+            if len(_shards(run)) >= 1:
+                for p in psutil.Process().children(recursive=True):
+                    if "MapWorker" in " ".join(p.cmdline()):
+                        p.kill()
+                        killed.append(p.pid)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    config = tiny_config(Path(run.uri).parent, num_actors=1)
+    manifest = read_manifest(run.at("dataset"))
+    speeds = []
+    labeller.label(config, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, step: speeds.append((m, step)))
+    thread.join(10)
+    assert killed, "no actor could be killed: the test proves nothing"
+    ids = _ids_on_storage(run)
+    assert len(ids) == len(set(ids)) == len(manifest.unlabelled_rows())
+    _equal_but_for_rounding(read_pseudo(run.at("pseudo")), undisturbed)
+    assert speeds[-1][1] >= len(ids) and speeds[-1][0]["speed (img/s)"] > 0
+
+
+def _equal_but_for_rounding(found, wanted):
+    """This process computes with another number of threads than the job did."""
+    assert set(found) == set(wanted)
+    for image_id, boxes in wanted.items():
+        assert len(found[image_id]) == len(boxes)
+        np.testing.assert_allclose(found[image_id], boxes, atol=2e-3)
+
+
+def test_lost_images_are_listed_or_stop_the_job_and_can_come_back(run, local_ray):
+    manifest = read_manifest(run.at("dataset"))
+    lost = [Path(r.uri) for r in manifest.unlabelled_rows()[70:73]]
+    kept = [p.read_bytes() for p in lost]
+    try:
+        for path in lost:
+            path.write_bytes(b"\x89PNG broken")
+        strict = tiny_config(Path(run.uri).parent, num_actors=1, tta="none", unreadable_limit=0.005)
+        with pytest.raises(DfssdError, match=r"could not be read so far, the limit is 0\.5%") as error:
+            labeller.label(strict, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
+        assert lost[0].name in str(error.value) and "--unreadable-limit" in str(error.value)
+        lenient = tiny_config(Path(run.uri).parent, num_actors=1, tta="none", unreadable_limit=0.05)
+        summary = labeller.label(lenient, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
+        assert summary["unreadable"] == 3
+        bad = read_table(run.at("pseudo"), "bad_files.parquet")
+        assert sorted(bad["uri"].to_pylist()) == sorted(map(str, lost)) and set(bad["reason"].to_pylist()) == {
+            "unreadable"
+        }
+    finally:
+        for path, data in zip(lost, kept, strict=True):
+            path.write_bytes(data)
+    summary = labeller.label(strict, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
+    assert summary["unreadable"] == 0 and len(read_pseudo(run.at("pseudo"))) == len(manifest.unlabelled_rows())
+
+
+def test_the_report_is_made_and_the_val_split_is_labelled_too(run, tmp_path):
+    log = tmp_path / "log"
+    assert _start(tmp_path, log).wait(timeout=300) == 0, log.read_text()[-3000:]
+    numbers = json.loads((tmp_path / "r" / "quality" / "quality.json").read_text())
+    assert (
+        set(numbers["policies"]) == {"fixed", "ema", "gmm", "match"}
+        and "withheld_recall" in numbers["policies"]["ema"]["all"]
+    )
+    for name in ("quality.png", "doubtful.png", "quality.csv"):
+        assert (tmp_path / "r" / "quality" / name).stat().st_size > 100
+    assert "img/s" in log.read_text() and "WARNING: class" in log.read_text()
+    val = [f for f in run.at("pseudo").files(recursive=False) if f.startswith("val-")]
+    assert val and not set(read_pseudo(run.at("pseudo"))) & {
+        r.image_id for r in read_manifest(run.at("dataset")).of_split("val")
+    }
