@@ -75,3 +75,17 @@ def test_an_epoch_with_repeat_factors_has_a_fixed_length_and_the_right_means():
     halves = [list(StepSampler({"labelled": factors}, {"labelled": 16}, 0, 0, 9, 99, rank=r, world=2)) for r in (0, 1)]
     for step, whole in enumerate(list(sampler)[:9]):
         assert sorted(halves[0][step] + halves[1][step]) == sorted(whole)
+
+
+def test_the_report_says_how_often_each_class_is_labelled_and_seen():
+    from dfssd.data.manifest import Manifest, Row
+    from dfssd.report.tables import balance_rows
+
+    def row(k, *classes):
+        boxes = np.array([[c, 0.5, 0.5, 0.1, 0.1] for c in classes], np.float32).reshape(-1, 5)
+        return Row(f"{k:03d}", "", 64, 64, "train", True, k, boxes)
+
+    manifest = Manifest([row(k, 0) for k in range(9)] + [row(9, 0, 1, 1)], ["common", "rare", "none"], {})
+    header, rows = balance_rows(manifest, 0.4)
+    assert header[0] == "class" and rows[0] == ["common", "10", "100.0%", "10", "1.10"]
+    assert rows[1] == ["rare", "1", "10.0%", "2", "2.00"] and rows[2] == ["none", "0", "0.0%", "0", "-"]

@@ -56,41 +56,66 @@ def fuse(views: Sequence[Boxes], iou_limit: float, floor: float, most: int) -> B
     if len(views) == 1:
         kept = views[0][views[0][:, 5] >= floor]
         return kept[np.argsort(-kept[:, 5], kind="stable")][:most]
-    every = np.concatenate(views).astype(np.float64)
+    every = np.concatenate(views)
     source = np.repeat(np.arange(len(views)), [len(v) for v in views])
     fused = []
     for c in np.unique(every[:, 0]):
         mine = every[:, 0] == c
-        for members in _clusters(corners(every[mine]), every[mine, 5], source[mine], iou_limit):
-            fused.append(_one_box(c, *members, views=len(views)))
+        boxes = corners(every[mine].astype(np.float64)).tolist()
+        for cluster in _clusters(boxes, every[mine, 5].tolist(), source[mine].tolist(), iou_limit):
+            fused.append([float(c), *cluster.candidate(len(views))])
     result = np.asarray(fused, np.float32).reshape(-1, 7)
     result = result[result[:, 5] >= floor]
     return result[np.argsort(-result[:, 5], kind="stable")][:most]
 
 
-Members = tuple[np.ndarray, np.ndarray]  # (k,4) corners and (k,) scores, one view each
+Corners = list[
+    float
+]  # x1, y1, x2, y2. Plain floats: for some ten boxes NumPy's overhead is ten times their arithmetic.
 
 
-def _clusters(xyxy: np.ndarray, score: np.ndarray, source: np.ndarray, limit: float) -> list[Members]:
+class _Cluster:
+    """Boxes of several views that are one defect: at most one a view."""
+
+    def __init__(self) -> None:
+        self.boxes: list[Corners] = []
+        self.views: set[int] = set()
+        self.score = 0.0  # sum
+        self.mean: Corners = [0.0] * 4  # weighted by score
+
+    def add(self, box: Corners, score: float, view: int) -> None:
+        old, self.score = self.score, self.score + score
+        self.mean = [(m * old + x * score) / self.score for m, x in zip(self.mean, box, strict=True)]
+        self.boxes.append(box)
+        self.views.add(view)
+
+    def candidate(self, views: int) -> list[float]:
+        """cx, cy, w, h, score, agreement."""
+        x1, y1, x2, y2 = self.mean
+        agreement = sum(_overlap(self.mean, box) for box in self.boxes) / views
+        return [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, self.score / views, agreement]
+
+
+def _clusters(boxes: list[Corners], score: list[float], source: list[int], limit: float) -> list[_Cluster]:
     """Group boxes of one class, best score first: each joins the fused box it overlaps most, one box a view."""
-    clusters: list[list[int]] = []
-    means = np.zeros((0, 4))
-    for k in np.argsort(-score, kind="stable"):
-        overlap = iou(xyxy[k : k + 1], means)[0]
-        near = [j for j in np.argsort(-overlap, kind="stable") if overlap[j] > limit]
-        free = next((j for j in near if source[k] not in source[clusters[j]]), None)
-        if free is not None:
-            clusters[free].append(int(k))
-            means[free] = np.average(xyxy[clusters[free]], axis=0, weights=score[clusters[free]])
-        elif not near:  # where all near ones have a box of this view already, it is a double, not another defect
-            clusters.append([int(k)])
-            means = np.concatenate([means, xyxy[k : k + 1]])
-    return [(xyxy[c], score[c]) for c in clusters]
+    clusters: list[_Cluster] = []
+    for k in sorted(range(len(boxes)), key=lambda k: -score[k]):
+        near = [(o, c) for c in clusters if (o := _overlap(boxes[k], c.mean)) > limit]
+        near.sort(key=lambda pair: -pair[0])
+        home = next((c for _, c in near if source[k] not in c.views), None)
+        if home is None and near:
+            continue  # all of them have a box of this view already: a double, not another defect
+        if home is None:
+            home = _Cluster()
+            clusters.append(home)
+        home.add(boxes[k], score[k], source[k])
+    return clusters
 
 
-def _one_box(cls: float, xyxy: np.ndarray, score: np.ndarray, views: int) -> np.ndarray:
-    """(7,) candidate from the boxes of a cluster."""
-    mean = np.average(xyxy, axis=0, weights=score)
-    agreement = iou(mean[None], xyxy).sum() / views
-    centre, wh = (mean[:2] + mean[2:]) / 2, mean[2:] - mean[:2]
-    return np.array([cls, *centre, *wh, score.sum() / views, agreement])
+def _overlap(a: Corners, b: Corners) -> float:
+    """IoU of two boxes."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from dfssd.config import Config
+from dfssd.data.manifest import read_manifest
 from dfssd.gate import verdict
 from dfssd.report import tables
 from dfssd.report.quality import rows as quality_rows
@@ -29,7 +30,7 @@ NO_GATE = "No label-only student to compare with."
 
 def write_report(config: Config, run: Storage, results: dict[str, Any]) -> None:
     """Write `report/report.html` from what the stages have left."""
-    summary = run.at("dataset").read_json("stage.json")["summary"]
+    summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
     said = verdict(results["gate"]) if "gate" in results else NO_GATE
     parts = [
         f"<h1>dfssd: {escape(config.run.run_name)}</h1>",
@@ -39,6 +40,7 @@ def write_report(config: Config, run: Storage, results: dict[str, Any]) -> None:
         "<h3>mAP50 by class</h3>" + _table(*tables.class_rows(results, summary["names"])),
         "<h2>Data</h2>" + _table(*tables.split_rows(summary)),
         f"<p>{escape(tables.split_table(summary).split(chr(10), 1)[1].rsplit('┘', 1)[-1].strip())}</p>",
+        "<h3>Labelled classes</h3>" + _table(*tables.balance_rows(manifest, config.train.repeat_threshold)),
         _picture(run, "dataset/groups.png", "The ten largest groups of near-duplicates, one a row"),
         _picture(run, "report/detections.png", "Labels and detections on test images (score 0.25 and more)"),
     ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dfssd.data.manifest import Manifest
+from dfssd.data.sampling import repeat_factors
 from dfssd.rounds import split_round
 
 LABELS = {"label_only": "student, labels alone", "student": "student, distilled"}
@@ -67,6 +70,22 @@ def split_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ["labelled", str(summary["labelled_images"]), "", *(str(v) for v in summary["labelled_boxes"].values())]
     )
     return header, rows
+
+
+def balance_rows(manifest: Manifest, repeat_threshold: float) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: how often each class is labelled, and how much more often repeat factors show it in an epoch."""
+    labels = [r.boxes for r in manifest.labelled_rows()]
+    shown = np.array(
+        [[(b is not None and bool((b[:, 0] == c).any())) for c in range(len(manifest.names))] for b in labels]
+    )
+    factors = np.array(repeat_factors(labels, len(manifest.names), repeat_threshold))
+    rows = []
+    for c, name in enumerate(manifest.names):
+        images = int(shown[:, c].sum())
+        boxes = sum(int((b[:, 0] == c).sum()) for b in labels if b is not None)
+        seen = f"{factors[shown[:, c]].mean():.2f}" if images else "-"
+        rows.append([name, str(images), f"{images / len(labels):.1%}", str(boxes), seen])
+    return ["class", "labelled images", "share of them", "labelled boxes", "times an epoch"], rows
 
 
 def split_table(summary: dict[str, Any]) -> str:

@@ -55,12 +55,12 @@ def run(run_uri, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(run_uri, tmp_path_factory):
-    """Candidates of a run that nothing happened to."""
+    """A run that nothing happened to: its storage path and its candidates."""
     storage = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(run_uri, storage / "r")
     process = _start(storage, storage / "log")
     assert process.wait(timeout=300) == 0, (storage / "log").read_text()[-3000:]
-    return read_pseudo(Storage(str(storage)).at("r", "pseudo"))
+    return storage, read_pseudo(Storage(str(storage)).at("r", "pseudo"))
 
 
 def _start(storage, log):
@@ -106,7 +106,7 @@ def test_a_killed_driver_goes_on_with_what_is_missing(run, tmp_path, undisturbed
     assert len(ids) == len(set(ids)) and set(ids) == {
         r.image_id for r in read_manifest(run.at("dataset")).unlabelled_rows()
     }
-    _equal(read_pseudo(run.at("pseudo")), undisturbed)
+    _equal(read_pseudo(run.at("pseudo")), undisturbed[1])
 
 
 def _end_orphans(storage):
@@ -142,7 +142,7 @@ def test_a_killed_actor_is_replaced(run, undisturbed, local_ray):
     assert killed, "no actor could be killed: the test proves nothing"
     ids = _ids_on_storage(run)
     assert len(ids) == len(set(ids)) == len(manifest.unlabelled_rows())
-    _equal_but_for_rounding(read_pseudo(run.at("pseudo")), undisturbed)
+    _equal_but_for_rounding(read_pseudo(run.at("pseudo")), undisturbed[1])
     assert speeds[-1][1] >= len(ids) and speeds[-1][0]["speed (img/s)"] > 0
 
 
@@ -179,18 +179,15 @@ def test_lost_images_are_listed_or_stop_the_job_and_can_come_back(run, local_ray
     assert summary["unreadable"] == 0 and len(read_pseudo(run.at("pseudo"))) == len(manifest.unlabelled_rows())
 
 
-def test_the_report_is_made_and_the_val_split_is_labelled_too(run, tmp_path):
-    log = tmp_path / "log"
-    assert _start(tmp_path, log).wait(timeout=300) == 0, log.read_text()[-3000:]
-    numbers = json.loads((tmp_path / "r" / "quality" / "quality.json").read_text())
-    assert (
-        set(numbers["policies"]) == {"fixed", "ema", "gmm", "match"}
-        and "withheld_recall" in numbers["policies"]["ema"]["all"]
-    )
+def test_the_report_is_made_and_the_val_split_is_labelled_too(undisturbed):
+    storage, candidates = undisturbed
+    log, run = (storage / "log").read_text(), Storage(str(storage)).at("r")
+    numbers = json.loads((storage / "r" / "quality" / "quality.json").read_text())
+    assert set(numbers["policies"]) == {"fixed", "ema", "gmm", "match"}
+    assert "withheld_recall" in numbers["policies"]["ema"]["all"]
     for name in ("quality.png", "doubtful.png", "quality.csv"):
-        assert (tmp_path / "r" / "quality" / name).stat().st_size > 100
-    assert "img/s" in log.read_text() and "WARNING: class" in log.read_text()
-    val = [f for f in run.at("pseudo").files(recursive=False) if f.startswith("val-")]
-    assert val and not set(read_pseudo(run.at("pseudo"))) & {
-        r.image_id for r in read_manifest(run.at("dataset")).of_split("val")
-    }
+        assert (storage / "r" / "quality" / name).stat().st_size > 100
+    assert "img/s" in log and "left 0:00" in log and "policy 'ema'" in log
+    val = {r.image_id for r in read_manifest(run.at("dataset")).of_split("val")}
+    labelled = {i for i, _ in labeller.read_shards(run.at("pseudo"), "val")}
+    assert labelled == val and not set(candidates) & val  # training reads only what read_pseudo gives
