@@ -129,7 +129,7 @@ class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
     threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
-        "ema", description="How class thresholds are set (docs/design.md, section 5)."
+        "gmm", description="How class thresholds are set (docs/design.md, section 5)."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."

@@ -20,7 +20,11 @@ def tiny_config(storage: Path, **changes: object) -> Config:
     """Settings that train in seconds on one CPU, in fp32 so that runs can be compared bit by bit."""
     train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
     run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
-    others: dict[str, dict[str, object]] = {"distill": {}, "thresholds": {}, "pseudo": {}}
+    others: dict[str, dict[str, object]] = {
+        "distill": {},
+        "thresholds": {"threshold_policy": "ema"},  # the one with a state that moves
+        "pseudo": {},
+    }
     sections = {"run": (Run, run), **{k: (t, others[k]) for k, t in OTHERS.items()}}
     for key, value in changes.items():
         own = next((d for model, d in sections.values() if key in model.model_fields), train)

@@ -106,7 +106,7 @@ class Criterion:
         stats = torch.cat(class_sums(candidates.cls[seen], score[seen], len(tau)))
         stats = self.world.sum(stats)
         self.policy.update(*stats.cpu().chunk(2))
-        sure = (score >= tau[candidates.cls.long()]) & seen
+        sure = score >= tau[candidates.cls.long()]  # thresholds are above 0
         candidates.weight = score.pow(self.config.score_power)
         placed = batch["agreement"][mine] >= self.config.agreement_min
         candidates.box_weight = candidates.weight * placed

@@ -55,12 +55,8 @@ class TrainJob:
         return self.config.train.teacher_patience if self.trains_teacher else 0
 
     def method(self) -> Distill | None:
-        """The terms beside L_sup: all of them for the student, pseudo-labels alone for a teacher of a later round."""
-        if self.distills:
-            return self.config.distill
-        if self.pseudo:
-            return self.config.distill.model_copy(update={"lambda_p": 0.0, "lambda_f": 0.0})
-        return None
+        """Settings of the terms beside L_sup. A teacher of a later round has no teacher, and so L_pse alone of them."""
+        return self.config.distill if self.distills or self.pseudo else None
 
     @property
     def store(self) -> Storage:

@@ -187,7 +187,7 @@ def test_the_report_is_made_and_the_val_split_is_labelled_too(undisturbed):
     assert "withheld_recall" in numbers["policies"]["ema"]["all"]
     for name in ("quality.png", "doubtful.png", "quality.csv"):
         assert (storage / "r" / "quality" / name).stat().st_size > 100
-    assert "img/s" in log and "left 0:00" in log and "policy 'ema'" in log
+    assert "img/s" in log and "left 0:00" in log and "policy 'gmm'" in log
     val = {r.image_id for r in read_manifest(run.at("dataset")).of_split("val")}
     labelled = {i for i, _ in labeller.read_shards(run.at("pseudo"), "val")}
     assert labelled == val and not set(candidates) & val  # training reads only what read_pseudo gives
