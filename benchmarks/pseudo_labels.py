@@ -176,6 +176,13 @@ def measured(s: Settings, row: Row) -> dict[str, float]:
     return dict(run.read_json("row.json"))
 
 
+def best_on_val(s: Settings, rows: list[Row]) -> Row:
+    """The row whose model reached the highest val mAP50-95."""
+    best = max(rows, key=lambda r: measured(s, r)["val"])
+    print(f"best on val among {', '.join(r.run for r in rows)}: {best.run}", flush=True)
+    return best
+
+
 def table(s: Settings, rows: list[Row]) -> str:
     """Markdown: one line a title, mean and standard deviation over its seeds, share of the gap that it closes."""
     by_title: dict[str, list[dict[str, float]]] = {}
@@ -209,18 +216,16 @@ def main() -> None:
     s.storage_path = str(Path(s.storage_path).absolute())
     rows = first_rows(s)
     execute(s, rows)
-    best = max((r for r in rows if r.run in POLICIES), key=lambda r: measured(s, r)["val"]).run
-    print(f"best policy by val mAP50-95: {best}", flush=True)
-    more = [
-        student(s, f"+ pseudo-labels, {best}, soft weights, uncertain boxes ignored", f"soft_{seed}", seed,
-                ["--threshold-policy", best, *SOFT])
-        for seed in range(s.seeds)
-    ]  # fmt: skip
-    execute(s, more)
-    alone = [r for r in rows if r.run.startswith("label_only")]
-    text = table(
-        s, alone + [r for r in rows if r.run in POLICIES] + more + [r for r in rows if r.run in ("base", "ceiling")]
-    )
+    hard = best_on_val(s, [r for r in rows if r.run in POLICIES])
+    title = f"+ pseudo-labels, {hard.run}, soft weights, uncertain boxes ignored"
+    soft = student(s, title, "soft", 0, ["--threshold-policy", hard.run, *SOFT])
+    execute(s, [soft])
+    best = best_on_val(s, [hard, soft])
+    flags = ["--threshold-policy", hard.run, *(SOFT if best is soft else HARD)]
+    seeds = [student(s, best.title, f"{best.run}_{seed}", seed, flags) for seed in range(1, s.seeds)]
+    execute(s, seeds)
+    order = [r for r in rows if r.run.startswith("label_only")] + [r for r in rows if r.run in POLICIES]
+    text = table(s, [*order, soft, *seeds, *(r for r in rows if r.run in ("base", "ceiling"))])
     Path(s.storage_path, "table.md").write_text(text + "\n")
     print(text)
     for run, who in (("base", "teacher"), ("ensemble", "teacher and two label-only students")):
