@@ -103,7 +103,7 @@ def test_metrics_json(finished):
     assert metrics["student"]["params"] == metrics["label_only"]["params"] < metrics["teacher"]["params"]
     gate = metrics["gate"]["map50_95"]
     assert gate["difference"] == pytest.approx(gate["student"] - gate["label_only"]) and gate["low"] <= gate["high"]
-    assert "The unlabelled images" in logs[2] and "policy 'gmm'" in logs[2]
+    assert "The unlabelled images" in logs[2] and "policy 'gmm'" in logs[1]
     for word in ("student, distilled", "report.html", "mlflow ui --backend-store-uri", "yolo predict model="):
         assert word in logs[2]
 

@@ -1,15 +1,22 @@
 """Rounds: what each stage of a later round reads, that a teacher learns from its own labels, and when there is no next."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 import dfssd.stages as stages
 from dfssd.config import Distill
+from dfssd.data.manifest import read_table
 from dfssd.errors import DfssdError
 from dfssd.rounds import finished_models, improved, in_round, newest_round, split_round
 from dfssd.storage import Storage
 from dfssd.train.job import TrainJob, stage_config
 from dfssd.train.worker import train_in_process
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_names():
@@ -110,3 +117,42 @@ def test_label_teachers_are_part_of_what_a_labelling_depends_on(tmp_path):
     assert own.inputs == ("dataset", "teacher") and "teachers" not in own.config
     with pytest.raises(DfssdError, match="has no weights, so it cannot label"):
         stages.make_stage(tiny_config(tmp_path, label_teachers=("yolov8n.yaml",)), run, "pseudo")
+
+
+WITH_BETTER_TEACHERS = """
+import sys
+import dfssd.stages as stages
+stages.improved = lambda run, number: True  # eight steps teach nothing: pretend that they did
+from dfssd.cli import main
+sys.path.insert(0, "jobs")
+import pipeline
+main(pipeline.job)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_whole_rounds_leave_their_artefacts_and_the_student_learns_from_the_second(strip, tmp_path):
+    flags = "--run-name p --label-fraction 0.4 --imgsz 64 --batch 4 --steps 8 --val-every 4 --rounds 2 --no-baseline"
+    more = "--teacher yolov8s.yaml --gpu never --latency-repeats 3 --tta none"
+    args = ["--data", str(strip), "--storage-path", str(tmp_path), *flags.split(), *more.split()]
+    done = subprocess.run([sys.executable, "-c", WITH_BETTER_TEACHERS, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run = Storage(str(tmp_path)).at("p")
+    assert finished_models(run) == ["teacher", "teacher_2", "student"] and newest_round(run) == 2
+    assert set(run.read_json("student/stage.json")["inputs"]) == {"dataset", "teacher_2", "pseudo_2"}
+    assert set(run.read_json("pseudo_2/stage.json")["inputs"]) == {"dataset", "teacher_2"}
+    digests = [run.read_json(f"{name}/stage.json")["outputs"]["best.pt"]["sha256"] for name in ("teacher", "teacher_2")]
+    assert digests[0] != digests[1]
+    shards = [f for f in run.at("pseudo_2").files() if f.startswith("shard")]
+    used = {t for f in shards for t in read_table(run.at("pseudo_2"), f)["teacher"].to_pylist()}
+    assert used == {digests[1][:16]}
+    page = run.read("report/report.html").decode()
+    assert "Pseudo-labels, round 2" in page and "teacher, round 2" in page
+    assert "no gate: there is no label-only student" in done.stdout
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("dfssd")
+    stages_run = {r.data.tags.get("stage") for r in client.search_runs([experiment.experiment_id])}
+    assert {"teacher", "pseudo", "quality", "teacher_2", "pseudo_2", "quality_2", "student"} <= stages_run
