@@ -10,8 +10,9 @@ from typing import Any
 import tyro
 from pydantic import ValidationError, create_model
 
-from dfssd.config import Config, Section, settings_without_effect
+from dfssd.config import Config, Section
 from dfssd.errors import DfssdError, find_user_error
+from dfssd.hints import check_weights, settings_without_effect
 
 
 def parse(doc: str, sections: Sequence[str], args: Sequence[str] | None = None, **extra: Any) -> tuple[Config, Any]:
@@ -28,12 +29,31 @@ def parse(doc: str, sections: Sequence[str], args: Sequence[str] | None = None, 
     fields: dict[str, Any] = {s: (Config.model_fields[s].annotation, Config.model_fields[s].default) for s in sections}
     model = create_model("Job", __base__=Section, **fields, **extra)
     model.__doc__ = doc
-    parsed = tyro.cli(model, args=args, description=doc, config=(tyro.conf.OmitArgPrefixes,))
+    parsed = tyro.cli(
+        model,
+        args=split_layers(sys.argv[1:] if args is None else args),
+        description=doc,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     shared = {name: getattr(parsed, name) for name in Config.model_fields if name in fields or name in extra}
     try:
         return Config(**shared), parsed
     except ValidationError as error:
         raise DfssdError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
+
+
+def split_layers(args: Sequence[str]) -> list[str]:
+    """Let layers be written as in papers: `--taps 15,18,21` beside `--taps 15 18 21`."""
+    words: list[str] = []
+    for word in args:
+        flag, equals, value = word.partition("=")
+        if flag in ("--taps", "--teacher-taps") and equals:
+            words += [flag, *value.split(",")]
+        elif words and words[-1] in ("--taps", "--teacher-taps"):
+            words += word.split(",")
+        else:
+            words.append(word)
+    return words
 
 
 def main(job: Callable[[], None]) -> None:
@@ -75,6 +95,8 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     from dfssd.plan import dry_run
     from dfssd.stages import Context, later_rounds, run_stage
 
+    if "student" in stages:
+        check_weights(config.distill)
     for note in settings_without_effect(config):
         print(f"WARNING: {note}", flush=True)
     refuse_relative_paths_in_a_job(config)

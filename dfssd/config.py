@@ -105,6 +105,11 @@ class Train(Section):
     log_every: int = Field(20, ge=1, description="Steps between two lines of progress.")
     loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: automatic.")
     cache_gib: float = Field(1.0, ge=0, description="Memory for decoded images, per loading process (GiB).")
+    box_loss: Literal["ciou", "inner_focaler_eiou"] = Field(
+        "ciou",
+        description="Box regression loss; inner_focaler_eiou is the published DFSSD's, on boxes as it meant them.",
+    )
+    compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
 
 
 class Pseudo(Section):
@@ -144,7 +149,13 @@ class Thresholds(Section):
 
 
 class Distill(Section):
-    """The method: L = L_sup + lambda_u L_pse + lambda_p L_pred + lambda_f s(t) L_feat."""
+    """The method: L = L_sup + lambda_u L_pse + lambda_p L_cls + lambda_l L_loc + lambda_f s(t) L_feat."""
+
+    distill_teacher: str = Field("", description="Weights (.pt) to distil from instead of the run's own teacher.")
+    teacher_mode: Literal["frozen", "online"] = Field(
+        "frozen", description="online: the teacher goes on training on the labelled images; its weight average teaches."
+    )
+    teacher_lr_factor: float = Field(0.1, gt=0, description="Learning rate of an online teacher, as a share of --lr.")
 
     unlabelled_ratio: float = Field(1.0, ge=0, description="Unlabelled images in a batch for each labelled one.")
     score_power: float = Field(1.0, ge=0, description="gamma in the weight score**gamma of a pseudo-label; 0: all 1.")
@@ -155,13 +166,42 @@ class Distill(Section):
         0.0, ge=0, le=1, description="Agreement under flips from which a pseudo-label teaches its box; 0: always."
     )
     lambda_u: float = Field(1.0, ge=0, description="Weight of the pseudo-label loss.")
-    lambda_p: float = Field(4.0, ge=0, description="Weight of the prediction distillation.")
-    lambda_f: float = Field(10.0, ge=0, description="Weight of the feature distillation.")
-    divergence: Literal["mse", "hw_js"] = Field("hw_js", description="How two feature maps are compared.")
-    feature_tau: float = Field(1.0, gt=0, description="Temperature of the spatial softmax in 'hw_js'.")
-    feature_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="s(t): constant, or cosine from 1 to 0.1 over training."
+    prediction: Literal["soft", "mse"] = Field(
+        "soft", description="Prediction distillation: soft scores and boxes, or mse on raw outputs (as published)."
     )
+    lambda_p: float = Field(4.0, ge=0, description="Weight of the prediction distillation's class term, or of mse.")
+    lambda_l: float = Field(0.0, ge=0, description="Weight of the prediction distillation's localisation term.")
+    loc_tau: float = Field(10.0, gt=0, description="Temperature of the DFL bins in the localisation term.")
+    loc_top: float = Field(
+        0.05, gt=0, le=1, description="Share of an image's anchor points that the localisation term looks at."
+    )
+    lambda_f: float = Field(10.0, ge=0, description="Weight of the feature distillation.")
+    divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
+        "hw_js", description="How two feature maps are compared (docs/design.md, section 5)."
+    )
+    feature_tau: float = Field(
+        0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
+    )
+    feature_schedule: Literal["constant", "cosine", "off_last_epochs"] = Field(
+        "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."
+    )
+    off_last: float = Field(0.1, ge=0, le=1, description="Share of the steps that 'off_last_epochs' switches off.")
+    taps: tuple[int, ...] = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
+    teacher_taps: tuple[int, ...] = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
+    balance: Literal["none", "gradnorm"] = Field(
+        "none",
+        description="gradnorm: weights follow so that each term's gradient keeps its share of the supervised one.",
+    )
+    share_u: float = Field(0.0, ge=0, description="Share of the pseudo-label loss under gradnorm; 0: not balanced.")
+    share_p: float = Field(
+        0.5, ge=0, description="Share of the prediction distillation under gradnorm; 0: not balanced."
+    )
+    share_f: float = Field(0.5, ge=0, description="Share of the feature distillation under gradnorm; 0: not balanced.")
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Does any enabled term look at the teacher?"""
+        return self.lambda_p > 0 or self.lambda_f > 0 or (self.lambda_l > 0 and self.prediction == "soft")
 
 
 class Evaluate(Section):
@@ -206,6 +246,11 @@ class Config(Section):
             raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
         if self.thresholds.lowest() > self.thresholds.tau_max:
             raise ValueError(f"--tau-min {self.thresholds.lowest()} is above --tau-max {self.thresholds.tau_max}")
+        taps, others = self.distill.taps, self.distill.teacher_taps
+        if others and len(taps) != len(others):
+            raise ValueError(
+                f"--teacher-taps names {len(others)} layers, --taps {len(taps)}: they are compared in pairs"
+            )
         if self.data.labels_per_class and self.data.labelled_list:
             raise ValueError("--labels-per-class and --labelled-list exclude each other")
         return self
@@ -217,38 +262,6 @@ class Config(Section):
     def teacher_steps(self) -> int:
         """Optimiser steps of the teacher."""
         return self.train.teacher_steps or self.train.steps
-
-
-def settings_without_effect(config: Config) -> list[str]:
-    """Sentences on settings that were changed but cannot do anything in this combination."""
-    distill, default = config.distill, Distill()
-    notes = _thresholds_without_effect(config.thresholds)
-    if distill.divergence != "hw_js" and distill.feature_tau != default.feature_tau:
-        notes.append(f"--feature-tau has no effect with --divergence {distill.divergence}")
-    if distill.lambda_f == 0 and distill.divergence != default.divergence:
-        notes.append("--divergence has no effect with --lambda-f 0")
-    if distill.unlabelled_ratio == 0 and distill.lambda_u != default.lambda_u:
-        notes.append("--lambda-u has no effect with --unlabelled-ratio 0")
-    if distill.agreement_min > 0 and config.pseudo.tta == "none" and len(config.pseudo.label_teachers) < 2:
-        notes.append("--agreement-min has no effect with --tta none and one teacher: every agreement is 1")
-    if config.publish_best and not config.baseline:
-        notes.append("--publish-best has no effect with --no-baseline: there is nothing to compare with")
-    if config.data.labels_per_class and config.data.label_fraction != Data().label_fraction:
-        notes.append("--label-fraction has no effect with --labels-per-class")
-    if config.train.steps < 10 * config.train.warmup_steps and config.train.warmup_steps != Train().warmup_steps:
-        notes.append("--warmup-steps is cut to a tenth of --steps")
-    return notes
-
-
-def _thresholds_without_effect(config: Thresholds) -> list[str]:
-    used = {
-        "fixed": {"tau"},
-        "ema": {"tau_min", "tau_max", "tau_decay"},
-        "gmm": {"tau", "tau_min", "tau_max"},
-        "match": {"tau_min", "tau_max"},
-    }[config.threshold_policy]
-    changed = [k for k, v in config if k != "threshold_policy" and v != getattr(Thresholds(), k) and k not in used]
-    return [f"--{k.replace('_', '-')} has no effect with --threshold-policy {config.threshold_policy}" for k in changed]
 
 
 def as_dict(section: BaseModel, *leave_out: str) -> dict[str, Any]:

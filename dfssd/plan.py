@@ -92,6 +92,8 @@ def _check_weights(config: Config, stages: Sequence[str]) -> None:
 
     specs = {config.models.teacher} if "teacher" in stages else set()
     specs |= {config.models.student} if {"label_only", "student"} & set(stages) else set()
+    if "student" in stages and config.distill.distill_teacher:
+        specs.add(config.distill.distill_teacher)
     for spec in sorted(specs):
         resolve_weights(spec)
         print(f"model: {spec} is there")

@@ -58,7 +58,12 @@ def make_stage(config: Config, run: Storage, name: str) -> Stage:
     if name == "report":
         settings = {"evaluate": as_dict(config.evaluate), "imgsz": config.train.imgsz}
         return Stage(run, name, settings, ("dataset", *finished_models(run)))
-    return Stage(run, name, stage_config(config, name), training_inputs(config, run, name))
+    settings = stage_config(config, name)
+    if name == "student" and config.distill.distill_teacher:
+        settings["distill"]["distill_teacher"] = hashlib.sha256(
+            given_weights(config.distill.distill_teacher)
+        ).hexdigest()
+    return Stage(run, name, settings, training_inputs(config, run, name))
 
 
 def training_inputs(config: Config, run: Storage, name: str) -> tuple[str, ...]:
@@ -70,7 +75,8 @@ def training_inputs(config: Config, run: Storage, name: str) -> tuple[str, ...]:
         return ("dataset",)
     number = newest_round(run)
     distill = config.distill
-    teacher = (in_round("teacher", number),) if distill.lambda_p > 0 or distill.lambda_f > 0 else ()
+    own = distill.uses_teacher and not distill.distill_teacher
+    teacher = (in_round("teacher", number),) if own else ()
     pseudo = (in_round("pseudo", number),) if distill.unlabelled_ratio > 0 else ()
     return ("dataset", *teacher, *pseudo)
 
@@ -128,7 +134,7 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
     from dfssd.train.job import TrainJob
     from dfssd.train.worker import fit
 
-    named = {split_round(name)[0]: name for name in stage.inputs}
+    config, named = context.config, {split_round(name)[0]: name for name in stage.inputs}
     job = TrainJob(
         stage.name,
         context.run.uri,
@@ -141,6 +147,8 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
     _, weights = resolve_weights(job.model_spec)
     if weights is not None and not stage.store.exists("init.pt"):
         stage.store.write("init.pt", weights)
+    if job.distills and config.distill.distill_teacher and config.distill.uses_teacher:
+        stage.store.write("teacher.pt", given_weights(config.distill.distill_teacher))  # workers may be elsewhere
     log_dataset(context, run_id)
     connect()
     resources = worker_resources(context.config.run)
@@ -169,7 +177,7 @@ def later_rounds(context: Context) -> None:
 
 
 def given_weights(spec: str) -> bytes:
-    """Content of a .pt that labels.
+    """Content of a .pt that labels or teaches.
 
     Raises:
         DfssdError: there is no such file, or it holds no detector.
@@ -178,7 +186,7 @@ def given_weights(spec: str) -> bytes:
 
     _, weights = resolve_weights(spec)
     if weights is None:
-        raise DfssdError(f"{spec} has no weights, so it cannot label", todo="give the .pt of a trained detector")
+        raise DfssdError(f"{spec} has no weights, so it cannot teach", todo="give the .pt of a trained detector")
     return weights
 
 

@@ -8,20 +8,26 @@ from pathlib import Path
 import pytest
 
 from dfssd.cli import parse, refuse_relative_paths_in_a_job
-from dfssd.config import Config, Data, Distill, Pseudo, Run, Section, Thresholds, Train, settings_without_effect
+from dfssd.config import Config, Data, Distill, Pseudo, Run, Section, Thresholds, Train
 from dfssd.errors import DfssdError
+from dfssd.hints import settings_without_effect
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py"))
 FLAGS = [
     "agreement-min",
+    "amp",
+    "bad-limit",
+    "balance",
     "baseline",
     "batch",
-    "bad-limit",
+    "box-loss",
     "cache-gib",
     "close-mosaic",
+    "compile",
     "cpus-per-worker",
     "data",
+    "distill-teacher",
     "divergence",
     "dry-run",
     "ema-decay",
@@ -39,14 +45,17 @@ FLAGS = [
     "imgsz",
     "label-batch",
     "label-fraction",
+    "label-teachers",
     "labelled-list",
     "labels-per-class",
-    "label-teachers",
     "lambda-f",
+    "lambda-l",
     "lambda-p",
     "lambda-u",
     "latency-repeats",
     "loader-workers",
+    "loc-tau",
+    "loc-top",
     "log-every",
     "lr",
     "lr-final",
@@ -61,7 +70,9 @@ FLAGS = [
     "nms-iou",
     "num-actors",
     "num-workers",
+    "off-last",
     "overwrite",
+    "prediction",
     "publish-best",
     "repeat-threshold",
     "rounds",
@@ -70,18 +81,25 @@ FLAGS = [
     "scale",
     "score-power",
     "seed",
+    "share-f",
+    "share-p",
+    "share-u",
     "split",
     "split-shares",
     "steps",
     "storage-path",
     "student",
+    "taps",
     "tau",
     "tau-decay",
     "tau-max",
     "tau-min",
     "teacher",
+    "teacher-lr-factor",
+    "teacher-mode",
     "teacher-patience",
     "teacher-steps",
+    "teacher-taps",
     "threshold-policy",
     "translate",
     "tta",
@@ -92,7 +110,6 @@ FLAGS = [
     "val-every",
     "warmup-steps",
     "weight-decay",
-    "amp",
 ]
 
 
@@ -141,9 +158,17 @@ def test_flags_reach_the_config():
     assert config.train.imgsz == 96 and config.distill.lambda_f == 0.5
 
 
+def test_layers_may_be_written_with_commas():
+    for words in (["--taps", "4,15", "--teacher-taps=4,16"], ["--taps", "4", "15", "--teacher-taps", "4", "16"]):
+        config, _ = parse("", ["distill"], [*words, "--lambda-f", "2"])
+        assert config.distill.taps == (4, 15) and config.distill.teacher_taps == (4, 16)
+        assert config.distill.lambda_f == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--taps", "4,15", "--teacher-taps", "4"], "they are compared in pairs"),
         (["--batch", "15", "--num-workers", "2"], "cannot be shared by 2 workers"),
         (["--unlabelled-ratio", "0.55", "--batch", "20", "--num-workers", "4"], "unlabelled images a batch"),
     ],
@@ -158,6 +183,10 @@ def test_settings_without_effect_are_named():
     config = Config(thresholds=thresholds, distill=Distill(divergence="mse", feature_tau=2.0))
     notes = " ".join(settings_without_effect(config))
     assert "--tau-min" in notes and "--feature-tau" in notes and "--tau " not in notes
+    distill = Distill(off_last=0.3, teacher_lr_factor=0.3, share_p=0.1, prediction="mse", lambda_l=1.0)
+    notes = " ".join(settings_without_effect(Config(distill=distill)))
+    for flag in ("--off-last", "--teacher-lr-factor", "--share-p", "--lambda-l"):
+        assert f"{flag} has no effect" in notes
     alone = Config(pseudo=Pseudo(tta="none"), distill=Distill(agreement_min=0.5), publish_best=True, baseline=False)
     notes = " ".join(settings_without_effect(alone))
     assert "--agreement-min" in notes and "--publish-best" in notes

@@ -68,12 +68,14 @@ def test_frozen_teacher_gives_the_raw_output_of_the_unfused_network(spec):
     model = _model(spec).eval()
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        want = branches(model(images))["one2many"]
+        want = branches(model(images))
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
     teacher = Teacher(model, torch.device("cpu"))
     got = teacher(images)
-    torch.testing.assert_close(got["scores"], want["scores"], rtol=1e-3, atol=1e-3)
-    for a, b in zip(got["feats"], want["feats"], strict=True):
+    for name, branch in want.items():
+        torch.testing.assert_close(got.raw[name]["scores"], branch["scores"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got.raw[name]["boxes"], branch["boxes"], rtol=1e-3, atol=1e-3)
+    for a, b in zip(got.taps, want["one2many"]["feats"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert not any(p.requires_grad for p in teacher.model.parameters()) and before
 

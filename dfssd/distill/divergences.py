@@ -1,21 +1,25 @@
 """How two feature maps are compared: pure functions (student, teacher) -> scalar.
 
-Both maps are (B,C,H,W) float32 with equal shapes; the caller has projected the student to the teacher's channels and
-normalised both with `standardise`. Each is a mean over images, so two halves of a batch average to the whole.
+Both maps are (B,C,H,W) with equal shapes; the caller has brought the student to the teacher's channels and size (see
+`dfssd.distill.features`). The teacher is a constant: no gradient goes to it. Each is a mean over images, so that two
+halves of a batch average to the whole, except `score_l2`, whose normaliser is the score in the batch. `hw_js` is `js` on
+each layer, joined by `hierarchical`.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+MASKED = 0.65  # share of positions that MGD hides from the student, its value for one-stage detectors
 
 
 def standardise(features_bchw: Tensor, eps: float = 1e-6) -> Tensor:
     """Zero mean and unit variance over the positions of each channel of each image (an all-equal channel becomes 0).
 
-    Scale differences between networks carry no information about what was seen where (PKD, Cao et al. 2022, section 3.2,
-    does the same over the batch; per image keeps the loss independent of how a batch is split).
+    Scale differences between networks carry no information about what was seen where (PKD, Cao et al., NeurIPS 2022,
+    section 3.2, does the same over the batch; per image keeps the loss independent of how a batch is split).
     """
     mean = features_bchw.mean((2, 3), keepdim=True)
     centred = features_bchw - mean
@@ -23,42 +27,125 @@ def standardise(features_bchw: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def mse(student_bchw: Tensor, teacher_bchw: Tensor) -> Tensor:
-    """Mean squared difference (mimic; Li et al. 2017, "Mimicking very efficient network for object detection")."""
-    return F.mse_loss(student_bchw, teacher_bchw)
+    """Mean squared difference of the raw maps (mimic; Li et al., CVPR 2017, "Mimicking very efficient network for object
+    detection", eq. 3)."""
+    return F.mse_loss(student_bchw, teacher_bchw.detach())
+
+
+def pkd(student_bchw: Tensor, teacher_bchw: Tensor) -> Tensor:
+    """1 - Pearson correlation of each channel over the positions, mean over images and channels; in [0, 2].
+
+    Equal to half the mean squared difference of the standardised maps (PKD, Cao et al., NeurIPS 2022, eq. 4), up to the
+    guard against channels without variance: two all-equal channels count 0.
+    """
+    return 0.5 * F.mse_loss(standardise(student_bchw), standardise(teacher_bchw.detach()))
+
+
+def kl(student_bchw: Tensor, teacher_bchw: Tensor, tau: float = 1.0) -> Tensor:
+    """KL(teacher || student) (nats) between the softmax over channels at each position, times tau^2, mean over positions
+    (Hinton et al. 2015, section 2, at every position of a map).
+
+    Args:
+        tau: temperature of the softmax.
+    """
+    return tau**2 * _kl(student_bchw.movedim(1, -1), teacher_bchw.movedim(1, -1), tau)
+
+
+def cwd(student_bchw: Tensor, teacher_bchw: Tensor, tau: float = 4.0) -> Tensor:
+    """KL(teacher || student) (nats) between the softmax over positions of each channel, times tau^2, mean over channels
+    (CWD, Shu et al., ICCV 2021, eq. 4).
+
+    Args:
+        tau: temperature of the softmax.
+    """
+    return tau**2 * _kl(student_bchw.flatten(2), teacher_bchw.flatten(2), tau)
+
+
+def _kl(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) over the last axis, mean over the others."""
+    log_q = F.log_softmax(teacher.detach() / tau, -1)
+    terms = log_q.exp() * (log_q - F.log_softmax(student / tau, -1))
+    return terms.sum(-1).mean()
 
 
 def js(student_bchw: Tensor, teacher_bchw: Tensor, tau: float = 1.0) -> Tensor:
     """Jensen-Shannon divergence (nats) of each channel's spatial softmax, mean over images and channels; in [0, ln 2].
 
-    JS = 1/2 KL(P||M) + 1/2 KL(Q||M), M = (P+Q)/2 (Lin 1991). Spatial softmax per channel as in CWD (Shu et al. 2021,
-    section 3.1). All in log space, so that a position of probability 0 contributes 0 and not NaN.
+    JS = 1/2 KL(P||M) + 1/2 KL(Q||M), M = (P+Q)/2 (Lin 1991, eq. 3.1). Spatial softmax per channel as in CWD (Shu et al.,
+    ICCV 2021, section 3.1). A position of probability 0 contributes 0 and not NaN.
 
     Args:
         tau: temperature of the softmax.
     """
-    log_p = F.log_softmax(student_bchw.flatten(2) / tau, -1)
-    log_q = F.log_softmax(teacher_bchw.flatten(2) / tau, -1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
-    terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
-    return 0.5 * terms.sum(-1).mean()
+    each: Tensor = _JensenShannon.apply(student_bchw.flatten(2) / tau, teacher_bchw.detach().flatten(2) / tau)
+    return each.mean()
 
 
-def hierarchical(divergences_l: Tensor) -> Tensor:
+class _JensenShannon(torch.autograd.Function):
+    """JS over the last axis, with the gradient written out: by autograd it takes six times as long on a CPU.
+
+    With k = log P - log M, dJS/dlogits = 1/2 P (k - sum P k): what dM/dP adds is constant over the axis and vanishes
+    in the softmax.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor, constant: Tensor) -> Tensor:
+        log_p, log_q = F.log_softmax(logits, -1), F.log_softmax(constant, -1)
+        p, q = log_p.exp(), log_q.exp()
+        log_m = ((p + q) * 0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        against_p, against_q = log_p.sub_(log_m), log_q.sub_(log_m)
+        kl_p = (p * against_p).sum(-1, keepdim=True)
+        kl_q = (q * against_q).sum(-1, keepdim=True)
+        ctx.save_for_backward(against_p.sub_(kl_p).mul_(p).mul_(0.5))
+        # Rounding may leave a sum of terms that cancel a hair below 0.
+        return (0.5 * (kl_p + kl_q)).squeeze(-1).clamp(min=0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradient * upstream.unsqueeze(-1), None
+
+
+def hierarchical(divergences_l: Tensor, values_l: Tensor | None = None) -> Tensor:
     """Sum over tap layers with weights softmax(divergence), which pay most attention to the layers that differ most.
 
     HW-JS = sum_l stopgrad(softmax_l(JS_l)) JS_l (DFSSD). Without the stop, the loss could fall by moving weight between
     layers instead of by moving features.
-    """
-    return (torch.softmax(divergences_l.detach(), 0) * divergences_l).sum()
-
-
-def feature_loss(kind: str, student: list[Tensor], teacher: list[Tensor], tau: float) -> Tensor:
-    """Divergence over all tap layers: 'mse' (mean over layers) or 'hw_js'.
 
     Args:
-        student, teacher: one (B,C,H,W) map a tap layer, equal shapes pairwise; not yet standardised.
+        divergences_l: (L,) divergence of each layer.
+        values_l: (L,) what the weights are made from, where `divergences_l` is one worker's share only.
     """
-    pairs = [(standardise(s.float()), standardise(t.float())) for s, t in zip(student, teacher, strict=True)]
-    if kind == "mse":
-        return torch.stack([mse(s, t) for s, t in pairs]).mean()
-    return hierarchical(torch.stack([js(s, t, tau) for s, t in pairs]))
+    weights = torch.softmax((divergences_l if values_l is None else values_l).detach(), 0)
+    return (weights * divergences_l).sum()
+
+
+def mgd(student_bchw: Tensor, teacher_bchw: Tensor, generator: nn.Module, hidden_b1hw: Tensor) -> Tensor:
+    """Mean squared difference between the teacher and what a small network makes of the student with positions hidden
+    (MGD, Yang et al., ECCV 2022, eq. 4 and 5).
+
+    Args:
+        generator: trained with the student; (B,C,H,W) -> (B,C,H,W).
+        hidden_b1hw: bool, positions set to 0 (see `hidden_positions`).
+    """
+    return mse(generator(student_bchw * ~hidden_b1hw), teacher_bchw)
+
+
+def hidden_positions(features_bchw: Tensor, share: float = MASKED) -> Tensor:
+    """(B,1,H,W) bool: each position hidden with probability `share`."""
+    size, _, height, width = features_bchw.shape
+    return torch.rand(size, 1, height, width, device=features_bchw.device) < share
+
+
+def score_l2(student_bchw: Tensor, teacher_bchw: Tensor, score_b1hw: Tensor) -> Tensor:
+    """Squared difference weighted by the teacher's best class score at each position (Ultralytics 8.4,
+    `DistillationModel.loss_sl2`): sum(score * mean over channels) / sum(score)."""
+    weighted, total = score_l2_sums(student_bchw, teacher_bchw, score_b1hw)
+    return weighted / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def score_l2_sums(student_bchw: Tensor, teacher_bchw: Tensor, score_b1hw: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of `score_l2`, so that both can be added over workers first."""
+    difference = (student_bchw - teacher_bchw.detach()).square().mean(1, keepdim=True)
+    return (difference * score_b1hw).sum(), score_b1hw.sum()

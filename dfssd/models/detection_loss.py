@@ -18,6 +18,7 @@ from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.tal import make_anchors
 
+from dfssd.models.box_loss import InnerFocalerEiouLoss
 from dfssd.models.detector import LOSS_EPOCHS, Branch
 
 COMPONENTS = ("box", "cls", "dfl")
@@ -88,14 +89,18 @@ class DetectionLoss:
 
     Args:
         model: detector on its final device; its `args` hold the gains.
+        box_loss: 'ciou' (Ultralytics') or 'inner_focaler_eiou'.
     """
 
-    def __init__(self, model: DetectionModel) -> None:
+    def __init__(self, model: DetectionModel, box_loss: str = "ciou") -> None:
         self.criterion = model.init_criterion()
         ends = hasattr(self.criterion, "one2one")
         parts = (
             {k: getattr(self.criterion, k) for k in ("one2many", "one2one")} if ends else {"one2many": self.criterion}
         )
+        if box_loss == "inner_focaler_eiou":
+            for part in parts.values():
+                part.bbox_loss = InnerFocalerEiouLoss(part.reg_max)
         self.parts = {name: (part, _Tap(part)) for name, part in parts.items()}
         self.stride = model.stride
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_loa
 
 from dfssd import __version__
 from dfssd.errors import DfssdError
+from dfssd.models.taps import Taps
 
 Branch = dict[str, Any]  # {"boxes", "scores", "feats"}
 LOSS_EPOCHS = 100  # E2ELoss decays by epochs; one of ours is a hundredth of the training
@@ -178,24 +180,46 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@dataclass
+class TeacherOutput:
+    """What a teacher says of a batch: raw head output by branch, and its taps, (B,C,H,W) each."""
+
+    raw: dict[str, Branch]
+    taps: list[Tensor]
+
+
 class Teacher:
-    """A frozen teacher: fused, eval mode, raw head output, no gradients.
+    """A teacher at work: eval mode, raw head output of all its branches, no gradients.
 
     Switching only the head's own flag to training gives the raw output and skips decoding, while batch norm stays in
     eval mode.
+
+    Args:
+        layers: layers to tap; none: the neck's outputs, which the head hands over anyway.
+        frozen: its weights never change, so that batch norm may be fused into the convolutions.
     """
 
-    def __init__(self, model: DetectionModel, device: torch.device) -> None:
-        self.channels = feature_channels(model)
+    def __init__(
+        self, model: DetectionModel, device: torch.device, layers: Sequence[int] = (), frozen: bool = True
+    ) -> None:
         self.names = [model.names[k] for k in sorted(model.names)]
-        self.reg_max = int(model.model[-1].reg_max)
-        self.model = model.eval().requires_grad_(False).fuse(verbose=False)
+        self.head = model.model[-1]
+        self.reg_max = int(self.head.reg_max)
+        self.branches = ("one2many", "one2one") if hasattr(self.head, "one2one_cv2") else ("one2many",)
+        neck = feature_channels(model)
+        self.model = model.eval().requires_grad_(False)
+        if frozen:
+            self.head.fuse = lambda: None  # it would throw the branch away that is not used for inference
+            self.model = self.model.fuse(verbose=False)
         self.model.to(device, memory_format=torch.channels_last)
-        self.model.model[-1].training = True
+        self.taps = Taps(self.model, layers, "teacher") if layers else None
+        self.channels = self.taps.channels if self.taps else neck
+        self.head.training = True
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
-    def __call__(self, images_bchw: Tensor) -> Branch:
-        return branches(self.model(images_bchw))["one2many"]
+    def __call__(self, images_bchw: Tensor) -> TeacherOutput:
+        raw = branches(self.model(images_bchw))
+        return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"]["feats"])
 
 
 @contextmanager

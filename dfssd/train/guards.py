@@ -10,15 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dfssd.distill.criterion import StudentOutput, grouped
 from dfssd.errors import DfssdError
-from dfssd.models.detector import Branch
+from dfssd.models.detector import TeacherOutput
+from dfssd.world import World
 
 REMEDY = {
     "sup": "check the labels of the images named, lower --lr, or try --amp fp32",
     "pse": "check the candidates (pseudo-label report), lower --lambda-u",
-    "pred": "check the teacher, lower --lambda-p",
+    "pred": "check the teacher, lower --lambda-p or --lambda-l",
     "feat": "check the teacher, lower --lambda-f",
+    "teacher": "lower --teacher-lr-factor, or take --teacher-mode frozen",
 }
+LAMBDA = {"pse": "--lambda-u", "pred": "--lambda-p and --lambda-l", "feat": "--lambda-f"}
+NEGLIGIBLE = 1e-6  # of the supervised gradient at the student's first layer: no weight anybody means
 
 
 def check_finite(losses: dict[str, Tensor], step: int, images: list[str]) -> None:
@@ -37,29 +42,39 @@ def check_finite(losses: dict[str, Tensor], step: int, images: list[str]) -> Non
     )
 
 
-def grouped(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum of the parts of each term: sup, pse, pred, feat."""
-    terms: dict[str, Tensor] = {}
-    for name, value in losses.items():
-        key = name.split("/")[0]
-        terms[key] = terms[key] + value if key in terms else value
-    return terms
+def check_teacher(teacher: TeacherOutput | None, step: int) -> None:
+    """A teacher that says NaN, or the same everywhere, teaches nothing good.
+
+    Raises:
+        DfssdError: naming what is broken.
+    """
+    if teacher is None:
+        return
+    tensors = {f"{k} of branch {b}": raw[k] for b, raw in teacher.raw.items() for k in ("boxes", "scores")}
+    tensors |= {f"tap {k}": tap for k, tap in enumerate(teacher.taps)}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DfssdError(
+                f"the teacher's output is not finite at step {step} ({name}): loss terms 'pred' and 'feat' would be NaN",
+                todo="its weights are damaged or overflow: train it again, or try --amp fp32",
+            )
 
 
 def check_reach(
     losses: dict[str, Tensor],
-    raw: dict[str, Branch],
-    projected: list[Tensor],
+    out: StudentOutput,
     first_layer: Tensor | None,
     silent: set[str],
+    world: World | None = None,
 ) -> dict[str, float]:
-    """Gradient norm of each term at the student, which must be finite and above 0.
+    """Gradient norm of each term at the student, which must be finite, above 0 and not negligible.
 
     Args:
         losses: terms of this step.
-        raw, projected: the student's outputs.
+        out: the student's outputs.
         first_layer: weight of the student's first layer to follow the gradients to, or None for the outputs only.
         silent: terms that may be 0 in this batch (no pseudo-label, no candidate).
+        world: workers whose shares are judged together: one of them may see no pseudo-label.
 
     Returns:
         Gradient norm by term, at the first layer where that is given, else at the outputs.
@@ -67,23 +82,41 @@ def check_reach(
     Raises:
         DfssdError: a term's gradient does not arrive, or is not finite.
     """
-    outputs = [t for b in raw.values() for t in (b["boxes"], b["scores"])] + projected
-    targets = [first_layer] if first_layer is not None else [t for t in outputs if t.requires_grad]
-    norms: dict[str, float] = {}
-    for name, term in grouped(losses).items():
+    heads = [t for b in out.raw.values() for t in (b["boxes"], b["scores"])]
+    targets = [first_layer] if first_layer is not None else [t for t in heads + out.projected if t.requires_grad]
+    own = [t for b in (out.teacher or {}).values() for t in (b["boxes"], b["scores"])]
+    terms = grouped(losses)
+    squares = []
+    for name, term in terms.items():
         if not term.requires_grad:
             raise DfssdError(
                 f"loss term '{name}' is not connected to the student: it would train nothing",
                 todo="its inputs were detached or computed under no_grad; fix the tap or set the term's weight to 0",
             )
-        grads = torch.autograd.grad(term, targets, retain_graph=True, allow_unused=True)
-        total = torch.stack([g.float().norm() for g in grads if g is not None] or [torch.zeros(())]).norm()
-        norms[name] = float(total)
-        if not torch.isfinite(total):
-            raise DfssdError(f"the gradient of loss term '{name}' is not finite", todo=REMEDY[name])
-        if norms[name] == 0 and name not in silent:
-            raise DfssdError(
-                f"loss term '{name}' has no gradient at the student: it would train nothing",
-                todo="check the tap layers and the teacher, or set the term's weight to 0 to leave it out",
-            )
+        reached = own if name == "teacher" else targets
+        grads = torch.autograd.grad(term, reached, retain_graph=True, allow_unused=True)
+        squares.append(
+            torch.stack([g.float().square().sum() for g in grads if g is not None] or [term.new_zeros(())]).sum()
+        )
+    norms = dict(zip(terms, (world or World()).sum(torch.stack(squares)).sqrt().tolist(), strict=True))
+    for name, norm in norms.items():
+        _judge(name, norm, norms.get("sup", 0.0) if first_layer is not None else 0.0, name in silent)
     return norms
+
+
+def _judge(name: str, norm: float, supervised: float, may_be_silent: bool) -> None:
+    if not norm < float("inf"):
+        raise DfssdError(f"the gradient of loss term '{name}' is not finite", todo=REMEDY[name])
+    if may_be_silent:
+        return
+    if norm == 0:
+        raise DfssdError(
+            f"loss term '{name}' has no gradient at the student: it would train nothing",
+            todo="check the tap layers and the teacher, or set the term's weight to 0 to leave it out",
+        )
+    if name in LAMBDA and norm < NEGLIGIBLE * supervised:
+        raise DfssdError(
+            f"loss term '{name}' weighs next to nothing: its gradient at the student's first layer is {norm:.1e}, the "
+            f"supervised one {supervised:.1e}",
+            todo=f"check {LAMBDA[name]}, or take --balance gradnorm",
+        )

@@ -74,7 +74,9 @@ class TrainJob:
 
 def stage_config(config: Config, stage: str) -> dict[str, Any]:
     """The settings that the result of a training stage depends on; what only changes speed is left out."""
-    train = as_dict(config.train, "teacher_steps", "steps", "val_every", "log_every", "loader_workers", "cache_gib")
+    train = as_dict(
+        config.train, "teacher_steps", "steps", "val_every", "log_every", "loader_workers", "cache_gib", "compile"
+    )
     teacher = is_teacher(stage)
     if not teacher:
         del train["teacher_patience"]
@@ -87,7 +89,7 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
     }
     if stage == "student" or (teacher and stage != "teacher"):
         own = ("unlabelled_ratio", "score_power", "uncertain", "agreement_min", "lambda_u")
-        distill = as_dict(config.distill)
+        distill = as_dict(config.distill, "distill_teacher")  # its content counts, not its path: see make_stage
         settings["distill"] = distill if stage == "student" else {k: distill[k] for k in own}
         settings["thresholds"] = as_dict(config.thresholds)
     return settings

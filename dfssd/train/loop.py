@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dfssd.data.dataset import network_input
+from dfssd.distill.criterion import StudentOutput
 from dfssd.errors import DfssdError
-from dfssd.models.detector import detector_bytes
+from dfssd.models.detector import TeacherOutput, detector_bytes
 from dfssd.progress import clock
 from dfssd.train import checkpoint
-from dfssd.train.guards import check_finite, check_reach
+from dfssd.train.guards import check_finite, check_reach, check_teacher
 from dfssd.train.job import TrainJob
 from dfssd.train.optim import learning_rate
 from dfssd.train.session import Session, build_session
@@ -59,33 +60,24 @@ def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Sav
 
         lr = learning_rate(config, s.step, steps)
         for group in s.optimiser.param_groups:
-            group["lr"] = lr
-        with torch.autocast(device.type, s.dtype or torch.bfloat16, enabled=s.dtype is not None):
-            raw, projected = s.wrapped(images)
-            teacher = s.teacher(images) if s.teacher else None
-        terms = s.criterion(raw, projected, teacher, batch, s.step / steps)
+            group["lr"] = lr * group["lr_factor"]
+        out, teacher = forward(s, images)
+        terms = s.criterion(out, teacher, batch, s.step / steps)
 
         is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
+        if is_log_step:
+            check_teacher(teacher, s.step)
         if world.size == 1 or is_log_step:
             check_finite(terms.losses, s.step, batch["im_file"])
         if is_log_step:
-            silent = {"pse"} if float(terms.counts.get("pse/pseudo_labels", 1)) == 0 else set()
-            grads = check_reach(terms.losses, raw, projected, first_layer if s.step == first else None, silent)
+            layer = first_layer if s.step == first else None
+            grads = check_reach(terms.losses, out, layer, terms.silent, world)
 
         # Each term is this worker's share of the global loss; DDP averages, hence the factor. Times the batch as in
         # Ultralytics, whose clipping norm belongs to a loss of that size.
         (terms.total() * (config.batch * world.size)).backward()
-        norm = nn.utils.clip_grad_norm_(s.student.parameters(), config.grad_clip, error_if_nonfinite=False)
-        if not bool(torch.isfinite(norm)):
-            raise DfssdError(
-                f"the gradient is not finite at step {s.step}; nothing was updated",
-                where="images " + ", ".join(batch["im_file"][:4]),
-                todo="lower --lr, or try --amp fp32",
-            )
-        s.optimiser.step()
-        s.optimiser.zero_grad(set_to_none=True)
-        s.ema.update(s.student.detector)
-        s.step += 1
+        norm = clip(s, batch["im_file"])
+        update(s)
         meter.stop()
 
         if is_log_step:
@@ -98,6 +90,41 @@ def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Sav
             record(s, {f"val/{k}": v for k, v in last_metrics.items()}, log)
             save(last_metrics, s)
     return finish(s, last_metrics, meter)
+
+
+def forward(s: Session, images_bchw: Tensor) -> tuple[StudentOutput, TeacherOutput | None]:
+    """The one pass of the student, and the one of what teaches it."""
+    with torch.autocast(s.device.type, s.dtype or torch.bfloat16, enabled=s.dtype is not None):
+        return s.wrapped(images_bchw), s.teacher(images_bchw) if s.teacher else None
+
+
+def clip(s: Session, images: list[str]) -> Tensor:
+    """Limit the gradient's norm, that of an online teacher apart from the student's; return the student's.
+
+    Raises:
+        DfssdError: it is not finite.
+    """
+    limit, online = s.job.config.train.grad_clip, s.student.online
+    taught = set() if online is None else set(online.parameters())
+    norm = nn.utils.clip_grad_norm_([p for p in s.student.parameters() if p not in taught], limit)
+    others = nn.utils.clip_grad_norm_(taught, limit) if taught else torch.zeros(())
+    if not bool(torch.isfinite(norm + others.to(norm.device))):
+        raise DfssdError(
+            f"the gradient is not finite at step {s.step}; nothing was updated",
+            where="images " + ", ".join(images[:4]),
+            todo="lower --lr, or try --amp fp32",
+        )
+    return norm
+
+
+def update(s: Session) -> None:
+    """One step of the optimiser and of the weight averages."""
+    s.optimiser.step()
+    s.optimiser.zero_grad(set_to_none=True)
+    s.ema.update(s.student.detector)
+    if s.teacher_ema:
+        s.teacher_ema.update(s.student.online)
+    s.step += 1
 
 
 class Meter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,47 +13,58 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
+from dfssd.config import Distill
 from dfssd.data.dataset import ManifestDataset, Streams, collate
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
-from dfssd.distill.criterion import Criterion
+from dfssd.distill.criterion import Criterion, StudentOutput
+from dfssd.distill.features import Projections
 from dfssd.errors import DfssdError
+from dfssd.hints import check_weights
 from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import (
-    Branch,
-    Teacher,
-    autocast_dtype,
-    branches,
-    build_detector,
-    feature_channels,
-    load_detector,
-)
+from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
+from dfssd.models.taps import Taps
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.storage import Storage
 from dfssd.train.job import TrainJob
 from dfssd.train.optim import make_optimiser
+from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
 from dfssd.world import World
-
-EMA_TAU = 100  # updates over which the decay of the weight average builds up
 
 
 class Student(nn.Module):
-    """The detector that is trained, with the 1x1 convolutions that bring its taps to the teacher's channels.
+    """All that is trained: the detector, the projections of its taps, and an online teacher where there is one.
 
-    Both live in one module, so that DDP synchronises the gradients of both.
+    They live in one module, so that DDP synchronises the gradients of all.
+
+    Args:
+        teacher_channels: channels of the teacher's taps; None: features are not distilled.
+        layers: layers to tap; none: the neck's outputs.
+        generators: with MGD's generators.
+        online: a teacher that trains too, on the first `labelled` images of a batch.
     """
 
-    def __init__(self, detector: DetectionModel, teacher_channels: list[int] | None) -> None:
+    def __init__(
+        self,
+        detector: DetectionModel,
+        teacher_channels: list[int] | None = None,
+        layers: Sequence[int] = (),
+        generators: bool = False,
+        online: DetectionModel | None = None,
+        labelled: int = 0,
+    ) -> None:
         super().__init__()
-        self.detector = detector
-        pairs = zip(feature_channels(detector), teacher_channels or [], strict=False)
-        self.projections = nn.ModuleList(nn.Conv2d(own, other, 1) for own, other in pairs)
+        self.detector, self.online, self.labelled = detector, online, labelled
+        self.taps = Taps(detector, layers, "student") if layers and teacher_channels else None
+        own = self.taps.channels if self.taps else feature_channels(detector)
+        self.projections = Projections(own, teacher_channels, generators) if teacher_channels else None
 
-    def forward(self, images_bchw: Tensor) -> tuple[dict[str, Branch], list[Tensor]]:
-        """Raw head output by branch, and the projected neck outputs (empty without a teacher)."""
+    def forward(self, images_bchw: Tensor) -> StudentOutput:
         raw = branches(self.detector(images_bchw))
-        feats = raw["one2many"]["feats"]
-        return raw, [conv(f) for conv, f in zip(self.projections, feats, strict=False)]
+        taps = self.taps.take() if self.taps else raw["one2many"]["feats"]
+        projected = self.projections(taps) if self.projections is not None else []
+        teacher = branches(self.online(images_bchw[: self.labelled])) if self.online is not None else None
+        return StudentOutput(raw, taps, projected, teacher)
 
 
 @dataclass
@@ -69,13 +81,21 @@ class Session:
     ema: ModelEMA
     optimiser: torch.optim.AdamW
     policy: Policy | None
-    teacher: Teacher | None
+    teaching: Teaching | None
     criterion: Criterion
     streams: Streams
     val: ManifestDataset
     step: int = 0
     best: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)  # logged numbers, each with its "step"
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.teaching.teacher if self.teaching else None
+
+    @property
+    def teacher_ema(self) -> ModelEMA | None:
+        return self.teaching.ema if self.teaching else None
 
     def loader(self) -> torch.utils.data.DataLoader:
         """Batches of this worker from the present step to the last."""
@@ -116,6 +136,9 @@ class Session:
             "ema_updates": self.ema.updates,
             "optimiser": self.optimiser.state_dict(),
             "policy": self.policy.state_dict() if self.policy else None,
+            "balance": self.criterion.balance.state_dict() if self.criterion.balance else None,
+            "teacher_ema": self.teacher_ema.ema.state_dict() if self.teacher_ema else None,
+            "teacher_ema_updates": self.teacher_ema.updates if self.teacher_ema else 0,
             "rng": torch.get_rng_state(),
             "best": self.best,
             "history": self.history,
@@ -129,6 +152,11 @@ class Session:
         self.optimiser.load_state_dict(state["optimiser"])
         if self.policy and state["policy"]:
             self.policy.load_state_dict(state["policy"])
+        if self.criterion.balance and state["balance"]:
+            self.criterion.balance.load_state_dict(state["balance"])
+        if self.teacher_ema and state["teacher_ema"]:
+            self.teacher_ema.ema.load_state_dict(state["teacher_ema"])
+            self.teacher_ema.updates = state["teacher_ema_updates"]
         torch.set_rng_state(state["rng"])
 
 
@@ -140,14 +168,31 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     manifest = read_manifest(run.at("dataset"))
     weights = job.store.read("init.pt") if job.store.exists("init.pt") else None
     detector = build_detector(job.model_spec, manifest.names, config.train.imgsz, weights).to(device)
-    teacher = _teacher(job, run, detector, manifest, device) if job.distills else None
-    channels = teacher.channels if teacher and config.distill.lambda_f > 0 else None
-    student = Student(detector, channels).to(device).train()
+    ema = ModelEMA(detector, decay=config.train.ema_decay, tau=EMA_TAU)  # before taps: hooks are not for what is saved
+    if job.distills:
+        check_weights(config.distill)
+    teaching = build_teaching(job, run, detector, manifest, device)
+    labelled = config.train.batch // world.size
+    student = _student(detector, teaching, config.distill, labelled).to(device).train()
     student.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        detector.compile()
+        if teaching:
+            teaching.teacher.model.compile()
     wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
     candidates = read_pseudo(run.at(job.pseudo)) if job.pseudo and config.unlabelled_batch() else {}
     policy = make_policy(config.thresholds, *_scores(manifest, candidates)) if method else None
-    criterion = Criterion(DetectionLoss(detector), method, policy, config.train.batch // world.size, world)
+    box_loss, online = config.train.box_loss, teaching.online if teaching else None
+    criterion = Criterion(
+        DetectionLoss(detector, box_loss),
+        method,
+        policy,
+        labelled,
+        world,
+        pairing=teaching.pairing if teaching else None,
+        generators=student.projections.generators if student.projections is not None else None,
+        teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
+    )
     val = manifest.of_split("val")
     return Session(
         job=job,
@@ -157,10 +202,10 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         manifest=manifest,
         student=student,
         wrapped=wrapped,
-        ema=ModelEMA(detector, decay=config.train.ema_decay, tau=EMA_TAU),
-        optimiser=make_optimiser(student, config.train),
+        ema=ema,
+        optimiser=make_optimiser(student, config.train, online, config.distill.teacher_lr_factor),
         policy=policy,
-        teacher=teacher,
+        teaching=teaching,
         criterion=criterion,
         streams=Streams(_streams(job, manifest, candidates)),
         val=ManifestDataset(
@@ -169,25 +214,14 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     )
 
 
-def _teacher(
-    job: TrainJob, run: Storage, student: DetectionModel, manifest: Manifest, device: torch.device
-) -> Teacher | None:
-    """The frozen teacher, checked against the student; None where no enabled term needs it."""
-    distill = job.config.distill
-    if distill.lambda_p == 0 and distill.lambda_f == 0:
-        return None
-    where = run.path(job.teacher, "best.pt")
-    model = load_detector(run.read(f"{job.teacher}/best.pt"), where, job.config.train.imgsz)
-    teacher = Teacher(model, device)
-    if teacher.names != manifest.names:
-        raise DfssdError(
-            f"the teacher knows the classes {teacher.names}, the data has {manifest.names}",
-            where=where,
-            todo="train the teacher on this data set",
-        )
-    if model.model[-1].stride.tolist() != student.model[-1].stride.tolist():
-        raise DfssdError("teacher and student have other strides", todo="take both from YOLOv8/11/12/26 with P3-P5")
-    return teacher
+def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill, labelled: int) -> Student:
+    """The student with what its teacher makes necessary."""
+    if teaching is None:
+        return Student(detector)
+    for note in teaching.pairing.notes:
+        print(f"WARNING: {note}", flush=True)
+    channels = teaching.teacher.channels if config.lambda_f > 0 else None
+    return Student(detector, channels, config.taps, config.divergence == "mgd", teaching.online, labelled)
 
 
 def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCounts, np.ndarray]:

@@ -109,17 +109,17 @@ def test_nan_stops_before_the_update(prepared, monkeypatch):
     give_teacher_and_candidates(prepared)
     import dfssd.distill.criterion as criterion
 
-    feature_loss, calls, weights = criterion.feature_loss, [], []
+    layer_terms, calls, weights = criterion.layer_terms, [], []
 
     def poisoned(*args):
         calls.append(1)
-        value = feature_loss(*args)
-        return value * float("nan") if len(calls) == 3 else value
+        sums, images = layer_terms(*args)
+        return sums * float("nan") if len(calls) == 3 else sums, images
 
-    monkeypatch.setattr(criterion, "feature_loss", poisoned)
+    monkeypatch.setattr(criterion, "layer_terms", poisoned)
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (weights.append(1), step(self, *a))[1])
-    with pytest.raises(DfssdError, match=r"feat/hw_js is not finite at step 2; nothing was updated"):
+    with pytest.raises(DfssdError, match=r"feat/\w+ is not finite at step 2; nothing was updated"):
         _run(prepared, "student", steps=6)
     assert len(weights) == 2
 
@@ -131,9 +131,8 @@ def test_nan_teacher_is_caught_at_the_first_step(prepared):
     with torch.no_grad():
         teacher.model[4].cv1.conv.weight[0, 0] = float("nan")
     run.write("teacher/best.pt", detector_bytes(teacher, {}))
-    with pytest.raises(DfssdError, match="not finite at step 0") as caught:
+    with pytest.raises(DfssdError, match="teacher's output is not finite at step 0"):
         _run(prepared, "student")
-    assert "teacher" in caught.value.todo
 
 
 def test_other_settings_do_not_resume(prepared, monkeypatch):

@@ -1,0 +1,71 @@
+"""Automatic weights: the gradient of each term at the neck is kept at a stated share of the supervised one.
+
+In the spirit of GradNorm (Chen et al., ICML 2018, eq. 1), without its trained weights: the ratio of norms is measured
+every EVERY steps, which costs a backward pass through the head only, and followed smoothly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfssd.config import Distill
+from dfssd.world import World
+
+EVERY = 20  # steps between two measurements
+SMOOTHING = 0.3  # weight of a new measurement, in the logarithm
+# Pseudo-labels vanish and return with the thresholds: a factor that followed would make one stray box shout.
+LIMIT = {"pse": 10.0}
+
+
+class Balance:
+    """Factors of the terms 'pse', 'pred' and 'feat', on top of their lambdas.
+
+    Args:
+        config: `share_u`, `share_p`, `share_f`; a share of 0 leaves a term as it is.
+    """
+
+    def __init__(self, config: Distill, world: World) -> None:
+        shares = {"pse": config.share_u, "pred": config.share_p, "feat": config.share_f}
+        self.shares = {k: v for k, v in shares.items() if v > 0}
+        self.world = world
+        self.factors: dict[str, float] = {}
+        self.calls = 0
+
+    def update(self, terms: dict[str, Tensor], neck: list[Tensor]) -> None:
+        """Measure, where it is time to; call it at every step.
+
+        Args:
+            terms: weighted loss by name (sup, pse, pred, feat), this worker's share.
+            neck: student's feature maps where gradients are compared.
+        """
+        due = self.calls % EVERY == 0
+        self.calls += 1
+        names = [n for n in self.shares if n in terms and terms[n].requires_grad]
+        if not due or not names:
+            return
+        squares = torch.stack([_square(terms[n], neck) for n in ("sup", *names)])
+        norms = self.world.sum(squares).sqrt().tolist()
+        for name, norm in zip(names, norms[1:], strict=True):
+            if not (norm > 0 and norms[0] > 0 and math.isfinite(norm) and math.isfinite(norms[0])):
+                continue  # nothing to measure; what is not finite stops the run elsewhere
+            wanted = self.shares[name] * norms[0] / norm
+            before = self.factors.get(name, wanted)
+            factor = math.exp((1 - SMOOTHING) * math.log(before) + SMOOTHING * math.log(wanted))
+            limit = LIMIT.get(name, math.inf)
+            self.factors[name] = min(max(factor, 1 / limit), limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factors": dict(self.factors), "calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.factors, self.calls = dict(state["factors"]), int(state["calls"])
+
+
+def _square(term: Tensor, neck: list[Tensor]) -> Tensor:
+    """Squared norm of a term's gradient over all maps."""
+    grads = torch.autograd.grad(term, neck, retain_graph=True, allow_unused=True)
+    return torch.stack([g.float().square().sum() for g in grads if g is not None] or [torch.zeros(())]).sum()

@@ -1,0 +1,79 @@
+"""The teacher of a student: its weights, what is tapped, how it stands to the student, and whether it learns itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.torch_utils import ModelEMA
+
+from dfssd.config import Config
+from dfssd.data.manifest import Manifest
+from dfssd.errors import DfssdError
+from dfssd.models.detector import Teacher, build_detector, load_detector
+from dfssd.models.pairing import Pairing, pair
+from dfssd.storage import Storage
+from dfssd.train.job import TrainJob
+
+EMA_TAU = 100  # updates over which the decay of a weight average builds up
+
+
+@dataclass
+class Teaching:
+    """A teacher at work.
+
+    Args:
+        teacher: what teaches: the frozen weights, or the weight average of the online ones.
+        pairing: how its predictions stand to the student's.
+        online: the network that goes on training, and its weight average; None where the teacher is frozen.
+    """
+
+    teacher: Teacher
+    pairing: Pairing
+    online: DetectionModel | None = None
+    ema: ModelEMA | None = None
+
+
+def build_teaching(
+    job: TrainJob, run: Storage, student: DetectionModel, manifest: Manifest, device: torch.device
+) -> Teaching | None:
+    """Load and check the teacher; None where no enabled term needs one.
+
+    Raises:
+        DfssdError: it cannot be loaded, or cannot teach this student.
+    """
+    config = job.config
+    if not job.distills or not config.distill.uses_teacher:
+        return None
+    given = job.store.exists("teacher.pt")  # left there by the stage, from --distill-teacher
+    store, name = (job.store, "teacher.pt") if given else (run.at(job.teacher), "best.pt")
+    data, where = store.read(name), config.distill.distill_teacher if given else store.path(name)
+    layers = config.distill.teacher_taps or config.distill.taps
+    layers = layers if config.distill.lambda_f > 0 else ()
+    if config.distill.teacher_mode == "frozen":
+        teacher, online, ema = Teacher(load_detector(data, where, config.train.imgsz), device, layers), None, None
+    else:
+        online, ema = _online(data, where, config, manifest, device)
+        teacher = Teacher(ema.ema, device, layers, frozen=False)
+    try:
+        pairing = pair(teacher, student.model[-1], manifest.names, config.distill.prediction)
+    except DfssdError as error:
+        raise DfssdError(error.what, where=where, todo=error.todo) from error
+    return Teaching(teacher, pairing, online, ema)
+
+
+def _online(
+    data: bytes, where: str, config: Config, manifest: Manifest, device: torch.device
+) -> tuple[DetectionModel, ModelEMA]:
+    """The teacher as a network that trains, and its weight average."""
+    known = load_detector(data, where, config.train.imgsz).names
+    if list(known.values()) != list(manifest.names):
+        raise DfssdError(
+            f"an online teacher trains on the labels, but knows other classes: {', '.join(known.values())}",
+            where=where,
+            todo="take --teacher-mode frozen, or a teacher of exactly these classes",
+        )
+    online = build_detector(where, manifest.names, config.train.imgsz, data).to(device).train()
+    online.to(memory_format=torch.channels_last)
+    return online, ModelEMA(online, decay=config.train.ema_decay, tau=EMA_TAU)

@@ -1,0 +1,301 @@
+"""Teacher and student together: taps, families, the online teacher, the automatic balance."""
+
+import pytest
+import torch
+from small import give_teacher_and_candidates, make_job, tiny_config
+from torch import nn
+
+from dfssd.config import Distill
+from dfssd.distill.balance import EVERY, Balance
+from dfssd.distill.criterion import Criterion
+from dfssd.distill.features import KINDS
+from dfssd.errors import DfssdError
+from dfssd.models.detection_loss import DetectionLoss
+from dfssd.models.detector import Teacher, build_detector, detector_bytes, read_detector
+from dfssd.models.pairing import pair
+from dfssd.models.taps import Taps
+from dfssd.pseudo.thresholds import FixedThreshold
+from dfssd.storage import Storage
+from dfssd.train import guards
+from dfssd.train.session import Student, build_session
+from dfssd.train.worker import train_in_process
+from dfssd.world import World
+
+NAMES = ["a", "b", "c"]
+CPU = torch.device("cpu")
+PUBLISHED = (2, 4, 6, 8, 12, 15, 18, 21)
+PAIRS = [
+    ("yolov8s.yaml", "yolov8n.yaml", (), ()),
+    ("yolov8s.yaml", "yolov8n.yaml", PUBLISHED, ()),
+    ("yolo11s.yaml", "yolo11n.yaml", (), ()),
+    ("yolo26s.yaml", "yolo26n.yaml", (), ()),
+    ("yolo26s.yaml", "yolo26n.yaml", (16, 19, 22), ()),
+    ("yolo11s.yaml", "yolov8n.yaml", (), ()),
+    ("yolo11s.yaml", "yolov8n.yaml", (4, 15, 18), (4, 16, 22)),  # the last pair differs in size
+    ("yolo26s.yaml", "yolov8n.yaml", (), ()),
+    ("yolov8s.yaml", "yolo26n.yaml", (), ()),
+]
+
+
+def _batch():
+    return {
+        "cls": torch.tensor([0.0, 1.0, 2.0]),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]] * 3),
+        "batch_idx": torch.tensor([0.0, 1.0, 2.0]),
+        "score": torch.tensor([1.0, 1.0, 0.9]),
+        "agreement": torch.ones(3),
+    }
+
+
+def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES, teacher_names=NAMES, **settings):
+    torch.manual_seed(0)
+    config = Distill(lambda_l=1.0, **settings)
+    detector = build_detector(student_spec, names, 64)
+    teacher = Teacher(build_detector(teacher_spec, teacher_names, 64), CPU, teacher_taps or taps)
+    pairing = pair(teacher, detector.model[-1], names, config.prediction)
+    student = Student(detector, teacher.channels, taps, config.divergence == "mgd").train()
+    criterion = Criterion(
+        DetectionLoss(detector), config, FixedThreshold(torch.full((len(names),), 0.5)), 2, World(), pairing,
+        student.projections.generators,
+    )  # fmt: skip
+    return student, teacher, criterion, pairing
+
+
+@pytest.mark.parametrize(("teacher_spec", "student_spec", "taps", "teacher_taps"), PAIRS)
+def test_a_pair_of_families(teacher_spec, student_spec, taps, teacher_taps):
+    student, teacher, criterion, pairing = _together(teacher_spec, student_spec, taps, teacher_taps)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    out, said = student(images), teacher(images)
+    assert len(out.taps) == len(said.taps) == (len(taps) or 3)
+    for mine, brought, other in zip(out.taps, out.projected, said.taps, strict=True):
+        assert brought.shape[1] == other.shape[1] and brought.shape[2:] == mine.shape[2:] and mine.requires_grad
+        assert not other.requires_grad
+    both = {"one2many", "one2one"}
+    assert set(pairing.branches) == (both if "26" in teacher_spec and "26" in student_spec else {"one2many"})
+    assert pairing.bins == (("26" in teacher_spec) == ("26" in student_spec))
+    terms = criterion(out, said, _batch(), 0.0)
+    assert {"pred/cls", "pred/loc", f"feat/{Distill().divergence}"} <= set(terms.losses)
+    first = next(p for p in student.parameters() if p.requires_grad)
+    norms = guards.check_reach(terms.losses, out, first, terms.silent)
+    assert all(norms[k] > 0 for k in ("sup", "pse", "pred", "feat"))
+    terms.total().backward()
+    before = [c.weight.detach().clone() for c in student.projections.convs]
+    torch.optim.SGD(student.parameters(), 0.01).step()
+    assert all((c.weight != w).any() for c, w in zip(student.projections.convs, before, strict=True))
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+    saved = read_detector(detector_bytes(student.detector, {}), "x") if not taps else None
+    assert saved is None or not any(m._forward_hooks for m in saved.modules())
+
+
+def test_an_end_to_end_student_is_taught_in_both_branches():
+    """Each head learns from the teacher's head of the same kind; a teacher without one leaves the other alone."""
+    for teacher_spec, taught in (("yolo26s.yaml", True), ("yolov8s.yaml", False)):
+        student, teacher, criterion, _ = _together(teacher_spec, "yolo26n.yaml")
+        images = torch.rand(4, 3, 64, 64)
+        out = student(images)
+        losses = criterion(out, teacher(images), _batch(), 0.0).losses
+        grads = torch.autograd.grad(
+            losses["pred/cls"], [out.raw[b]["scores"] for b in ("one2many", "one2one")], allow_unused=True
+        )
+        assert grads[0].abs().sum() > 0 and (grads[1] is not None) == taught
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_divergence_trains_the_student_through_any_tap(kind):
+    student, teacher, criterion, _ = _together(
+        "yolov8s.yaml", "yolov8n.yaml", (4, 15, 21), divergence=kind, lambda_p=0, lambda_u=0
+    )
+    images = torch.rand(4, 3, 64, 64)
+    losses = criterion(student(images), teacher(images), _batch(), 0.0).losses
+    losses[f"feat/{kind}"].backward()
+    assert student.detector.model[0].conv.weight.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.projections.convs.parameters()) or kind in (
+        "pkd", "js", "hw_js", "cwd",  # blind to a shift of a whole channel, so a bias has nothing to learn
+    )  # fmt: skip
+
+
+def test_a_teacher_with_more_classes_teaches_those_of_the_same_name():
+    student, teacher, criterion, pairing = _together(
+        "yolov8s.yaml", "yolov8n.yaml", names=["c", "a"], teacher_names=["a", "b", "c", "d"], divergence="pkd"
+    )
+    assert pairing.classes == (2, 0) and "4 classes, 2 of them" in pairing.notes[0]
+    said = teacher(torch.rand(4, 3, 64, 64)).raw["one2many"]
+    torch.testing.assert_close(pairing.scores(said), said["scores"][:, [2, 0]])
+    batch = _batch()
+    batch["cls"] = torch.tensor([0.0, 1.0, 1.0])
+    images = torch.rand(4, 3, 64, 64)
+    criterion(student(images), teacher(images), batch, 0.0).total().backward()
+    with pytest.raises(DfssdError, match="does not know e") as caught:
+        pair(teacher, student.detector.model[-1], ["a", "e"], "soft")
+    assert caught.value.todo
+
+
+def test_raw_mse_needs_heads_of_one_shape():
+    with pytest.raises(DfssdError, match="1 bins a side in the teacher, 16 in the student") as caught:
+        _together("yolo26s.yaml", "yolov8n.yaml", prediction="mse")
+    assert "--prediction soft" in caught.value.todo
+    student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml", prediction="mse")
+    images = torch.rand(4, 3, 64, 64)
+    losses = criterion(student(images), teacher(images), _batch(), 0.0).losses
+    assert "pred/mse" in losses and "pred/cls" not in losses and "pred/loc" not in losses
+
+
+def test_taps_are_what_the_layers_gave_and_leave_no_trace():
+    model = build_detector("yolov8n.yaml", NAMES, 64).train()
+    buffers = {k: v.clone() for k, v in model.named_buffers()}
+    taps = Taps(model, (2, 15, 18, 21), "student")
+    assert taps.channels == [32, 64, 128, 256]
+    assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())  # the probe did not touch batch norm
+    assert all(m.training for m in model.modules())
+    output = model(torch.rand(2, 3, 64, 64))
+    for mine, neck in zip(taps.take()[1:], output["feats"], strict=True):
+        assert mine is neck
+    with pytest.raises(DfssdError, match=r"'feat': no output of layer 2, 15, 18, 21 of the student"):
+        taps.take()
+    taps.remove()
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("layer", "message"), [(22, "no layer 22"), (99, "no layer 99"), (-1, "no layer -1")])
+def test_taps_that_do_not_exist_are_refused(layer, message):
+    model = build_detector("yolov8n.yaml", NAMES, 64)
+    with pytest.raises(DfssdError, match=message) as caught:
+        Taps(model, (2, layer), "teacher")
+    assert "--teacher-taps" in caught.value.todo and not any(m._forward_hooks for m in model.modules())
+
+
+def test_balance_keeps_each_term_at_its_share():
+    torch.manual_seed(0)
+    neck = [torch.randn(4, 8, requires_grad=True), torch.randn(4, 2, requires_grad=True)]
+
+    def terms():
+        a, b = neck
+        return {
+            "sup": (a**2).sum() + b.sum(),
+            "pred": 1e-4 * (a**3).sum(),
+            "feat": 40 * b.exp().sum(),
+            "pse": a.sum() * 0,
+        }
+
+    def norm(term):
+        grads = torch.autograd.grad(term, neck, allow_unused=True, retain_graph=True)
+        return torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt().item()
+
+    balance = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0), World())
+    first = terms()
+    balance.update(first, neck)
+    assert "pse" not in balance.factors  # no pseudo-label, nothing to measure
+    for name, share in (("pred", 0.5), ("feat", 0.25)):
+        assert balance.factors[name] * norm(first[name]) == pytest.approx(share * norm(first["sup"]), rel=1e-5)
+    before = dict(balance.factors)
+    neck[0].data *= 2  # what is measured changes; the factors follow, smoothly, and only when it is time to
+    for _ in range(EVERY - 1):
+        balance.update(terms(), neck)
+    assert balance.factors == before
+    later = terms()
+    balance.update(later, neck)
+    wanted = 0.5 * norm(later["sup"]) / norm(later["pred"])
+    assert balance.factors["pred"] == pytest.approx(before["pred"] ** 0.7 * wanted**0.3, rel=1e-5)
+    other = Balance(Distill(balance="gradnorm"), World())
+    other.load_state_dict(balance.state_dict())
+    assert other.factors == balance.factors and other.calls == balance.calls
+
+
+def test_balance_of_pseudo_labels_is_limited_and_a_share_of_zero_is_off():
+    x = torch.ones(3, requires_grad=True)
+    balance = Balance(Distill(balance="gradnorm", share_u=1.0, share_p=0.0), World())
+    balance.update({"sup": x.sum(), "pse": 1e-6 * x.sum(), "pred": 1e-6 * x.sum()}, [x])
+    assert balance.factors == {"pse": 10.0}
+
+
+def test_balance_changes_the_losses_and_nothing_else():
+    student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml")
+    images = torch.rand(4, 3, 64, 64)
+    out, said = student(images), teacher(images)
+    plain = criterion(out, said, _batch(), 0.0).losses
+    criterion.balance = Balance(Distill(balance="gradnorm"), World())
+    scaled = criterion(out, said, _batch(), 0.0).losses
+    for name, value in scaled.items():
+        factor = criterion.balance.factors.get(name.split("/")[0], 1.0)
+        torch.testing.assert_close(value, plain[name] * factor)
+    assert set(criterion.balance.factors) == {"pred", "feat"}
+
+
+ONLINE = {"teacher_mode": "online", "teacher_lr_factor": 0.5}
+
+
+def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepared):
+    give_teacher_and_candidates(prepared)
+    job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=3, lambda_u=0.0, **ONLINE))
+    s = build_session(job, World(), CPU)
+    start = {k: v.clone() for k, v in s.student.online.state_dict().items()}
+    images = torch.rand(8, 3, 64, 64)
+    out, said = s.student(images), s.teacher(images)
+    assert out.teacher["one2many"]["scores"].shape[0] == 4 and said.raw["one2many"]["scores"].shape[0] == 8
+    batch = {**_batch(), "im_file": ["x"]}
+    terms = s.criterion(out, said, batch, 0.0)
+    taught = [p for p in s.student.online.parameters() if p.requires_grad]
+    for name, loss in terms.losses.items():
+        grads = torch.autograd.grad(loss, taught, retain_graph=True, allow_unused=True)
+        assert any(g is not None and g.abs().sum() > 0 for g in grads) == name.startswith("teacher/"), name
+    factors = {g["lr_factor"]: sum(p.numel() for p in g["params"]) for g in s.optimiser.param_groups}
+    assert set(factors) == {1.0, 0.5}
+    groups = [g for g in s.optimiser.param_groups if g["lr_factor"] == 0.5]
+    assert {p for g in groups for p in g["params"]} == set(taught)
+    train_in_process(job)
+    from dfssd.train import checkpoint
+
+    state = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
+    online = {k.removeprefix("online."): v for k, v in state["student"].items() if k.startswith("online.")}
+    assert any(not torch.equal(online[k], start[k]) for k in start)
+    assert state["teacher_ema_updates"] == 3
+    assert any(not torch.equal(state["teacher_ema"][k], start[k]) for k in start)  # the average moved, and so teaches
+    assert any(not torch.equal(state["teacher_ema"][k], online[k]) for k in start)
+    assert not any("online" in k for k in read_detector(job.store.read("last.pt"), "x").state_dict())
+    history = job.store.read_json("history.json")
+    assert {"loss/teacher/box", "loss/teacher/cls", "grad/teacher"} <= set(history[0])
+
+
+def test_an_online_teacher_must_know_exactly_the_classes(prepared):
+    give_teacher_and_candidates(prepared)
+    names = [*read_detector(Storage(str(prepared / "r")).read("teacher/best.pt"), "t").names.values(), "more"]
+    job = make_job("student", str(prepared / "r"), tiny_config(prepared, **ONLINE))
+    Storage(str(prepared / "r")).write("teacher/best.pt", detector_bytes(build_detector("yolov8s.yaml", names, 64), {}))
+    with pytest.raises(DfssdError, match="an online teacher trains on the labels"):
+        build_session(job, World(), CPU)
+
+
+def test_hooks_are_gone_from_what_is_saved(prepared):
+    give_teacher_and_candidates(prepared)
+    config = tiny_config(prepared, steps=2, taps=(2, 4, 15), divergence="pkd")
+    job = make_job("student", str(prepared / "r"), config)
+    train_in_process(job)
+    for name in ("best.pt", "last.pt"):
+        saved = read_detector(job.store.read(name), name)
+        assert not any(m._forward_hooks for m in saved.modules())
+        assert type(saved).__name__ == "DetectionModel" and not any("projection" in k for k in saved.state_dict())
+
+
+@pytest.mark.slow  # a minute and a half of compiling
+def test_compiled_networks_give_the_same_losses(prepared):
+    import shutil
+
+    if not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    give_teacher_and_candidates(prepared)
+    histories = []
+    for compiled in (False, True):
+        config = tiny_config(prepared, steps=1, compile=compiled, unlabelled_ratio=0.5)
+        job = make_job("student", str(prepared / "r"), config)
+        s = build_session(job, World(), CPU)
+        images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            histories.append(s.criterion(s.wrapped(images), s.teacher(images), _batch(), 0.0).losses)
+    for name, value in histories[0].items():
+        torch.testing.assert_close(histories[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_projections_are_pairs():
+    with pytest.raises(ValueError, match="zip"):
+        Student(build_detector("yolov8n.yaml", NAMES, 64), [8, 8])
+    assert isinstance(Student(build_detector("yolov8n.yaml", NAMES, 64), [8, 8, 8]).projections, nn.Module)
