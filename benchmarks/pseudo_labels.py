@@ -56,7 +56,10 @@ class Settings:
 
 @dataclass
 class Row:
-    """One line of the table: commands to run in order, and the model to measure."""
+    """One line of the table: commands to run in order, and the model to measure.
+
+    A command is a job of this repository, or the path of a script that takes --storage-path and --run-name likewise.
+    """
 
     title: str
     run: str
@@ -156,7 +159,8 @@ def run_row(storage: Path, row: Row) -> bool:
     with (folder / "row.log").open("a") as log:
         for job, *flags in row.commands:
             where = ["--storage-path", str(storage), "--run-name", row.run]
-            command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *where, *flags]
+            script = ROOT / (f"{job}.py" if "/" in job else f"jobs/{job}.py")
+            command = [sys.executable, str(script), *where, *flags]
             if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode:
                 return False
     minutes = (time.monotonic() - begun) / 60
