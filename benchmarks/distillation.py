@@ -52,10 +52,10 @@ def teacher_row(s: Settings) -> p.Row:
     return p.student(longer, "teacher: YOLOv8s on the same, twice the steps", "kd_teacher", 0, flags)
 
 
-def distilled(s: Settings, title: str, run: str, seed: int, flags: list[str]) -> p.Row:
-    """The base row with distillation."""
+def distilled(s: Settings, title: str, run: str, seed: int, flags: list[str], labels: list[str] = p.HARD) -> p.Row:
+    """The base row with distillation; `labels` says how pseudo-labels are used."""
     teacher = f"{s.storage_path}/kd_teacher/student/best.pt"
-    common = ["--threshold-policy", "gmm", *p.HARD, "--balance", "gradnorm", "--distill-teacher", teacher]
+    common = ["--threshold-policy", "gmm", *labels, "--balance", "gradnorm", "--distill-teacher", teacher]
     command = ["distill", *p.train_flags(s, seed), *common, *flags]
     copies = ["base/dataset", "ensemble/pseudo"]
     return p.Row(title, run, "student", [command], ["ensemble", "kd_teacher"], copies)
@@ -75,17 +75,19 @@ def all_rows(s: Settings) -> list[p.Row]:
     first = {r.run: r for r in p.first_rows(s)}
     rows = [first[n] for n in ("base", "label_only_0", "label_only_1", "ensemble")]
     rows += [teacher_row(s), *(base_row(s, seed) for seed in range(s.seeds)), first["ceiling"], first["label_only_2"]]
-    features = ["--lambda-p", "0", "--lambda-f", "1"]
+    features = ["--lambda-p", "0", "--lambda-l", "0", "--lambda-f", "1"]
     for kind in ("pkd", "hw_js", "mse", "score_l2"):
         rows.append(distilled(s, f"+ features, {kind}", f"kd_{kind}", 0, [*features, "--divergence", kind]))
     alone = ["--lambda-f", "0"]
-    rows.append(distilled(s, "+ class term", "kd_cls", 0, [*alone, "--lambda-p", "1"]))
+    rows.append(distilled(s, "+ class term", "kd_cls", 0, [*alone, "--lambda-p", "1", "--lambda-l", "0"]))
     rows.append(distilled(s, "+ localisation term", "kd_loc", 0, [*alone, "--lambda-p", "0", "--lambda-l", "1"]))
     title, ours = "full: features, class and localisation term", "Ultralytics distill_model, labelled images"
     for seed in range(s.seeds):
         rows.append(distilled(s, title, _run("kd_full", seed), seed, s.full))
         rows.append(stock(s, ours, _run("stock", seed), seed, []))
     rows.append(stock(s, "Ultralytics distill_model, our pseudo-labels as labels", "stock_pseudo", 0, ["--pseudo"]))
+    title = "full, soft weights, uncertain boxes ignored (the defaults)"
+    rows.append(distilled(s, title, "kd_soft", 0, s.full, p.SOFT))
     rows.append(distilled(s, "full, fp32", "kd_full_fp32", 0, [*s.full, "--amp", "fp32"]))
     boxes = [*s.full, "--box-loss", "inner_focaler_eiou"]
     rows.append(distilled(s, "full, box loss inner_focaler_eiou", "kd_full_box", 0, boxes))

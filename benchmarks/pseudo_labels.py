@@ -4,7 +4,7 @@
 
 Every row is one run of the jobs of this repository in a process of its own; rows share data set, teacher and candidates
 by copying those artefacts, which the stages check by digest. Stopped and started again it goes on where it was. Distillation
-is off (lambda_p = lambda_f = 0): this is about pseudo-labels alone.
+is off (lambda_p = lambda_l = lambda_f = 0): this is about pseudo-labels alone.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def train_flags(s: Settings, seed: int) -> list[str]:
 
 def student(s: Settings, title: str, run: str, seed: int, flags: list[str]) -> Row:
     """A student on pseudo-labels alone."""
-    off = ["--lambda-p", "0", "--lambda-f", "0"]
+    off = ["--lambda-p", "0", "--lambda-l", "0", "--lambda-f", "0"]
     command = ["distill", *train_flags(s, seed), *off, *flags]
     return Row(title, run, "student", [command], needs=["ensemble"], copies=["base/dataset", "ensemble/pseudo"])
 

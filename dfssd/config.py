@@ -169,15 +169,15 @@ class Distill(Section):
     prediction: Literal["soft", "mse"] = Field(
         "soft", description="Prediction distillation: soft scores and boxes, or mse on raw outputs (as published)."
     )
-    lambda_p: float = Field(4.0, ge=0, description="Weight of the prediction distillation's class term, or of mse.")
-    lambda_l: float = Field(0.0, ge=0, description="Weight of the prediction distillation's localisation term.")
+    lambda_p: float = Field(1.0, ge=0, description="Weight of the prediction distillation's class term, or of mse.")
+    lambda_l: float = Field(1.0, ge=0, description="Weight of the prediction distillation's localisation term.")
     loc_tau: float = Field(10.0, gt=0, description="Temperature of the DFL bins in the localisation term.")
     loc_top: float = Field(
         0.05, gt=0, le=1, description="Share of an image's anchor points that the localisation term looks at."
     )
-    lambda_f: float = Field(10.0, ge=0, description="Weight of the feature distillation.")
+    lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
     divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
-        "hw_js", description="How two feature maps are compared (docs/design.md, section 5)."
+        "pkd", description="How two feature maps are compared (docs/design.md, section 5)."
     )
     feature_tau: float = Field(
         0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
@@ -189,7 +189,7 @@ class Distill(Section):
     taps: tuple[int, ...] = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
     teacher_taps: tuple[int, ...] = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
     balance: Literal["none", "gradnorm"] = Field(
-        "none",
+        "gradnorm",
         description="gradnorm: weights follow so that each term's gradient keeps its share of the supervised one.",
     )
     share_u: float = Field(0.0, ge=0, description="Share of the pseudo-label loss under gradnorm; 0: not balanced.")

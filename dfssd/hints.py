@@ -19,9 +19,11 @@ def settings_without_effect(config: Config) -> list[str]:
         notes.append(f"--off-last has no effect with --feature-schedule {distill.feature_schedule}")
     if distill.teacher_mode == "frozen" and distill.teacher_lr_factor != default.teacher_lr_factor:
         notes.append("--teacher-lr-factor has no effect with --teacher-mode frozen")
-    if distill.prediction == "mse" and distill.lambda_l > 0:
+    if distill.prediction == "mse" and distill.lambda_l not in (0, default.lambda_l):
         notes.append("--lambda-l has no effect with --prediction mse, which compares the boxes as well")
     shares = [f"--{k.replace('_', '-')}" for k in SHARES if getattr(distill, k) != getattr(default, k)]
+    if distill.balance == "gradnorm" and distill.lambda_f not in (0, 1) and distill.share_f > 0:
+        notes.append("--lambda-f has no effect with --balance gradnorm unless it is 0: set --share-f")
     if distill.balance == "none" and shares:
         notes.append(f"{', '.join(shares)} has no effect with --balance none")
     if distill.unlabelled_ratio == 0 and distill.lambda_u != default.lambda_u:

@@ -180,10 +180,11 @@ def test_contradictions_are_user_errors(args, message):
 
 def test_settings_without_effect_are_named():
     thresholds = Thresholds(threshold_policy="fixed", tau_min=0.6)
-    config = Config(thresholds=thresholds, distill=Distill(divergence="mse", feature_tau=2.0))
+    config = Config(thresholds=thresholds, distill=Distill(divergence="mse", feature_tau=2.0, lambda_f=3.0))
     notes = " ".join(settings_without_effect(config))
     assert "--tau-min" in notes and "--feature-tau" in notes and "--tau " not in notes
-    distill = Distill(off_last=0.3, teacher_lr_factor=0.3, share_p=0.1, prediction="mse", lambda_l=1.0)
+    assert "--lambda-f has no effect with --balance gradnorm" in notes
+    distill = Distill(off_last=0.3, teacher_lr_factor=0.3, share_p=0.1, prediction="mse", lambda_l=2.0, balance="none")
     notes = " ".join(settings_without_effect(Config(distill=distill)))
     for flag in ("--off-last", "--teacher-lr-factor", "--share-p", "--lambda-l"):
         assert f"{flag} has no effect" in notes

@@ -19,7 +19,7 @@ def _parts(**settings):
     torch.manual_seed(0)
     detector = build_detector("yolov8n.yaml", NAMES, 64)
     teacher = Teacher(build_detector("yolov8s.yaml", NAMES, 64), torch.device("cpu"))
-    config = Distill(**settings)
+    config = Distill(**{"balance": "none", **settings})
     student = Student(detector, teacher.channels, generators=config.divergence == "mgd").train()
     policy, pairing = FixedThreshold(torch.full((3,), 0.5)), pair(teacher, detector.model[-1], NAMES, config.prediction)
     generators = student.projections.generators
@@ -51,9 +51,8 @@ def _run(batch, progress=0.0, **settings):
 
 def test_all_terms_are_there_by_name_and_reach_their_weights():
     student, _, terms = _run(_batch())
-    assert set(terms.losses) == {
-        *(f"{t}/{p}" for t in ("sup", "pse") for p in ("box", "cls", "dfl")), "pred/cls", f"feat/{Distill().divergence}"
-    }  # fmt: skip
+    parts = {f"{t}/{p}" for t in ("sup", "pse") for p in ("box", "cls", "dfl")}
+    assert set(terms.losses) == parts | {"pred/cls", "pred/loc", f"feat/{Distill().divergence}"}
     assert all(torch.isfinite(v) for v in terms.losses.values())
     terms.total().backward()
     assert student.detector.model[0].conv.weight.grad.abs().sum() > 0
@@ -146,13 +145,18 @@ def test_the_area_of_a_silent_image_in_a_mosaic_is_unknown():
 
 
 def test_a_weight_of_zero_switches_a_term_off():
-    _, _, terms = _run(_batch(), lambda_u=0.0, lambda_p=0.0, lambda_f=0.0)
+    _, _, terms = _run(_batch(), lambda_u=0.0, lambda_p=0.0, lambda_l=0.0, lambda_f=0.0)
     assert {k.split("/")[0] for k in terms.losses} == {"sup"}
 
 
-@pytest.mark.parametrize("key", ["lambda_u", "lambda_p", "lambda_f"])
+@pytest.mark.parametrize("key", ["lambda_u", "lambda_p", "lambda_l", "lambda_f"])
 def test_weights_are_linear(key):
-    name = {"lambda_u": "pse/cls", "lambda_p": "pred/cls", "lambda_f": f"feat/{Distill().divergence}"}[key]
+    name = {
+        "lambda_u": "pse/cls",
+        "lambda_p": "pred/cls",
+        "lambda_l": "pred/loc",
+        "lambda_f": f"feat/{Distill().divergence}",
+    }[key]
     one, three = _run(_batch(), **{key: 1.0})[2], _run(_batch(), **{key: 3.0})[2]
     torch.testing.assert_close(three.losses[name], one.losses[name] * 3)
 
@@ -196,7 +200,7 @@ class _Recorder(World):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"divergence": "hw_js", "lambda_l": 1.0},
+        {"divergence": "hw_js"},
         {"divergence": "pkd", "prediction": "mse", "box_loss": "inner_focaler_eiou"},
         {"divergence": "score_l2"},
     ],
@@ -204,7 +208,7 @@ class _Recorder(World):
 )
 def test_two_workers_add_up_to_one(settings):
     box_loss = settings.pop("box_loss", "ciou") if "box_loss" in settings else "ciou"
-    config = Distill(**settings)
+    config = Distill(**{"balance": "none", **settings})
     student, teacher, one = _parts(**settings)
     student.eval()  # batch norm must not differ between halves
     student.detector.model[-1].training = True

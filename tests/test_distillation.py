@@ -49,7 +49,7 @@ def _batch():
 
 def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES, teacher_names=NAMES, **settings):
     torch.manual_seed(0)
-    config = Distill(lambda_l=1.0, **settings)
+    config = Distill(**{"balance": "none", **settings})
     detector = build_detector(student_spec, names, 64)
     teacher = Teacher(build_detector(teacher_spec, teacher_names, 64), CPU, teacher_taps or taps)
     pairing = pair(teacher, detector.model[-1], names, config.prediction)
@@ -103,7 +103,7 @@ def test_an_end_to_end_student_is_taught_in_both_branches():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_divergence_trains_the_student_through_any_tap(kind):
     student, teacher, criterion, _ = _together(
-        "yolov8s.yaml", "yolov8n.yaml", (4, 15, 21), divergence=kind, lambda_p=0, lambda_u=0
+        "yolov8s.yaml", "yolov8n.yaml", (4, 15, 21), divergence=kind, lambda_p=0, lambda_l=0, lambda_u=0
     )
     images = torch.rand(4, 3, 64, 64)
     losses = criterion(student(images), teacher(images), _batch(), 0.0).losses

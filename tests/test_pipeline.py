@@ -119,7 +119,7 @@ def test_one_loss_curve_per_stage_however_often_it_was_killed(finished):
     want = {
         "loss/sup/box",
         "loss/pred/cls",
-        "loss/feat/hw_js",
+        "loss/feat/pkd",
         "lr",
         "speed (img/s)",
         "time/data wait (s)",
@@ -142,8 +142,8 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     assert all(r.info.status == "FINISHED" for r in runs)
     assert client.get_run(parent).data.params["train.imgsz"] == "64"
     student = children["student"]
-    assert "loss/feat/hw_js" in student.data.metrics and "val/map50" in student.data.metrics
-    assert student.data.params["distill.lambda_f"] == "10.0" and student.inputs.dataset_inputs
+    assert "loss/feat/pkd" in student.data.metrics and "val/map50" in student.data.metrics
+    assert student.data.params["distill.lambda_f"] == "1.0" and student.inputs.dataset_inputs
     names = {a.path for a in client.list_artifacts(children["report"].info.run_id)}
     assert {"report.html", "detections.png", "metrics.json", "stage.json"} <= names
 

@@ -42,7 +42,7 @@ def test_the_student_reads_the_newest_round_that_has_labels(tmp_path):
     assert stages.training_inputs(config, run, "student") == ("dataset", "teacher_2", "pseudo_2")
     assert stages.training_inputs(config, run, "teacher_2") == ("dataset", "pseudo")
     assert stages.training_inputs(config, run, "label_only") == ("dataset",)
-    alone = config.model_copy(update={"distill": Distill(lambda_p=0, lambda_f=0)})
+    alone = config.model_copy(update={"distill": Distill(lambda_p=0, lambda_l=0, lambda_f=0)})
     assert stages.training_inputs(alone, run, "student") == ("dataset", "pseudo_2")  # no teacher in the loop
     assert stages.make_stage(config, run, "pseudo_2").inputs == ("dataset", "teacher_2")
     assert stages.make_stage(config, run, "quality_2").inputs == ("dataset", "pseudo_2")

@@ -53,7 +53,7 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     single = make_job("student", other.uri, alone)
     train_in_process(single)
     a, b = history[0], single.store.read_json("history.json")[0]
-    for term in ("loss/sup/cls", "loss/pse/cls", "loss/pred/cls", "loss/feat/hw_js"):
+    for term in ("loss/sup/cls", "loss/pse/cls", "loss/pred/cls", "loss/feat/pkd"):
         assert a[term] == pytest.approx(b[term], rel=0.25, abs=1e-3), term
     assert a["pse/pseudo_labels"] == b["pse/pseudo_labels"] and a["pse/uncertain"] == b["pse/uncertain"]
     assert {k: v for k, v in a.items() if k.startswith("threshold/")} == {

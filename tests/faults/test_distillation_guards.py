@@ -19,7 +19,9 @@ LOG_EVERY = 3
 def _stops(prepared, monkeypatch, match, **settings):
     """Run; it must end with the message before the first log interval is over."""
     give_teacher_and_candidates(prepared)
-    config = tiny_config(prepared, steps=8, log_every=LOG_EVERY, val_every=8, **settings)
+    config = tiny_config(
+        prepared, **{"steps": 8, "log_every": LOG_EVERY, "val_every": 8, "balance": "none", **settings}
+    )
     done = []
     update = loop.update
     monkeypatch.setattr(loop, "update", lambda s: (update(s), done.append(s.step)))
@@ -61,7 +63,11 @@ def test_a_hook_that_never_fires(prepared, monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "term", "flag"),
-    [({"lambda_f": 1e-12}, "feat", "--lambda-f"), ({"lambda_p": 1e-12}, "pred", "--lambda-p")],
+    [
+        ({"lambda_f": 1e-12}, "feat", "--lambda-f"),
+        ({"lambda_p": 1e-12, "lambda_l": 1e-12}, "pred", "--lambda-p"),
+        ({"lambda_u": 1e-12}, "pse", "--lambda-u"),
+    ],
 )
 def test_a_weight_by_typo(prepared, monkeypatch, settings, term, flag):
     assert flag in _stops(prepared, monkeypatch, f"'{term}' weighs next to nothing", **settings).todo
@@ -71,13 +77,16 @@ def test_a_weight_by_typo(prepared, monkeypatch, settings, term, flag):
     ("settings", "message"),
     [
         ({"lambda_f": 0.0, "taps": (4, 15)}, r"feature distillation \(--lambda-f 0\) is switched off, but --taps"),
-        ({"lambda_p": 0.0, "prediction": "mse"}, r"prediction distillation .* but --prediction"),
-        ({"loc_tau": 3.0}, r"localisation term \(--lambda-l 0\) is switched off, but --loc-tau"),
-        ({"lambda_p": 0.0, "lambda_f": 0.0, "teacher_mode": "online"}, r"distillation .* but --teacher-mode"),
+        ({"lambda_p": 0.0, "lambda_l": 0.0, "prediction": "mse"}, r"prediction distillation .* but --prediction"),
+        ({"lambda_l": 0.0, "loc_tau": 3.0}, r"localisation term \(--lambda-l 0\) is switched off, but --loc-tau"),
+        (
+            {"lambda_p": 0.0, "lambda_l": 0.0, "lambda_f": 0.0, "teacher_mode": "online"},
+            r"distillation .* but --teacher-mode",
+        ),
     ],
 )
 def test_a_weight_of_zero_with_settings_of_its_term(prepared, monkeypatch, settings, message):
-    _stops(prepared, monkeypatch, message, **{"lambda_l": 0.0, **settings})
+    _stops(prepared, monkeypatch, message, **settings)
 
 
 def test_the_command_line_refuses_it_before_anything_starts(tmp_path):
@@ -89,7 +98,9 @@ def test_the_command_line_refuses_it_before_anything_starts(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("settings", [{}, {"lambda_p": 0.0}, {"lambda_f": 0.0}], ids=["all", "features", "predictions"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lambda_p": 0.0, "lambda_l": 0.0}, {"lambda_f": 0.0}], ids=["all", "features", "predictions"]
+)
 def test_a_teacher_of_nan(prepared, monkeypatch, settings):
     give = give_teacher_and_candidates
 
@@ -102,5 +113,5 @@ def test_a_teacher_of_nan(prepared, monkeypatch, settings):
         run.write("teacher/best.pt", detector_bytes(teacher, {}))
 
     monkeypatch.setitem(globals(), "give_teacher_and_candidates", poisoned)
-    error = _stops(prepared, monkeypatch, "teacher's output is not finite at step 0", **{"lambda_l": 0.0, **settings})
+    error = _stops(prepared, monkeypatch, "teacher's output is not finite at step 0", **settings)
     assert "'pred' and 'feat'" in error.what and "train it again" in error.todo
