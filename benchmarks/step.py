@@ -41,7 +41,6 @@ from dfssd.distill.features import KINDS
 from dfssd.models.detector import Teacher, branches, build_detector, detector_bytes
 from dfssd.report.tables import render
 from dfssd.storage import Storage
-from dfssd.train.guards import check_finite
 from dfssd.train.job import TrainJob
 from dfssd.train.loop import clip, forward, to_device, update
 from dfssd.train.session import Session, build_session
@@ -112,9 +111,8 @@ def our_step(s: Session, batch: dict[str, Any]) -> None:
     batch = to_device(batch, s.device)
     out, teacher = forward(s, network_input(batch["img"], s.device))
     terms = s.criterion(out, teacher, batch, 0.5)
-    check_finite(terms.losses, s.step, batch["im_file"])
     (terms.total() * s.job.config.train.batch).backward()
-    clip(s, batch["im_file"])
+    clip(s, terms, batch["im_file"])
     update(s)
 
 

@@ -8,7 +8,7 @@ the global batch, whatever the number of workers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,12 +49,18 @@ class Terms:
     """Weighted loss terms of one step by name (this worker's share), and numbers worth logging (global).
 
     Args:
-        silent: terms that may have no gradient in this step (no pseudo-label, schedule at 0).
+        paused: terms whose schedule is at 0.
     """
 
     losses: dict[str, Tensor]
     counts: dict[str, Tensor]
-    silent: set[str] = field(default_factory=set)
+    paused: frozenset[str] = frozenset()
+
+    @property
+    def silent(self) -> set[str]:
+        """Terms that may have no gradient in this step; waits for the device, so it is not asked at every step."""
+        none = float(self.counts.get("pse/pseudo_labels", 1)) == 0
+        return {*self.paused, *({"pse"} if none else ())}
 
     def total(self) -> Tensor:
         return torch.stack(list(self.losses.values())).sum()
@@ -118,9 +124,8 @@ class Criterion:
             self.teacher_detection.set_progress(progress)
             sums["teacher"] = self.teacher_detection(out.teacher, labels)
         losses = self._normalised(sums, counts)
-        silent = {"pse"} if float(counts.get("pse/pseudo_labels", 1)) == 0 else set()
         self._scale(losses, out, s_t)
-        return Terms(losses, counts, silent | ({"feat"} if s_t == 0 else set()))
+        return Terms(losses, counts, frozenset({"feat"} if s_t == 0 else ()))
 
     def _predictions(self, raw: dict[str, Branch], teacher: TeacherOutput) -> Sums:
         """Prediction terms of all branches that both heads have, each (K,1) sums and (K,) normalisers."""
@@ -157,8 +162,8 @@ class Criterion:
     def _features(self, projected: list[Tensor], teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
         """(L,) sums and normalisers of the feature term, one a tap layer."""
         assert self.config is not None and self.pairing is not None
-        best = p.best_score(self.pairing.scores(teacher.raw["one2many"]))
         kind = self.config.divergence
+        best = p.best_score(self.pairing.scores(teacher.raw["one2many"])) if kind == "score_l2" else None
         return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators)
 
     def _pseudo(

@@ -43,7 +43,7 @@ def layer_terms(
     kind: str,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    score_ba: Tensor,
+    score_ba: Tensor | None = None,
     tau: float = 0.0,
     generators: Sequence[nn.Module] = (),
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def layer_terms(
         kind: one of KINDS.
         student: (B,C,H,W) a tap, in the teacher's channels; another size than the teacher's is resized to it.
         teacher: (B,C,H,W) a tap.
-        score_ba: (B,A) teacher's best class score at each anchor point, levels one after the other.
+        score_ba: (B,A) teacher's best class score at each anchor point, levels one after the other; for 'score_l2'.
         tau: temperature; 0 takes OWN_TAU.
 
     Returns:
@@ -64,6 +64,7 @@ def layer_terms(
         s, t = resized(raw.float(), other.shape[2:]), other.float()
         images = torch.tensor(float(s.shape[0]), device=s.device)
         if kind == "score_l2":
+            assert score_ba is not None, "score_l2 is weighted by the teacher's scores"
             value, images = d.score_l2_sums(s, t, score_map(score_ba, s.shape[2:]))
         elif kind == "mgd":
             value = images * d.mgd(s, t, generators[k], d.hidden_positions(s))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfssd.data.dataset import network_input
-from dfssd.distill.criterion import StudentOutput
+from dfssd.distill.criterion import StudentOutput, Terms
 from dfssd.errors import DfssdError
 from dfssd.models.detector import TeacherOutput, detector_bytes
 from dfssd.progress import clock
@@ -67,16 +67,14 @@ def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Sav
         is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
         if is_log_step:
             check_teacher(teacher, s.step)
-        if world.size == 1 or is_log_step:
             check_finite(terms.losses, s.step, batch["im_file"])
-        if is_log_step:
             layer = first_layer if s.step == first else None
             grads = check_reach(terms.losses, out, layer, terms.silent, world)
 
         # Each term is this worker's share of the global loss; DDP averages, hence the factor. Times the batch as in
         # Ultralytics, whose clipping norm belongs to a loss of that size.
         (terms.total() * (config.batch * world.size)).backward()
-        norm = clip(s, batch["im_file"])
+        norm = clip(s, terms, batch["im_file"])
         update(s)
         meter.stop()
 
@@ -98,8 +96,11 @@ def forward(s: Session, images_bchw: Tensor) -> tuple[StudentOutput, TeacherOutp
         return s.wrapped(images_bchw), s.teacher(images_bchw) if s.teacher else None
 
 
-def clip(s: Session, images: list[str]) -> Tensor:
+def clip(s: Session, terms: Terms, images: list[str]) -> Tensor:
     """Limit the gradient's norm, that of an online teacher apart from the student's; return the student's.
+
+    The one place where a step waits for the device: what is not finite in any term makes the norm not finite, on all
+    workers alike, and only then is it asked which term it was.
 
     Raises:
         DfssdError: it is not finite.
@@ -109,6 +110,7 @@ def clip(s: Session, images: list[str]) -> Tensor:
     norm = nn.utils.clip_grad_norm_([p for p in s.student.parameters() if p not in taught], limit)
     others = nn.utils.clip_grad_norm_(taught, limit) if taught else torch.zeros(())
     if not bool(torch.isfinite(norm + others.to(norm.device))):
+        check_finite(terms.losses, s.step, images)
         raise DfssdError(
             f"the gradient is not finite at step {s.step}; nothing was updated",
             where="images " + ", ".join(images[:4]),
