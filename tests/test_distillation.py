@@ -299,3 +299,27 @@ def test_projections_are_pairs():
     with pytest.raises(ValueError, match="zip"):
         Student(build_detector("yolov8n.yaml", NAMES, 64), [8, 8])
     assert isinstance(Student(build_detector("yolov8n.yaml", NAMES, 64), [8, 8, 8]).projections, nn.Module)
+
+
+def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
+    from dfssd.stages import make_stage
+
+    give_teacher_and_candidates(prepared)
+    run = Storage(str(prepared / "r"))
+    data = [detector_bytes(build_detector(spec, NAMES, 64), {}) for spec in ("yolov8n.yaml", "yolov8s.yaml")]
+    for name, one in (("a", data[0]), ("b", data[0]), ("c", data[1])):
+        (tmp_path / f"{name}.pt").write_bytes(one)
+
+    def stage(name):
+        config = tiny_config(prepared, distill_teacher=str(tmp_path / f"{name}.pt"))
+        return make_stage(config, run, "student")
+
+    assert stage("a").config == stage("b").config != stage("c").config
+    assert "teacher" not in stage("a").inputs and "teacher" in make_stage(tiny_config(prepared), run, "student").inputs
+    config = tiny_config(prepared, distill_teacher=str(tmp_path / "a.pt"))
+    job = make_job("student", str(prepared / "r"), config)
+    names = list(read_detector(run.read("teacher/best.pt"), "t").names.values())
+    job.store.write("teacher.pt", detector_bytes(build_detector("yolo11n.yaml", names, 64), {}))
+    assert build_session(job, World(), CPU).teacher.channels == [64, 128, 256]  # not the run's YOLOv8s: 128, 256, 512
+    with pytest.raises(DfssdError, match="could not be fetched"):
+        make_stage(tiny_config(prepared, distill_teacher="gone.pt"), run, "student")

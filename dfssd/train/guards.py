@@ -1,8 +1,8 @@
 """Stop at once when a loss term is not what it claims to be.
 
 A term that is silently 0 or NaN, or that does not reach the student, is the commonest defect of distillation code in
-the field. So: every term is finite at every step; at the first step every term's gradient is followed to the student's
-first layer, and at every log step to the student's outputs (which costs no backward pass through the network).
+the field. So: no update is made from a term that is not finite; at the first step every term's gradient is followed to the
+student's first layer, and at every log step to the student's outputs (which costs no backward pass through the network).
 """
 
 from __future__ import annotations
