@@ -200,7 +200,7 @@ class _Recorder(World):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"divergence": "hw_js"},
+        {"divergence": "hw_js", "feature_tau": 0.1},  # layers that differ, so that their weights matter
         {"divergence": "pkd", "prediction": "mse", "box_loss": "inner_focaler_eiou"},
         {"divergence": "score_l2"},
     ],

@@ -248,6 +248,8 @@ def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepar
     state = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
     online = {k.removeprefix("online."): v for k, v in state["student"].items() if k.startswith("online.")}
     assert any(not torch.equal(online[k], start[k]) for k in start)
+    lrs = {g["lr_factor"]: g["lr"] for g in state["optimiser"]["param_groups"]}
+    assert lrs[0.5] == pytest.approx(lrs[1.0] / 2)
     assert state["teacher_ema_updates"] == 3
     assert any(not torch.equal(state["teacher_ema"][k], start[k]) for k in start)  # the average moved, and so teaches
     assert any(not torch.equal(state["teacher_ema"][k], online[k]) for k in start)
