@@ -7,7 +7,7 @@ from torch import nn
 
 from dfssd.config import Distill
 from dfssd.distill.balance import EVERY, Balance
-from dfssd.distill.criterion import Criterion
+from dfssd.distill.criterion import Criterion, Terms
 from dfssd.distill.features import KINDS
 from dfssd.errors import DfssdError
 from dfssd.models.detection_loss import DetectionLoss
@@ -17,6 +17,7 @@ from dfssd.models.taps import Taps
 from dfssd.pseudo.thresholds import FixedThreshold
 from dfssd.storage import Storage
 from dfssd.train import guards
+from dfssd.train.loop import clip
 from dfssd.train.session import Student, build_session
 from dfssd.train.worker import train_in_process
 from dfssd.world import World
@@ -119,6 +120,8 @@ def test_a_teacher_with_more_classes_teaches_those_of_the_same_name():
         "yolov8s.yaml", "yolov8n.yaml", names=["c", "a"], teacher_names=["a", "b", "c", "d"], divergence="pkd"
     )
     assert pairing.classes == (2, 0) and "4 classes, 2 of them" in pairing.notes[0]
+    for conv in teacher.head.cv3:
+        conv[-1].bias.data += torch.arange(4.0)  # untrained, all classes score nearly the same
     said = teacher(torch.rand(4, 3, 64, 64)).raw["one2many"]
     torch.testing.assert_close(pairing.scores(said), said["scores"][:, [2, 0]])
     batch = _batch()
@@ -256,6 +259,17 @@ def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepar
     assert not any("online" in k for k in read_detector(job.store.read("last.pt"), "x").state_dict())
     history = job.store.read_json("history.json")
     assert {"loss/teacher/box", "loss/teacher/cls", "grad/teacher"} <= set(history[0])
+
+
+def test_the_gradient_of_an_online_teacher_does_not_shrink_the_students(prepared):
+    give_teacher_and_candidates(prepared)
+    s = build_session(make_job("student", str(prepared / "r"), tiny_config(prepared, **ONLINE)), World(), CPU)
+    taught = [p for p in s.student.online.parameters() if p.requires_grad]
+    own = [p for p in s.student.detector.parameters() if p.requires_grad]
+    own[0].grad, taught[0].grad = torch.full_like(own[0], 1e-3), torch.full_like(taught[0], 1e3)
+    norm = clip(s, Terms({}, {}), ["x"])
+    assert norm.item() == pytest.approx(1e-3 * own[0].numel() ** 0.5) and (own[0].grad == 1e-3).all()
+    assert taught[0].grad.norm().item() == pytest.approx(s.job.config.train.grad_clip, rel=1e-4)
 
 
 def test_an_online_teacher_must_know_exactly_the_classes(prepared):

@@ -35,18 +35,24 @@ def _run(storage, stage, stop_at=None, monkeypatch=None, **changes):
     return None, job
 
 
-@pytest.mark.parametrize(("stage", "stop_at"), [("label_only", 3), ("label_only", 5), ("student", 4)])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(prepared, tmp_path_factory, monkeypatch, stage, stop_at):
+@pytest.mark.parametrize(
+    ("stage", "stop_at", "changes"),
+    [("label_only", 3, {}), ("label_only", 5, {}), ("student", 4, {}), ("student", 4, {"teacher_mode": "online"})],
+    ids=["after a checkpoint", "late", "student", "online teacher"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
+    prepared, tmp_path_factory, monkeypatch, stage, stop_at, changes
+):
     import shutil
 
     if stage == "student":
         give_teacher_and_candidates(prepared)
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(prepared / "r", other / "r")
-    whole, job = _run(prepared, stage)
-    _run(other, stage, stop_at, monkeypatch)
+    whole, job = _run(prepared, stage, **changes)
+    _run(other, stage, stop_at, monkeypatch, **changes)
     assert not (other / "r" / stage / "best.pt").exists()
-    resumed, other_job = _run(other, stage)
+    resumed, other_job = _run(other, stage, **changes)
     assert resumed["best"] == whole["best"] and resumed["steps"] == 6
     for name in ("best.pt", "last.pt"):
         a, b = (read_detector(j.store.read(name), name).state_dict() for j in (job, other_job))
@@ -105,7 +111,10 @@ def test_label_only_and_student_start_from_the_same_weights(prepared):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_nan_stops_before_the_update(prepared, monkeypatch):
+@pytest.mark.parametrize(
+    "log_every", [1, 10]
+)  # looked at in every step, and asked for after the gradient was not finite
+def test_nan_stops_before_the_update(prepared, monkeypatch, log_every):
     give_teacher_and_candidates(prepared)
     import dfssd.distill.criterion as criterion
 
@@ -120,7 +129,7 @@ def test_nan_stops_before_the_update(prepared, monkeypatch):
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (weights.append(1), step(self, *a))[1])
     with pytest.raises(DfssdError, match=r"feat/\w+ is not finite at step 2; nothing was updated"):
-        _run(prepared, "student", steps=6)
+        _run(prepared, "student", steps=6, log_every=log_every)
     assert len(weights) == 2
 
 
