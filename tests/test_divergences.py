@@ -161,6 +161,16 @@ def test_the_teacher_gets_no_gradient(kind):
     assert t.grad is None and s.grad.abs().sum() > 0
 
 
+def test_hw_js_against_numpy():
+    pairs = [_maps(k, (2, 3, 4 + k, 4)) for k in range(3)]
+    s, t = [[pair[i] for pair in pairs] for i in (0, 1)]
+    each = np.array([_np_js(a.numpy(), b.numpy(), 0.5) for a, b in pairs])
+    weight = np.exp(each) / np.exp(each).sum()
+    assert d.hw_js(s, t, 0.5).item() == pytest.approx((weight * each).sum(), rel=1e-10)
+    assert 0 <= d.hw_js(s, t).item() <= LN2 and d.hw_js(s, s).item() == pytest.approx(0, abs=1e-14)
+    assert d.hw_js(s, t).item() == pytest.approx(d.hw_js(t, s).item(), rel=1e-12)
+
+
 def test_hierarchical_weights_carry_no_gradient():
     x = torch.tensor([0.1, 0.5, 0.2], requires_grad=True)
     d.hierarchical(x).backward()

@@ -2,11 +2,13 @@
 
 Both maps are (B,C,H,W) with equal shapes; the caller has brought the student to the teacher's channels and size (see
 `dfssd.distill.features`). The teacher is a constant: no gradient goes to it. Each is a mean over images, so that two
-halves of a batch average to the whole, except `score_l2`, whose normaliser is the score in the batch. `hw_js` is `js` on
-each layer, joined by `hierarchical`.
+halves of a batch average to the whole, except `score_l2`, whose normaliser is the score in the batch, and `hw_js`, whose
+layers are weighted by their values: there sums and normalisers are added over workers first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +138,16 @@ class _JensenShannon(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return gradient * upstream.unsqueeze(-1), None
+
+
+def hw_js(student: Sequence[Tensor], teacher: Sequence[Tensor], tau: float = 1.0) -> Tensor:
+    """JS of each tap layer, joined by `hierarchical` (DFSSD; its published code gives NaN on any input).
+
+    Args:
+        student, teacher: one (B,C,H,W) map a layer, equal shapes pairwise.
+        tau: temperature of the softmax.
+    """
+    return hierarchical(torch.stack([js(s, t, tau) for s, t in zip(student, teacher, strict=True)]))
 
 
 def hierarchical(divergences_l: Tensor, values_l: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes, load_detector, read_detector
+from dfssd.models.detector import build_detector, detector_bytes, read_detector
 from dfssd.storage import Storage
 from dfssd.train import guards, loop
 from dfssd.train.session import build_session
@@ -131,17 +131,6 @@ def test_nan_stops_before_the_update(prepared, monkeypatch, log_every):
     with pytest.raises(DfssdError, match=r"feat/\w+ is not finite at step 2; nothing was updated"):
         _run(prepared, "student", steps=6, log_every=log_every)
     assert len(weights) == 2
-
-
-def test_nan_teacher_is_caught_at_the_first_step(prepared):
-    give_teacher_and_candidates(prepared)
-    run = Storage(str(prepared / "r"))
-    teacher = load_detector(run.read("teacher/best.pt"), "t", 64)
-    with torch.no_grad():
-        teacher.model[4].cv1.conv.weight[0, 0] = float("nan")
-    run.write("teacher/best.pt", detector_bytes(teacher, {}))
-    with pytest.raises(DfssdError, match="teacher's output is not finite at step 0"):
-        _run(prepared, "student")
 
 
 def test_other_settings_do_not_resume(prepared, monkeypatch):
