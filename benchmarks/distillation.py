@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pseudo_labels as p
 import tyro
+from matplotlib.figure import Figure
 
 FULL = ["--divergence", "pkd", "--lambda-p", "1", "--lambda-l", "1", "--lambda-f", "1"]
 
@@ -133,6 +134,26 @@ def table(s: Settings, rows: list[p.Row]) -> str:
     return "\n".join(lines)
 
 
+def figure(s: Settings, rows: list[p.Row]) -> Figure:
+    """Test mAP50 of every row, a dot a seed, with the base row's mean as a line and its seeds' range as a band."""
+    points: dict[str, list[float]] = {}
+    for row in (r for r in rows if r.run.startswith(("gmm", "kd_", "stock"))):
+        points.setdefault(row.title, []).append(100 * p.measured(s, row)["map50"])
+    base = points["labels and pseudo-labels"]
+    canvas = Figure(figsize=(9, 0.42 * len(points) + 1), layout="constrained")
+    axes = canvas.add_subplot()
+    axes.axvspan(min(base), max(base), color="0.9", label="range of the base row's seeds")
+    axes.axvline(statistics.mean(base), color="0.5", linewidth=1)
+    for k, (title, values) in enumerate(points.items()):
+        colour = "C3" if title.startswith("Ultralytics") else "0.4" if k < 2 else "C0"
+        axes.plot(values, [k] * len(values), "o", color=colour, alpha=0.8)
+    axes.set(yticks=range(len(points)), yticklabels=list(points), xlabel="test mAP50 (%), a dot a seed")
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.92")
+    axes.legend(loc="lower left", fontsize=8, frameon=False)
+    return canvas
+
+
 def _cell(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
@@ -146,6 +167,7 @@ def main() -> None:
     p.execute(s, rows)
     if s.only:
         return
+    figure(s, rows).savefig(Path(s.storage_path, "distillation.png"), dpi=130)
     text = table(s, rows)
     Path(s.storage_path, "distillation.md").write_text(text + "\n")
     print(text)

@@ -141,6 +141,16 @@ def test_raw_mse_needs_heads_of_one_shape():
     assert "pred/mse" in losses and "pred/cls" not in losses and "pred/loc" not in losses
 
 
+def test_a_teacher_of_other_strides_is_refused():
+    from ultralytics.nn.tasks import DetectionModel
+
+    model = DetectionModel("yolov8n-p2.yaml", ch=3, nc=3, verbose=False)
+    model.names = dict(enumerate(NAMES))
+    with pytest.raises(DfssdError, match=r"other strides: \[4.0, 8.0, 16.0, 32.0\] and \[8.0, 16.0, 32.0\]") as caught:
+        pair(Teacher(model, CPU), build_detector("yolov8n.yaml", NAMES, 64).model[-1], NAMES, "soft")
+    assert "YOLO26" in caught.value.todo
+
+
 def test_taps_are_what_the_layers_gave_and_leave_no_trace():
     model = build_detector("yolov8n.yaml", NAMES, 64).train()
     buffers = {k: v.clone() for k, v in model.named_buffers()}

@@ -61,6 +61,18 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     }
 
 
+def test_an_online_teacher_taps_and_a_pause_on_two_workers(prepared, local_ray):
+    """Every parameter must get a gradient on every worker, or the group would wait for ever."""
+    give_teacher_and_candidates(prepared)
+    own = {"teacher_mode": "online", "divergence": "mgd", "taps": (4, 15), "feature_schedule": "off_last_epochs"}
+    config = tiny_config(prepared, steps=4, val_every=4, num_workers=2, off_last=0.5, **own)
+    job = make_job("student", str(prepared / "r"), config)
+    assert fit(job, ONE_CPU)["steps"] == 4
+    history = job.store.read_json("history.json")
+    assert all(h["loss/teacher/cls"] > 0 for h in history if "loss/total" in h)
+    assert [h["loss/feat/mgd"] > 0 for h in history if "loss/total" in h] == [True, True, False, False]
+
+
 def test_a_user_error_in_a_worker_comes_back_as_one_without_retries(prepared, local_ray):
     config = tiny_config(prepared)
     job = make_job("student", str(prepared / "r"), config)  # no teacher was trained
