@@ -46,6 +46,13 @@ def base_row(s: Settings, seed: int) -> p.Row:
     return p.student(s, "labels and pseudo-labels", _run("gmm", seed), seed, ["--threshold-policy", "gmm", *p.HARD])
 
 
+def oracle_row(s: Settings) -> p.Row:
+    """All labels at the same steps, in the same batches: the base row with true boxes where it has pseudo-labels."""
+    flags = [*p.HARD, "--threshold-policy", "fixed", "--lambda-p", "0", "--lambda-l", "0", "--lambda-f", "0"]
+    commands = [["benchmarks/oracle_labels"], ["distill", *p.train_flags(s, 0), *flags]]
+    return p.Row("all labels: true boxes for pseudo-labels", "oracle", "student", commands, ["data"], ["base/dataset"])
+
+
 def teacher_row(s: Settings) -> p.Row:
     """The teacher that all rows are distilled from."""
     longer = Settings(**{**s.__dict__, "steps": 2 * s.steps, "val_every": 2 * s.val_every})
@@ -75,7 +82,7 @@ def all_rows(s: Settings) -> list[p.Row]:
     """Everything, in the order in which it should run."""
     first = {r.run: r for r in p.first_rows(s)}
     rows = [first[n] for n in ("base", "label_only_0", "label_only_1", "ensemble")]
-    rows += [teacher_row(s), *(base_row(s, seed) for seed in range(s.seeds)), first["ceiling"], first["label_only_2"]]
+    rows += [teacher_row(s), *(base_row(s, seed) for seed in range(s.seeds)), first["label_only_2"], oracle_row(s)]
     features = ["--lambda-p", "0", "--lambda-l", "0", "--lambda-f", "1"]
     for kind in ("pkd", "hw_js", "mse", "score_l2"):
         rows.append(distilled(s, f"+ features, {kind}", f"kd_{kind}", 0, [*features, "--divergence", kind]))
