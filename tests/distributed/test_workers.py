@@ -31,7 +31,8 @@ def _kill_a_worker_after(checkpoint, killed):
 
 def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     give_teacher_and_candidates(prepared)
-    config = tiny_config(prepared, steps=30, val_every=5, num_workers=2)
+    # Not balanced: the gradients of an untrained pair, on four images of 64 px, say nothing that could be compared.
+    config = tiny_config(prepared, steps=30, val_every=5, num_workers=2, balance="none")
     job = make_job("student", str(prepared / "r"), config)
     killed: list[int] = []
     first = prepared / "r" / "student" / "train" / "step_0000005" / "MANIFEST.json"
@@ -45,7 +46,7 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     assert [h["step"] for h in history if "val/map50" in h] == [5, 10, 15, 20, 25, 30]
     assert len([f for f in job.store.at("train").folders() if f.startswith("step_")]) <= 3
     # Two workers and one see the same global batches; what differs is batch norm over a worker's own half.
-    alone = tiny_config(prepared, steps=30, val_every=30)
+    alone = tiny_config(prepared, steps=30, val_every=30, balance="none")
     other = Storage(str(prepared)).at("s")
     for name in ("dataset", "teacher", "pseudo"):
         for file in Storage(str(prepared)).at("r", name).files():
