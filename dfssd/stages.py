@@ -186,7 +186,9 @@ def given_weights(spec: str) -> bytes:
 
     _, weights = resolve_weights(spec)
     if weights is None:
-        raise DfssdError(f"{spec} has no weights, so it cannot teach", todo="give the .pt of a trained detector")
+        raise DfssdError(
+            f"{spec} has no weights, so it cannot label or teach", todo="give the .pt of a trained detector"
+        )
     return weights
 
 

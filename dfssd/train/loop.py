@@ -106,8 +106,11 @@ def clip(s: Session, terms: Terms, images: list[str]) -> Tensor:
         DfssdError: it is not finite.
     """
     limit, online = s.job.config.train.grad_clip, s.student.online
-    taught = set() if online is None else set(online.parameters())
-    norm = nn.utils.clip_grad_norm_([p for p in s.student.parameters() if p not in taught], limit)
+    taught = (
+        [] if online is None else list(online.parameters())
+    )  # in order: a sum of norms depends on it in its last bit
+    excluded = set(taught)
+    norm = nn.utils.clip_grad_norm_([p for p in s.student.parameters() if p not in excluded], limit)
     others = nn.utils.clip_grad_norm_(taught, limit) if taught else torch.zeros(())
     if not bool(torch.isfinite(norm + others.to(norm.device))):
         check_finite(terms.losses, s.step, images)
