@@ -46,6 +46,7 @@ from dfssd.train.loop import clip, forward, to_device, update
 from dfssd.train.session import Session, build_session
 from dfssd.world import World
 
+COMPILED = "ours, full, --compile"
 FULL = {"lambda_p": 1.0, "lambda_l": 1.0, "lambda_f": 1.0}
 
 
@@ -67,6 +68,8 @@ class Settings:
     """Divergence of the step that the ratios are about."""
     only: tuple[str, ...] = ()
     """Divergences to time beside it; none: all."""
+    compile: bool = False
+    """Time the full step with --compile too; compiling takes some minutes first."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -90,13 +93,13 @@ class Bench:
         table = pseudo_table([r.image_id for r in rows], "t", [b.astype(np.float32) for b in boxes])
         write_table(self.run.at("pseudo"), "shard-00000.parquet", table)
 
-    def session(self, stage: str, amp: str, batch: int, **distill: Any) -> Session:
+    def session(self, stage: str, amp: str, batch: int, compiled: bool = False, **distill: Any) -> Session:
         """The parts of a training run, as a job would build them."""
         s = self.s
         config = Config(
             run=Run(storage_path=str(self.folder), run_name="r"),
             models=Models(teacher=s.teacher, student=s.student),
-            train=Train(imgsz=s.imgsz, batch=batch, amp=amp, steps=100_000),  # type: ignore[arg-type]
+            train=Train(imgsz=s.imgsz, batch=batch, amp=amp, steps=100_000, compile=compiled),  # type: ignore[arg-type]
             distill=Distill(**distill),
         )
         inputs = {"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {}
@@ -179,6 +182,9 @@ def steps_to_time(bench: Bench) -> dict[str, Callable[[], None]]:
         "Ultralytics, distill_model": lambda: distil_stock(stock_batch),
         "published DFSSD": lambda: published({**stock_batch, "img": images.contiguous()}),
     }
+    for amp, name in (("fp32", COMPILED), ("bf16", f"{COMPILED}, bf16")) if s.compile else ():
+        fast = bench.session("student", amp, half, compiled=True, **FULL, divergence=s.divergence)
+        steps[name] = lambda fast=fast: our_step(fast, mixed)  # type: ignore[misc]
     for kind in s.only or KINDS:
         own = bench.session("student", "fp32", half, **FULL, divergence=kind)
         steps[f"ours, full, {kind}"] = lambda own=own: our_step(own, mixed)  # type: ignore[misc]
@@ -227,6 +233,7 @@ def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
 
 def results(times: dict[str, list[float]], wait: float, speed: float, s: Settings, device: str) -> dict[str, Any]:
     ours, stock = "ours, full", "Ultralytics, distill_model"
+    compiled = {"distill_compiled_over_ultralytics": ratio(times, COMPILED, stock)} if s.compile else {}
     return {
         "settings": {"imgsz": s.imgsz, "batch": s.batch, "threads": s.threads, "divergence": s.divergence},
         "device": device,
@@ -241,6 +248,7 @@ def results(times: dict[str, list[float]], wait: float, speed: float, s: Setting
             "distill_bf16_over_ultralytics": ratio(times, f"{ours}, bf16", stock),
             "distill_over_published": ratio(times, ours, "published DFSSD"),
             "distill_bf16_over_published": ratio(times, f"{ours}, bf16", "published DFSSD"),
+            **compiled,
         },
     }
 
