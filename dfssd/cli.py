@@ -15,18 +15,22 @@ from dfssd.errors import DfssdError, find_user_error
 from dfssd.hints import check_weights, settings_without_effect
 
 
-def parse(doc: str, sections: Sequence[str], args: Sequence[str] | None = None, **extra: Any) -> tuple[Config, Any]:
+def parse(
+    doc: str, sections: Sequence[str], args: Sequence[str] | None = None, base: Config | None = None, **extra: Any
+) -> tuple[Config, Any]:
     """Read the command line of a job.
 
     Args:
         doc: the job's description, shown by --help.
         sections: sections of Config that the job uses; the others keep their defaults.
+        base: what flags that are not given mean; default the defaults.
         extra: further flags of the job as pydantic fields, name=(type, Field(...)).
 
     Returns:
         the full config, and the parsed flags with the extra ones as attributes.
     """
-    fields: dict[str, Any] = {s: (Config.model_fields[s].annotation, Config.model_fields[s].default) for s in sections}
+    base = base or Config()
+    fields: dict[str, Any] = {s: (Config.model_fields[s].annotation, getattr(base, s)) for s in sections}
     model = create_model("Job", __base__=Section, **fields, **extra)
     model.__doc__ = doc
     parsed = tyro.cli(

@@ -11,23 +11,8 @@ from typing import Any
 import ray
 
 from dfssd.config import Run
+from dfssd.environment import WORKER_ENV, set_driver_environment
 from dfssd.errors import DfssdError
-
-# Read by Ray when it is imported or started, so they are set before ray.init; what the user has set stays.
-DRIVER_ENV = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for this poll; Ray's default is 2 s
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` every worker would run uv again
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",  # lines of progress look alike, and every one counts
-    "RAY_COLOR_PREFIX": "0",
-}
-WORKER_ENV = {
-    "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy core make a step many times slower
-    "YOLO_AUTOINSTALL": "false",
-    "YOLO_VERBOSE": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -43,8 +28,7 @@ def connect() -> None:
     """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start a local Ray."""
     if ray.is_initialized():
         return
-    for key, value in DRIVER_ENV.items():
-        os.environ.setdefault(key, value)
+    set_driver_environment()
     settings: dict[str, Any] = {
         "runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}},
         "logging_level": logging.WARNING,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, as_dict
 from dfssd.data.manifest import read_manifest
@@ -16,14 +16,25 @@ from dfssd.stage import Stage, flatten
 from dfssd.storage import Storage
 from dfssd.tracking import Runs, Tracker
 
+if TYPE_CHECKING:
+    from dfssd.train.job import TrainJob
+
 ORDER = ("dataset", "teacher", "label_only", "pseudo", "quality", "student", "report")
 
 
 @dataclass
 class Context:
-    """One pipeline: settings, storage of the run, MLflow runs."""
+    """One pipeline: settings, storage of the run, MLflow runs.
+
+    Args:
+        fit: trains a job where it is not a worker group of Ray Train that shall do it, as in a sweep's trial.
+        title, tags: name and further tags of the MLflow runs of stages; with tags they get all settings as parameters.
+    """
 
     config: Config
+    fit: Callable[[TrainJob], dict[str, Any]] | None = None
+    title: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
     run: Storage = field(init=False)
     runs: Runs = field(init=False)
 
@@ -31,7 +42,7 @@ class Context:
         run = self.config.run
         storage = Storage(run.storage_path)
         self.run = storage.at(run.run_name)
-        self.runs = Runs(storage, run.experiment, run.run_name, flatten(self.config.model_dump(mode="json")))
+        self.runs = Runs(storage, run.experiment, run.run_name, flatten(self.config.model_dump(mode="json")), self.tags)
 
 
 def make_stage(config: Config, run: Storage, name: str) -> Stage:
@@ -94,7 +105,8 @@ def run_stage(context: Context, name: str) -> dict[str, Any]:
         print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)
         return dict(record["summary"])
     print(f"{name}: {'goes on' if state == 'interrupted' else 'starts'}", flush=True)
-    run_id = context.runs.stage(name, stage.recorded_run_id(), flatten(stage.config))
+    params = context.runs.params if context.tags else flatten(stage.config)
+    run_id = context.runs.stage(name, stage.recorded_run_id(), params, context.title)
     stage.record_run_id(run_id)
     status = "FAILED"
     try:
@@ -150,15 +162,18 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
     if job.distills and config.distill.distill_teacher and config.distill.uses_teacher:
         stage.store.write("teacher.pt", given_weights(config.distill.distill_teacher))  # workers may be elsewhere
     log_dataset(context, run_id)
-    connect()
-    resources = worker_resources(context.config.run)
-    workers = context.config.run.num_workers
-    print(
-        f"{stage.name}: {job.model_spec}, {job.steps} steps on {workers} worker(s) with {resources.cpus:g} CPUs"
-        f"{' and a GPU' if resources.gpu else ''} each",
-        flush=True,
-    )
-    summary = fit(job, resources)
+    if context.fit:
+        summary = context.fit(job)
+    else:
+        connect()
+        resources = worker_resources(context.config.run)
+        workers = context.config.run.num_workers
+        print(
+            f"{stage.name}: {job.model_spec}, {job.steps} steps on {workers} worker(s) with {resources.cpus:g} CPUs"
+            f"{' and a GPU' if resources.gpu else ''} each",
+            flush=True,
+        )
+        summary = fit(job, resources)
     stage.store.write("curves.png", training_curves(stage.store.read_json("history.json"), stage.name))
     context.runs.artefact(run_id, "curves.png", stage.store.read("curves.png"))
     context.runs.artefact(run_id, "weights/best.pt", stage.store.read("best.pt"))

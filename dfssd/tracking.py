@@ -35,7 +35,7 @@ def tracking_uri(storage: Storage) -> str:
     return ""
 
 
-def _client(uri: str) -> Any:
+def client(uri: str) -> Any:
     # A dead server must not hold anybody up: MLflow's own default is 7 retries of up to 120 s.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -69,15 +69,15 @@ class Tracker:
             self._queue.put(rows)
 
     def _work(self) -> None:
-        client = None
+        store = None
         while True:
             rows = self._queue.get()
             self.undelivered += rows or []
             if rows is not None and not self._queue.empty() and len(self.undelivered) < BATCH:
                 continue  # more is waiting: deliver together
             try:
-                client = client or _client(self.uri)
-                self._deliver(client)
+                store = store or client(self.uri)
+                self._deliver(store)
             except Exception as error:  # whatever the store does, training goes on; the rows stay and are tried again
                 if len(self.undelivered) < 4 * BATCH:
                     print(f"WARNING: MLflow: {str(error).splitlines()[0][:200]}; will try again", flush=True)
@@ -112,9 +112,16 @@ def _metric_name(name: str) -> str:
 class Runs:
     """Creates and ends the runs of a pipeline from the driver. Every call may fail without harm, and says so once."""
 
-    def __init__(self, storage: Storage, experiment: str, run_name: str, params: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        experiment: str,
+        run_name: str,
+        params: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+    ) -> None:
         self.uri, self.experiment, self.run_name = tracking_uri(storage), experiment, run_name
-        self.params = params or {}
+        self.params, self.tags = params or {}, tags or {}
         self.storage, self._parent, self._said = storage, "", False
 
     def attempt(self, call: Callable[[Any], T], default: T) -> T:
@@ -122,7 +129,7 @@ class Runs:
         if not self.uri:
             return default
         try:
-            return call(_client(self.uri))
+            return call(client(self.uri))
         except DfssdError:
             raise
         except Exception as error:  # tracking never stops a stage
@@ -148,7 +155,7 @@ class Runs:
                 run.write_json("run.json", {"mlflow_run_id": self._parent, "experiment": self.experiment})
         return self._parent
 
-    def stage(self, name: str, known: str | None, params: dict[str, Any]) -> str:
+    def stage(self, name: str, known: str | None, params: dict[str, Any], title: str = "") -> str:
         """Id of a stage's run, nested under the pipeline's; `known` is the one of an interrupted attempt."""
         parent = self.parent()
         found = self.attempt(lambda c: known if known and c.get_run(known) else "", "")
@@ -156,7 +163,7 @@ class Runs:
             self.attempt(lambda c: c.update_run(found, status="RUNNING"), None)
             return found
         tags = {"mlflow.parentRunId": parent, "stage": name} if parent else {"stage": name}
-        run_id = self.attempt(lambda c: self._create(c, f"{self.run_name}/{name}", tags), "")
+        run_id = self.attempt(lambda c: self._create(c, title or f"{self.run_name}/{name}", tags), "")
         if run_id:
             self.attempt(lambda c: _log_params(c, run_id, params), None)
         return run_id
@@ -171,7 +178,7 @@ class Runs:
             experiment_id = found.experiment_id
         from dfssd.stage import code_version
 
-        tags = {**tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
+        tags = {**self.tags, **tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
         return str(client.create_run(experiment_id, tags=tags).info.run_id)
 
     def end_parent(self, status: str) -> None:

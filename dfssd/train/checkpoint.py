@@ -25,14 +25,27 @@ def folder_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
-def save(folder: Path, state: State) -> None:
-    """Write `state.pt`, then `MANIFEST.json`."""
+def _files(state: State) -> dict[str, bytes]:
+    """`state.pt` and `MANIFEST.json`, in the order in which they are written."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    (folder / "state.pt").write_bytes(data)
     entry = {"state.pt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-    (folder / "MANIFEST.json").write_text(json.dumps(entry))
+    return {"state.pt": data, "MANIFEST.json": json.dumps(entry).encode()}
+
+
+def save(folder: Path, state: State) -> None:
+    """Write `state.pt`, then `MANIFEST.json`."""
+    for name, data in _files(state).items():
+        (folder / name).write_bytes(data)
+
+
+def store_newest(store: Storage, step: int, state: State, keep: int) -> None:
+    """Write a checkpoint straight to its storage, and remove all but the newest `keep`."""
+    for name, data in _files(state).items():
+        store.write(f"{folder_name(step)}/{name}", data)
+    for old in [n for n in store.folders() if n.startswith("step_")][:-keep]:
+        store.delete(old)
 
 
 def load_newest(store: Storage, fingerprint: str) -> State | None:

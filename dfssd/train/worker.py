@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ KEEP = 2  # checkpoints; the newest may be the one that was being written
 MAX_FAILURES = 3  # restarts of the worker group from the newest checkpoint
 
 
-def fit(job: TrainJob, resources: Resources) -> dict[str, Any]:
+def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train on a Ray Train worker group and return what the loop returned.
+
+    Args:
+        callbacks: of Ray Train, such as the one that hands reports on to Ray Tune.
 
     Raises:
         DfssdError: a user error inside a worker, or a failure that restarts did not cure.
@@ -49,6 +53,7 @@ def fit(job: TrainJob, resources: Resources) -> dict[str, Any]:
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
             logging_config=LoggingConfig(log_level="WARNING"),  # its INFO announces every report
+            callbacks=list(callbacks) or None,
         ),
     )
     handler = signal.getsignal(signal.SIGINT)
@@ -97,7 +102,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
             if world.rank == 0:
                 checkpoint.save(folder, session.state())
             ray.train.report(
-                {"step": session.step, **metrics},
+                {"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}},
                 checkpoint=Checkpoint.from_directory(folder) if world.rank == 0 else None,
                 checkpoint_dir_name=checkpoint.folder_name(session.step),
             )
@@ -115,13 +120,25 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
             tracker.close()
 
 
-def train_in_process(job: TrainJob) -> dict[str, Any]:
-    """Run the loop in this process with checkpoints on local storage: for tests and for looking closely."""
+def train_in_process(
+    job: TrainJob, device: torch.device | None = None, on_validation: Callable[[Session], None] | None = None
+) -> dict[str, Any]:
+    """Run the loop in this process, with checkpoints, without a worker group: for trials of a sweep and for tests.
+
+    Args:
+        device: default the CPU.
+        on_validation: called after each validation, once its checkpoint is stored.
+    """
     from dfssd.train.loop import train
 
-    def save(metrics: dict[str, Any], session: Session) -> None:
-        folder = Path(job.store.path("train", checkpoint.folder_name(session.step)))
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(folder, session.state())
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id)
 
-    return train(job, World(), torch.device("cpu"), lambda metrics, step: None, save)
+    def save(metrics: dict[str, Any], session: Session) -> None:
+        checkpoint.store_newest(job.store.at("train"), session.step, session.state(), KEEP)
+        if on_validation:
+            on_validation(session)
+
+    try:
+        return train(job, World(), device or torch.device("cpu"), tracker.log, save)
+    finally:
+        tracker.close()

@@ -1,0 +1,209 @@
+"""The driver of a sweep: resources, shared stages, Ray Tune, and what is left when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from dfssd.cluster import Resources
+from dfssd.config import Config
+from dfssd.errors import DfssdError, find_user_error
+from dfssd.progress import clock
+from dfssd.storage import Storage
+from dfssd.sweep import shared
+from dfssd.sweep.space import Space, Trial, draw, make_trial, name_row
+from dfssd.sweep.trial import Plan, folder
+from dfssd.sweep.trial import run as run_trial
+from dfssd.tracking import Runs
+
+TRIAL_MEMORY_GIB = 2.0  # one worker with its loader and cache at 640 px, seen
+RETRIES = 2  # of a trial whose process died; it goes on from its newest checkpoint
+NESTED = {"memory": 1_000_000}  # a trial that only waits for its worker group; Tune takes neither nothing nor 0 CPUs
+
+
+def share(config: Config, trials: int, max_concurrent: int) -> tuple[int, Resources]:
+    """How many trials run at a time, and what a worker of each gets; so many that all of them always fit.
+
+    Raises:
+        DfssdError: not even one fits.
+    """
+    from dfssd.cluster import worker_resources
+
+    total, run = ray.cluster_resources(), config.run
+    cpus, gpus = float(total.get("CPU", 0)), float(total.get("GPU", 0))
+    one = worker_resources(run)  # raises where one trial does not fit
+    fit_cpu = int(cpus // (run.num_workers * max(1, run.cpus_per_worker)))
+    fit_memory = int(float(total.get("memory", 0)) / 2**30 // (TRIAL_MEMORY_GIB * run.num_workers))
+    fits = min(fit_cpu, fit_memory, int(gpus // run.num_workers) if one.gpu else fit_cpu)
+    count = max(1, min(trials, fits, max_concurrent or trials))
+    each = run.cpus_per_worker or max(cpus / (count * run.num_workers), 0.0)
+    each = float(int(each)) if each >= 1 else round(each * 0.95, 2)
+    return count, Resources(cpus=each, threads=max(1, int(each)), gpu=one.gpu)
+
+
+class Progress(tune.Callback):
+    """A line for each trial that ends; what a scheduler has stopped is remembered as such."""
+
+    def __init__(self, config: Config, sweep: str, count: int, runs: Runs, metric: str) -> None:
+        self.config, self.sweep, self.count, self.metric = config, sweep, count, metric
+        self.runs, self.begun, self.done = runs, time.monotonic(), 0
+        self.reports: dict[str, list[dict[str, float]]] = {}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        row = {k: v for k, v in result.items() if k == "step" or k.startswith("val/")}
+        self.reports.setdefault(trial.trial_id, []).append(row)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        own = trial_of(trial.config, self.config, self.sweep)
+        store, rows = folder(own), self.reports.get(trial.trial_id, [])
+        self.done += 1
+        said = "stopped early"
+        if store.exists("result.json"):
+            said = "finished"
+        elif rows:
+            store.write_json("stopped.json", {"trial": own.id, "settings": own.settings, "reports": rows})
+            started = f"{own.stage}/started.json"
+            run_id = str(store.read_json(started).get("mlflow_run_id") or "") if store.exists(started) else ""
+            self.runs.end(run_id, "KILLED")
+        last = f" at step {rows[-1]['step']:.0f}, {self.metric} {rows[-1].get(self.metric, 0.0):.4f}" if rows else ""
+        left = (time.monotonic() - self.begun) / self.done * (self.count - self.done)
+        print(
+            f"sweep: {self.done}/{self.count} trials  {own.row}, seed {own.seed}: {said}{last}  left {clock(left)}",
+            flush=True,
+        )
+
+
+def trial_of(point: dict[str, Any], config: Config, sweep: str) -> Trial:
+    """The trial that a point of Tune's parameter space means; one that a search has drawn is called by its settings."""
+    own = point["point"]
+    settings = dict(own["settings"])
+    return make_trial(config, sweep, own["row"] or name_row("", settings), own["seed"], settings)
+
+
+def parameters(space: Space, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Tune's parameter space: the trials one by one, or what a search draws from."""
+    if space.search == "optuna":
+        axes = {k: tune.choice(list(v)) if isinstance(v, list | tuple) else v for k, v in space.axes.items()}
+        return {"point": {"row": "", "seed": space.seeds[0], "order": 0, "settings": axes}}
+    listed = [{"row": t.row, "seed": t.seed, "order": k, "settings": t.settings} for k, t in enumerate(trials)]
+    return {"point": tune.grid_search(listed)}
+
+
+def tune_config(space: Space, steps: int, concurrent: int, known: Sequence[dict[str, Any]]) -> tune.TuneConfig:
+    """Search and scheduler.
+
+    Args:
+        steps: of a trial; ASHA's rungs are shares of them.
+        known: records of trials that an earlier start of this sweep has finished; a search learns from them at once.
+    """
+    scheduler = search = None
+    if space.scheduler == "asha":
+        scheduler = ASHAScheduler(
+            time_attr="step",
+            max_t=steps + 1,  # reaching max_t would count as stopped
+            grace_period=max(1, round(space.grace * steps)),
+            reduction_factor=space.reduction,
+        )
+    samples = 1
+    if space.search == "optuna":
+        points = [{f"point/settings/{k}": v for k, v in record["settings"].items()} for record in known]
+        rewards = [record["result"][space.metric] for record in known]
+        seeded = {"points_to_evaluate": points, "evaluated_rewards": rewards} if known else {}
+        search = OptunaSearch(metric=space.metric, mode=space.mode, seed=space.seeds[0] + len(known), **seeded)
+        samples = space.trials - len(known)
+    return tune.TuneConfig(
+        metric=space.metric,
+        mode=space.mode,
+        num_samples=samples,
+        max_concurrent_trials=concurrent,
+        scheduler=scheduler,
+        search_alg=search,
+        trial_dirname_creator=lambda trial: trial.trial_id,
+    )
+
+
+def records(storage: Storage, sweep: str) -> list[dict[str, Any]]:
+    """Results of all finished trials, in the order of the table."""
+    place = storage.at(f"{sweep}/trials")
+    found = [place.read_json(f"{name}/result.json") for name in place.folders() if place.exists(f"{name}/result.json")]
+    return sorted(found, key=lambda record: (record["order"], record["row"], record["seed"]))
+
+
+def check_shareable(space: Space, config: Config, sweep: str) -> None:
+    """A search draws its points one by one, so what comes before the trials must not depend on them.
+
+    Raises:
+        DfssdError: it does.
+    """
+    if space.search != "optuna":
+        return
+    rng = np.random.default_rng(0)
+    drawn = [make_trial(config, sweep, "", space.seeds[0], draw(space.axes, rng)) for _ in range(8)]
+    if len({tuple(shared.needed([trial], sweep)) for trial in drawn}) > 1:
+        raise DfssdError(
+            "SEARCH 'optuna' over a setting that data set, teacher or pseudo-labels depend on",
+            where=", ".join(space.axes),
+            todo='take SEARCH = "grid" or "random", which make them once for each value beforehand',
+        )
+
+
+def probes(space: Space, config: Config, sweep: str, trials: Sequence[Trial]) -> Sequence[Trial]:
+    """Trials from which the shared stages follow: all that are known, or any one of a search."""
+    if space.search != "optuna":
+        return trials
+    return [make_trial(config, sweep, "", space.seeds[0], draw(space.axes, np.random.default_rng(0)))]
+
+
+def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial], limit: int, runs: Runs) -> list[str]:
+    """Make what the trials share, then run them; return what failed, a line each.
+
+    Args:
+        limit: most trials at a time; 0: as many as fit.
+    """
+    parent, storage = runs.parent(), Storage(config.run.storage_path)
+    known = records(storage, sweep)
+    wanted = space.trials if space.search == "optuna" else len(trials)
+    count, resources = share(config, wanted, limit)
+    tags = {"sweep": sweep, "space": space.name, "kind": "shared"}
+    for trial, name in shared.needed(probes(space, config, sweep, trials), sweep).values():
+        shared.make(trial.config, sweep, name, parent, tags)
+    if space.search == "optuna" and len(known) >= space.trials:
+        return []
+    own = config.run.num_workers == 1
+    print(
+        f"sweep: {wanted} trials, {len(known)} of them finished before; {count} at a time, each "
+        f"{config.run.num_workers} worker(s) with {resources.cpus:g} CPUs{' and a GPU' if resources.gpu else ''}",
+        flush=True,
+    )
+    plan = Plan.of(sweep, space, parent, resources)
+
+    def trainable(point: dict[str, Any]) -> None:
+        run_trial(trial_of(point, config, sweep), plan, point["point"]["order"])
+
+    needs = {"cpu": resources.cpus, **({"gpu": 1} if resources.gpu else {})} if own else NESTED
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, needs),
+        param_space=parameters(space, trials),
+        tune_config=tune_config(space, config.train.steps, count, known),
+        run_config=tune.RunConfig(
+            name=f"{time.time_ns()}",  # our own folders make a resumed sweep, so that a cut snapshot of Tune harms none
+            storage_path=storage.at(sweep, "tune").uri,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[Progress(config, sweep, wanted, runs, space.metric)],
+            verbose=0,
+        ),
+    )
+    failed = []
+    for outcome in tuner.fit():
+        if outcome.error is not None:
+            trial = trial_of(outcome.config, config, sweep)
+            said = find_user_error(outcome.error) or outcome.error
+            failed.append(f"{trial.row}, seed {trial.seed}: {str(said).strip().splitlines()[-1]}")
+    return failed

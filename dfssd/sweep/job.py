@@ -1,0 +1,229 @@
+"""What jobs/sweep.py does: check, plan, run, and leave table, figure and the best model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfssd.cli import refuse_relative_paths_in_a_job
+from dfssd.config import Config
+from dfssd.data.formats import read_source
+from dfssd.errors import DfssdError
+from dfssd.hints import check_weights
+from dfssd.plan import time_step
+from dfssd.progress import clock
+from dfssd.report.tables import render
+from dfssd.stage import differences, flatten
+from dfssd.storage import Storage
+from dfssd.sweep import ablation, shared
+from dfssd.sweep.figure import draw
+from dfssd.sweep.space import Space, Trial, short, trials
+from dfssd.tracking import Runs
+
+SYNTHETIC = {"images": 240, "side": 64}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the job that are not settings of a run."""
+
+    max_concurrent: int = 0
+    resume: bool = False
+    register: str = ""
+    file: str = ""
+
+
+def with_data(config: Config) -> Config:
+    """The config with a synthetic data set below the sweep's folder where none was given."""
+    if config.data.data:
+        return config
+    from dfssd.data.synthetic import make_dataset
+
+    storage = Storage(config.run.storage_path)
+    if not storage.is_local:
+        raise DfssdError("there is no data set", todo="give --data; the synthetic one needs a local --storage-path")
+    place = Path(storage.path(config.run.run_name, "data"))
+    if not (place / "data.yaml").exists():
+        make_dataset(place, **SYNTHETIC)
+    return config.model_copy(update={"data": config.data.model_copy(update={"data": str(place)})})
+
+
+def _planned(config: Config, space: Space) -> list[Trial]:
+    """All trials, each checked.
+
+    Raises:
+        DfssdError: settings that contradict each other.
+    """
+    planned = trials(space, config, config.run.run_name)
+    for trial in planned:
+        if trial.stage == "student":
+            try:
+                check_weights(trial.config.distill)
+            except DfssdError as error:
+                raise DfssdError(error.what, where=f"row '{trial.row}'", todo=error.todo) from error
+    return planned
+
+
+def describe(config: Config, space: Space, options: Options) -> None:
+    """Print trials, what they share, resources and expected time; change nothing but a synthetic data set."""
+    from dfssd.cluster import connect, describe
+    from dfssd.sweep.driver import check_shareable, probes, share
+
+    Storage(config.run.storage_path).check_writable()
+    config, sweep = with_data(config), config.run.run_name
+    source = read_source(config.data.data, config.data.format, config.data.names)
+    planned = _planned(config, space)
+    check_shareable(space, config, sweep)
+    wanted = space.trials if space.search == "optuna" else len(planned)
+    connect()
+    count, resources = share(config, wanted, options.max_concurrent)
+    before = list(shared.needed(probes(space, config, sweep, planned), sweep).values())
+    rows = [[t.id, t.row, str(t.seed), t.stage, str(t.config.train.steps)] for t in planned]
+    for key, axis in space.axes.items() if space.search == "optuna" else ():
+        rows.append(["drawn", key, str(space.seeds[0]), "student", str(axis)])
+    print(f"data: {len(source.items)} images as {source.format}; cluster: {describe()}")
+    print(render(f"{space.name}: {wanted} trials", ["trial", "row", "seed", "stage", "steps"], rows))
+    names = [name for _, name in before]
+    print("made once before: " + ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)))
+    seconds = {s: time_step(config, config.models.student, resources.threads, s, distills=s) for s in (False, True)}
+    busy = sum(t.config.train.steps * seconds[t.stage == "student"] for t in planned) or (
+        wanted * config.train.steps * seconds[True]
+    )
+    teacher = time_step(config, config.models.teacher, resources.threads, False, distills=False)
+    total = busy / count + names.count("teacher") * config.teacher_steps() * teacher
+    print(
+        f"{count} at a time, each {config.run.num_workers} worker(s) with {resources.cpus:g} CPUs"
+        f"{' and a GPU' if resources.gpu else ''}; steps alone take about {clock(total)} (measured on this machine; "
+        "validation and start-up come on top)"
+    )
+
+
+def run_sweep(config: Config, space: Space, options: Options) -> None:
+    """Run all trials that are not finished, and leave the table.
+
+    Raises:
+        DfssdError: settings that cannot be, a cluster that cannot hold a trial, or trials that failed (after the others
+            have run and the table is written).
+    """
+    from dfssd.cluster import connect
+    from dfssd.sweep.driver import check_shareable, records, run_trials
+
+    refuse_relative_paths_in_a_job(config)
+    storage, sweep = Storage(config.run.storage_path), config.run.run_name
+    storage.check_writable()
+    config = with_data(config)
+    planned = _planned(config, space)
+    check_shareable(space, config, sweep)
+    _claim(config, space, planned, options)
+    connect()
+    tags = {"sweep": sweep, "space": space.name, "kind": "sweep"}
+    runs = Runs(storage, config.run.experiment, sweep, flatten(config.model_dump(mode="json")), tags)
+    parent = runs.parent()
+    if options.file:
+        runs.artefact(parent, Path(options.file).name, Path(options.file).read_bytes())
+    status = "FAILED"
+    try:
+        failed = run_trials(config, space, sweep, planned, options.max_concurrent, runs)
+        done = records(storage, sweep)
+        if done:
+            finish(runs, storage.at(sweep), done, sweep, space, options.register)
+        if failed or not done:
+            raise DfssdError(
+                f"{len(failed)} trials failed:\n    " + "\n    ".join(failed) if failed else "no trial has finished",
+                where=storage.at(sweep).uri,
+                todo="mend what the lines say; the same command runs only what is missing",
+            )
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        runs.end_parent(status)
+
+
+def _claim(config: Config, space: Space, planned: list[Trial], options: Options) -> None:
+    """Remember what the sweep is about; refuse to go on with another one under its name.
+
+    Raises:
+        DfssdError: it was begun with other settings, or --resume finds nothing.
+    """
+    store = Storage(config.run.storage_path).at(config.run.run_name)
+    own = {
+        "space": space.name,
+        "config": config.model_dump(mode="json", exclude={"run"}),
+        "axes": {k: str(v) for k, v in space.axes.items()},
+        "search": f"{space.search} {space.trials} {space.scheduler}",
+        "trials": {t.id: f"{t.row}, seed {t.seed}" for t in planned},
+    }
+    if not store.exists("sweep.json"):
+        if options.resume:
+            raise DfssdError("there is no sweep to resume", where=store.uri, todo="leave --resume out to start it")
+        store.write_json("sweep.json", own)
+        return
+    changed = differences(store.read_json("sweep.json"), own)
+    if changed and not config.run.overwrite:
+        raise DfssdError(
+            "this sweep was begun with other settings:\n    " + "\n    ".join(changed[:12]),
+            where=store.uri,
+            todo="take a new --run-name, or add --overwrite to replace it",
+        )
+    if changed:
+        for name in ("trials", "shared", "tune", "run.json"):
+            store.delete(name)
+        store.write_json("sweep.json", own)
+
+
+def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, space: Space, register: str) -> None:
+    """Write and log table and figure; log, and where asked register, the best trial's model."""
+    write_table(store, done, sweep, runs)
+    sign = 1 if space.mode == "max" else -1
+    best = max(done, key=lambda record: sign * record["result"][space.metric])
+    stage = "label_only" if best["settings"].get("method") == "label_only" else "student"
+    name, parent = f"trials/{best['trial']}/{stage}/best.pt", runs.parent()
+    runs.metrics(parent, {f"best/{k}": v for k, v in best["result"].items()})
+    runs.artefact(parent, "best/best.pt", store.read(name))
+    said = {k: short(v) for k, v in best["settings"].items()}
+    print(f"\nbest      {best['row']}, seed {best['seed']}: {space.metric} {best['result'][space.metric]:.4f}  {said}")
+    print(f"model     {store.path(name)}\ntable     {store.path('table.md')} (.csv, .tex, .png)")
+    if runs.uri.startswith("sqlite"):
+        print(f"next      mlflow ui --backend-store-uri {runs.uri}")
+    if register:
+        version = runs.attempt(lambda c: _register(c, parent, register), "")
+        print(f"registered {register}, version {version}" if version else f"WARNING: {register} was not registered")
+
+
+def _register(client: Any, run_id: str, name: str) -> str:
+    """A new version of a model in MLflow's registry; returns the version."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    uri = client.get_run(run_id).info.artifact_uri
+    return str(client.create_model_version(name, f"{uri}/best", run_id).version)
+
+
+def write_table(store: Storage, done: list[dict[str, Any]], sweep: str, runs: Runs | None = None) -> None:
+    """Print the table; write it as Markdown, CSV, LaTeX and figure."""
+    rows = ablation.rows_of(done)
+    files = {
+        "table.md": ablation.markdown(rows).encode(),
+        "table.csv": ablation.csv(rows).encode(),
+        "table.tex": ablation.latex(rows).encode(),
+        "table.png": draw(rows, done, sweep, done[0]["search"] != "grid"),
+    }
+    for name, data in files.items():
+        store.write(name, data)
+        if runs:
+            runs.artefact(runs.parent(), name, data)
+    print(ablation.terminal(rows, sweep), flush=True)
+
+
+def table_of(config: Config, sweep: str) -> None:
+    """Rebuild the table of a sweep from MLflow alone."""
+    storage = Storage(config.run.storage_path)
+    runs = Runs(storage, config.run.experiment, sweep)
+    if not runs.uri:
+        raise DfssdError("no MLflow to read from", todo="set MLFLOW_TRACKING_URI")
+    from dfssd.tracking import client
+
+    done = ablation.from_mlflow(client(runs.uri), config.run.experiment, sweep)
+    write_table(storage.at(sweep), done, sweep)

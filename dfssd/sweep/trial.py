@@ -1,0 +1,169 @@
+"""One trial: the same stage as jobs/distill.py runs, inside Ray Tune, with reports for its scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray import tune
+
+from dfssd.cluster import Resources
+from dfssd.evaluate import measure
+from dfssd.stage import flatten
+from dfssd.stages import Context, make_stage, run_stage
+from dfssd.storage import Storage
+from dfssd.sweep.shared import adopt, bring
+from dfssd.sweep.space import Space, Trial
+from dfssd.train.job import TrainJob
+from dfssd.train.session import Session
+from dfssd.train.worker import fit, train_in_process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trials of a sweep share."""
+
+    sweep: str
+    space: str
+    metric: str
+    mode: str
+    search: str
+    parent: str
+    resources: Resources
+    x: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, sweep: str, space: Space, parent: str, resources: Resources) -> Plan:
+        return cls(sweep, space.name, space.metric, space.mode, space.search, parent, resources, space.x)
+
+
+def folder(trial: Trial) -> Storage:
+    return Storage(trial.config.run.storage_path).at(trial.config.run.run_name)
+
+
+def tags(plan: Plan, trial: Trial, order: int, digest: str) -> dict[str, str]:
+    """What a trial can be searched by in MLflow, and what the table is built from."""
+    return {
+        "sweep": plan.sweep,
+        "space": plan.space,
+        "kind": "trial",
+        "row": trial.row,
+        "order": str(order),
+        "seed": str(trial.seed),
+        "trial": trial.id,
+        "data_digest": digest,
+        "metric": plan.metric,
+        "mode": plan.mode,
+        "search": plan.search,
+        **({"x": str(x_of(plan.x, trial))} if x_of(plan.x, trial) is not None else {}),
+        **{f"set.{key}": str(value) for key, value in trial.settings.items()},
+    }
+
+
+def x_of(keys: tuple[str, ...], trial: Trial) -> Any:
+    """Where on a curve the trial lies, or None."""
+    return next((trial.settings[key] for key in keys if key in trial.settings), None)
+
+
+def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
+    """Train, measure on the test split, leave `result.json`; report each validation to Ray Tune on the way.
+
+    A finished trial only reports again, and so does one that a scheduler has stopped; an interrupted one goes on.
+    """
+    store = folder(trial)
+    for name in ("result.json", "stopped.json"):
+        if store.exists(name):
+            record = dict(store.read_json(name))
+            for row in record["reports"]:
+                tune.report(row)
+            return record
+    bring(trial.config, plan.sweep, trial.stage)
+    adopt(trial.config, plan.parent)
+    digest = store.read_json("dataset/stage.json")["digest"]
+    own_tags, reports = tags(plan, trial, order, digest), Reports(trial.config.train.steps)
+    context = Context(
+        trial.config,
+        fit=lambda job: _fit(job, plan.resources, reports),
+        title=f"{trial.row}, seed {trial.seed}",
+        tags=own_tags,
+    )
+    summary = run_stage(context, trial.stage)
+    results = measure(trial.config, store.uri, [trial.stage], plan.resources.threads)
+    record = _record(trial, plan, order, summary, results[trial.stage])
+    record["reports"] = [*reports.rows(store.read_json(f"{trial.stage}/history.json")), record["result"]]
+    run_id = make_stage(trial.config, store, trial.stage).recorded_run_id() or ""
+    context.runs.metrics(run_id, {f"result/{k}": float(v) for k, v in record["result"].items()})
+    context.runs.artefact(run_id, "detections.png", store.read("report/detections.png"))
+    store.write_json("result.json", {**record, "mlflow_run_id": run_id, "tags": own_tags})
+    tune.report(record["result"])
+    return record
+
+
+class Reports:
+    """Hands each validation to Ray Tune once, also those from before a restart; the last one waits for `result.json`.
+
+    A scheduler may stop a trial at any report: the last one is for when there is nothing left to lose.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.reported = steps, 0
+
+    def rows(self, history: list[dict[str, Any]]) -> list[dict[str, float]]:
+        """Validations before the last step, of the loop's history."""
+        found = [{k: v for k, v in row.items() if k == "step" or k.startswith("val/")} for row in history]
+        return [row for row in found if len(row) > 1 and row["step"] < self.steps]
+
+    def __call__(self, session: Session) -> None:
+        for row in self.rows(session.history)[self.reported :]:
+            self.reported += 1
+            tune.report(row)
+
+
+def _fit(job: TrainJob, resources: Resources, reports: Reports) -> dict[str, Any]:
+    """One worker trains in the trial's own process; several are a worker group of Ray Train beside it."""
+    if job.config.run.num_workers > 1:
+        return fit(job, resources, [_forward(reports.steps)])
+    torch.set_num_threads(resources.threads)
+    device = torch.device("cuda" if resources.gpu and torch.cuda.is_available() else "cpu")
+    return train_in_process(job, device, reports)
+
+
+def _forward(steps: int) -> Any:
+    """Ray Train's reports to Ray Tune, without the last one: see `Reports`."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    class Forward(TuneReportCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if metrics[0]["step"] < steps:
+                super().after_report(run_context, metrics, None)
+
+    return Forward()
+
+
+def _record(trial: Trial, plan: Plan, order: int, summary: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """What the table needs of a trial: numbers in `result`, all else beside it."""
+    stage = folder(trial).read_json(f"{trial.stage}/stage.json")
+    seconds = float(summary["seconds_per_step"]) * summary["steps"]
+    workers = trial.config.run.num_workers
+    cost = workers * (1 if plan.resources.gpu else plan.resources.cpus) * stage["duration_s"] / 3600
+    result: dict[str, float] = {
+        "step": float(summary["steps"]),
+        **{f"val/{k}": v for k, v in summary["best"].items() if k != "step"},
+        **{f"test/{k}": measured["test"][k] for k in ("map50", "map50_95", "precision", "recall")},
+        "latency_ms": measured["latency_ms"],
+        "parameters": measured["params"],
+        "training_s": seconds,
+        "duration_s": stage["duration_s"],
+        "gpu_hours" if plan.resources.gpu else "cpu_hours": cost,
+    }
+    return {
+        "trial": trial.id,
+        "row": trial.row,
+        "order": order,
+        "seed": trial.seed,
+        "settings": flatten(trial.settings),
+        "search": plan.search,
+        "x": x_of(plan.x, trial),
+        "result": {k: float(v) for k, v in result.items()},
+    }
