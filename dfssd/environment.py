@@ -14,7 +14,6 @@ DRIVER_ENV = {
     "RAY_DEDUP_LOGS": "0",  # lines of progress look alike, and every one counts
     "RAY_COLOR_PREFIX": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's boxes; a sweep has its own line for each trial
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard beside MLflow and history.json
 }
 WORKER_ENV = {
     "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy core make a step many times slower

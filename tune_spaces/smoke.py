@@ -1,10 +1,9 @@
 """The smallest sweep that is one: labels alone against the method, minutes on a CPU."""
 
 BASE = {
-    "train.imgsz": 64,  # the synthetic images are 64 px
-    "train.batch": 8,
-    "train.steps": 150,  # the fewest that find some of the defects
-    "train.teacher_steps": 300,
+    "train.imgsz": 128,  # the side of the synthetic images
+    "train.steps": 150,  # about the fewest after which the students find defects at all
+    "train.teacher_steps": 250,
     "train.val_every": 30,  # five reports a trial
     "pseudo.tta": "none",  # a quarter of the labelling time
     "models.teacher": "yolov8n.yaml",

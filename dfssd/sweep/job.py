@@ -21,7 +21,7 @@ from dfssd.sweep.figure import draw
 from dfssd.sweep.space import Space, Trial, short, trials
 from dfssd.tracking import Runs
 
-SYNTHETIC = {"images": 240, "side": 64}
+SYNTHETIC = {"images": 240, "side": 128}
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _check(space: Space, path: str) -> None:
     for key in (*space.axes, *space.base, *space.x, *(k for row in space.rows.values() for k in row)):
         if key not in known:
             raise DfssdError(
-                f"{key!r} is not a setting{nearest(key, known)}",
+                f"{key!r} is not a setting{_meant(key, known)}",
                 where=path,
                 todo="keys are section.field as in dfssd/config.py",
             )
@@ -191,6 +191,12 @@ def _check(space: Space, path: str) -> None:
             where=path,
             todo="keep one seed, and run the best points again in a space of their own",
         )
+
+
+def _meant(key: str, known: list[str]) -> str:
+    """The nearest key; one that is called so in some section goes before one that only looks alike."""
+    same = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return nearest(key, same) or (f", did you mean {same[0]!r}?" if same else nearest(key, known))
 
 
 def _values(axis: Any) -> list[Any] | None:
