@@ -43,6 +43,14 @@ def test_only_seeds_that_both_rows_have_are_paired(records: list[dict]) -> None:
     assert lone.interval is None
 
 
+def test_a_search_has_its_best_point_first(records: list[dict]) -> None:
+    searched = [{**r, "search": "optuna", "metric": "test/map50", "mode": "max"} for r in records]
+    assert [row.name for row in ablation.rows_of(ablation.ranked(searched))] == ["full_method 5 %", "base"]
+    searched = [{**r, "mode": "min"} for r in searched]
+    assert [row.name for row in ablation.rows_of(ablation.ranked(searched))] == ["base", "full_method 5 %"]
+    assert ablation.ranked(records) == records
+
+
 def test_the_interval_is_that_of_the_bootstrap() -> None:
     rng = np.random.default_rng(1)
     values = rng.normal(0.03, 0.02, 40).tolist()

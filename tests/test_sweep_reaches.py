@@ -44,6 +44,8 @@ def two_settings(name: str, key: str) -> list[dict]:
         section, field = key.split(".")
         values.insert(0, getattr(getattr(Config(), section), field))
     settings = dict(own[0].settings)
+    if key == "distill.unlabelled_ratio":  # swept where all images have labels; the other value needs one that has none
+        del settings["data.label_fraction"]
     return [{**settings, key: values[len(values) // 3]}, {**settings, key: values[-1]}]
 
 

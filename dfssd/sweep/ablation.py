@@ -69,6 +69,18 @@ def bootstrap_interval(differences: list[float], seed: int = 0) -> tuple[float, 
     return float(low), float(high)
 
 
+def ranked(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of a search with the best point first; those of a grid as they are, in the order of its file."""
+    if not records or records[0]["search"] == "grid":
+        return records
+    metric, sign = records[0]["metric"], -1 if records[0]["mode"] == "max" else 1
+    by_row: dict[str, list[float]] = {}
+    for record in records:
+        by_row.setdefault(record["row"], []).append(record["result"][metric])
+    places = sorted(by_row, key=lambda row: (sign * statistics.fmean(by_row[row]), row))
+    return [{**record, "order": places.index(record["row"])} for record in records]
+
+
 def rows_of(records: list[dict[str, Any]]) -> list[Row]:
     """Rows in the order of the trials.
 
@@ -182,6 +194,8 @@ def from_mlflow(client: Any, experiment: str, sweep: str) -> list[dict[str, Any]
             "order": int(tags["order"]),
             "seed": int(tags["seed"]),
             "search": tags["search"],
+            "metric": tags["metric"],
+            "mode": tags["mode"],
             "x": _number(tags["x"]) if "x" in tags else None,
             "settings": {k.removeprefix("set."): _number(v) for k, v in tags.items() if k.startswith("set.")},
             "result": result,

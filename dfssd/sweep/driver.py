@@ -136,6 +136,14 @@ def records(storage: Storage, sweep: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: (record["order"], record["row"], record["seed"]))
 
 
+def steps_run(storage: Storage, sweep: str, done: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """(steps that all trials ran, trials that a scheduler stopped early)."""
+    place = storage.at(f"{sweep}/trials")
+    early = [place.read_json(f"{n}/stopped.json") for n in place.folders() if place.exists(f"{n}/stopped.json")]
+    ends = [record["reports"][-1]["step"] for record in early] + [record["result"]["step"] for record in done]
+    return int(sum(ends)), len(early)
+
+
 def check_shareable(space: Space, config: Config, sweep: str) -> None:
     """A search draws its points one by one, so what comes before the trials must not depend on them.
 

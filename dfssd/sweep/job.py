@@ -107,7 +107,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
             have run and the table is written).
     """
     from dfssd.cluster import connect
-    from dfssd.sweep.driver import check_shareable, records, run_trials
+    from dfssd.sweep.driver import check_shareable, records, run_trials, steps_run
 
     refuse_relative_paths_in_a_job(config)
     storage, sweep = Storage(config.run.storage_path), config.run.run_name
@@ -128,6 +128,11 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
         done = records(storage, sweep)
         if done:
             finish(runs, storage.at(sweep), done, sweep, space, options.register)
+            steps, early = steps_run(storage, sweep, done)
+            whole = config.train.steps * (len(done) + early)
+            print(
+                f"steps     {steps} of {whole} ({100 * steps / whole:.0f} %), {early} trials stopped early", flush=True
+            )
         if failed or not done:
             raise DfssdError(
                 f"{len(failed)} trials failed:\n    " + "\n    ".join(failed) if failed else "no trial has finished",
@@ -203,7 +208,7 @@ def _register(client: Any, run_id: str, name: str) -> str:
 
 def write_table(store: Storage, done: list[dict[str, Any]], sweep: str, runs: Runs | None = None) -> None:
     """Print the table; write it as Markdown, CSV, LaTeX and figure."""
-    rows = ablation.rows_of(done)
+    rows = ablation.rows_of(ablation.ranked(done))
     files = {
         "table.md": ablation.markdown(rows).encode(),
         "table.csv": ablation.csv(rows).encode(),

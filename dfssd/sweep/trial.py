@@ -164,6 +164,8 @@ def _record(trial: Trial, plan: Plan, order: int, summary: dict[str, Any], measu
         "seed": trial.seed,
         "settings": flatten(trial.settings),
         "search": plan.search,
+        "metric": plan.metric,
+        "mode": plan.mode,
         "x": x_of(plan.x, trial),
         "result": {k: float(v) for k, v in result.items()},
     }
