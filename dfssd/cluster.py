@@ -23,6 +23,16 @@ class Resources:
     threads: int
     gpu: bool
 
+    @classmethod
+    def of_share(cls, cpus: float, gpu: bool) -> Resources:
+        """Whole CPUs of a share, or a little less than a share below one, so that all shares always fit."""
+        cpus = float(int(cpus)) if cpus >= 1 else round(cpus * 0.95, 2)
+        return cls(cpus=cpus, threads=max(1, int(cpus)), gpu=gpu)
+
+    def describe(self, workers: int) -> str:
+        """What each of so many workers has, in words."""
+        return f"{workers} worker(s) with {self.cpus:g} CPUs{' and a GPU' if self.gpu else ''}"
+
 
 def connect() -> None:
     """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start a local Ray."""
@@ -85,8 +95,7 @@ def worker_resources(run: Run) -> Resources:
             todo="lower --num-workers or --cpus-per-worker, or add nodes",
         )
     share = asked or (free_cpus() or cpus) / run.num_workers
-    share = float(int(share)) if share >= 1 else round(share * 0.95, 2)
-    return Resources(cpus=share, threads=max(1, int(share)), gpu=use_gpu)
+    return Resources.of_share(share, use_gpu)
 
 
 def describe() -> str:

@@ -168,11 +168,7 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
         connect()
         resources = worker_resources(context.config.run)
         workers = context.config.run.num_workers
-        print(
-            f"{stage.name}: {job.model_spec}, {job.steps} steps on {workers} worker(s) with {resources.cpus:g} CPUs"
-            f"{' and a GPU' if resources.gpu else ''} each",
-            flush=True,
-        )
+        print(f"{stage.name}: {job.model_spec}, {job.steps} steps on {resources.describe(workers)} each", flush=True)
         summary = fit(job, resources)
     stage.store.write("curves.png", training_curves(stage.store.read_json("history.json"), stage.name))
     context.runs.artefact(run_id, "curves.png", stage.store.read("curves.png"))

@@ -40,10 +40,7 @@ def job() -> None:
     options = Options(
         max_concurrent=flags.max_concurrent, resume=flags.resume, register=flags.register_as, file=flags.space
     )
-    if config.run.dry_run:
-        describe(config, load_space(flags.space), options)
-        return
-    run_sweep(config, load_space(flags.space), options)
+    (describe if config.run.dry_run else run_sweep)(config, space or load_space(flags.space), options)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ def share(config: Config, trials: int, max_concurrent: int) -> tuple[int, Resour
     fits = min(fit_cpu, fit_memory, int(gpus // run.num_workers) if one.gpu else fit_cpu)
     count = max(1, min(trials, fits, max_concurrent or trials))
     each = run.cpus_per_worker or max(cpus / (count * run.num_workers), 0.0)
-    each = float(int(each)) if each >= 1 else round(each * 0.95, 2)
-    return count, Resources(cpus=each, threads=max(1, int(each)), gpu=one.gpu)
+    return count, Resources.of_share(each, one.gpu)
 
 
 class Progress(tune.Callback):
@@ -187,7 +186,7 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
     own = config.run.num_workers == 1
     print(
         f"sweep: {wanted} trials, {len(known)} of them finished before; {count} at a time, each "
-        f"{config.run.num_workers} worker(s) with {resources.cpus:g} CPUs{' and a GPU' if resources.gpu else ''}",
+        f"{resources.describe(config.run.num_workers)}",
         flush=True,
     )
     plan = Plan.of(sweep, space, parent, resources)

@@ -93,8 +93,8 @@ def describe(config: Config, space: Space, options: Options) -> None:
     teacher = time_step(config, config.models.teacher, resources.threads, False, distills=False)
     total = busy / count + names.count("teacher") * config.teacher_steps() * teacher
     print(
-        f"{count} at a time, each {config.run.num_workers} worker(s) with {resources.cpus:g} CPUs"
-        f"{' and a GPU' if resources.gpu else ''}; steps alone take about {clock(total)} (measured on this machine; "
+        f"{count} at a time, each {resources.describe(config.run.num_workers)}; "
+        f"steps alone take about {clock(total)} (measured on this machine; "
         "validation and start-up come on top)"
     )
 

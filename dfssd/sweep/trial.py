@@ -95,7 +95,7 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
     run_id = make_stage(trial.config, store, trial.stage).recorded_run_id() or ""
     context.runs.metrics(run_id, {f"result/{k}": float(v) for k, v in record["result"].items()})
     context.runs.artefact(run_id, "detections.png", store.read("report/detections.png"))
-    store.write_json("result.json", {**record, "mlflow_run_id": run_id, "tags": own_tags})
+    store.write_json("result.json", {**record, "mlflow_run_id": run_id})
     tune.report(record["result"])
     return record
 

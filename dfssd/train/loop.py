@@ -106,9 +106,8 @@ def clip(s: Session, terms: Terms, images: list[str]) -> Tensor:
         DfssdError: it is not finite.
     """
     limit, online = s.job.config.train.grad_clip, s.student.online
-    taught = (
-        [] if online is None else list(online.parameters())
-    )  # in order: a sum of norms depends on it in its last bit
+    # In order: a sum of norms depends on it in its last bit.
+    taught = [] if online is None else list(online.parameters())
     excluded = set(taught)
     norm = nn.utils.clip_grad_norm_([p for p in s.student.parameters() if p not in excluded], limit)
     others = nn.utils.clip_grad_norm_(taught, limit) if taught else torch.zeros(())
