@@ -34,6 +34,32 @@ class Options:
     file: str = ""
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The config with every local path made absolute: a trial runs in a folder of its own."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path and "://" not in path else path
+
+    def model(spec: str) -> str:
+        return absolute(spec) if Path(spec).is_file() else spec  # yolov8n.yaml is a name, not a path
+
+    run, data, models, pseudo, distill = config.run, config.data, config.models, config.pseudo, config.distill
+    changes = {
+        "run": run.model_copy(update={"storage_path": absolute(run.storage_path)}),
+        "data": data.model_copy(
+            update={
+                "data": absolute(data.data),
+                "labelled_list": absolute(data.labelled_list),
+                "unlabelled": tuple(map(absolute, data.unlabelled)),
+            }
+        ),
+        "models": models.model_copy(update={"teacher": model(models.teacher), "student": model(models.student)}),
+        "pseudo": pseudo.model_copy(update={"label_teachers": tuple(map(model, pseudo.label_teachers))}),
+        "distill": distill.model_copy(update={"distill_teacher": model(distill.distill_teacher)}),
+    }
+    return config.model_copy(update=changes)
+
+
 def with_data(config: Config) -> Config:
     """The config with a synthetic data set below the sweep's folder where none was given."""
     if config.data.data:
@@ -71,7 +97,7 @@ def describe(config: Config, space: Space, options: Options) -> None:
     from dfssd.sweep.driver import check_shareable, probes, share
 
     Storage(config.run.storage_path).check_writable()
-    config, sweep = with_data(config), config.run.run_name
+    config, sweep = with_data(with_absolute_paths(config)), config.run.run_name
     source = read_source(config.data.data, config.data.format, config.data.names)
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
@@ -112,7 +138,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
     refuse_relative_paths_in_a_job(config)
     storage, sweep = Storage(config.run.storage_path), config.run.run_name
     storage.check_writable()
-    config = with_data(config)
+    config = with_data(with_absolute_paths(config))
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
     _claim(config, space, planned, options)

@@ -32,9 +32,9 @@ def command(storage: Path, *more: str) -> list[str]:
 
 
 def start(storage: Path, strip: Path, log: Path, *more: str) -> subprocess.Popen:
-    own = ["--data", str(strip), "--gpu", "never", "--max-concurrent", "1", *more]
+    own = ["--data", os.path.relpath(strip, ROOT), "--gpu", "never", "--max-concurrent", "1", *more]
     return subprocess.Popen(
-        command(storage, str(storage / "own.py"), *own),
+        command(Path(os.path.relpath(storage, ROOT)), str(storage / "own.py"), *own),  # as one types it: relative
         cwd=ROOT,
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
