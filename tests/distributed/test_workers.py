@@ -1,5 +1,6 @@
 """A real Ray Train group of two workers (gloo), one of which is killed on the way."""
 
+import json
 import threading
 import time
 
@@ -16,11 +17,19 @@ from dfssd.train.worker import fit, train_in_process
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
 
 
+def _is_whole(checkpoint):
+    """Ray uploads the files of a checkpoint in an order of its own, so the manifest may be there before the state is."""
+    manifest, state = checkpoint / "MANIFEST.json", checkpoint / "state.pt"
+    if not (manifest.exists() and state.exists() and manifest.stat().st_size):
+        return False
+    return state.stat().st_size == json.loads(manifest.read_text())["state.pt"]["bytes"]
+
+
 def _kill_a_worker_after(checkpoint, killed):
-    """SIGKILL one training worker of this test's own Ray as soon as `checkpoint` is there."""
+    """SIGKILL one training worker of this test's own Ray as soon as `checkpoint` is there and whole."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not killed:
-        if checkpoint.exists():
+        if _is_whole(checkpoint):
             mine = psutil.Process().children(recursive=True)
             workers = [p for p in mine if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
             if workers:
@@ -35,7 +44,7 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     config = tiny_config(prepared, steps=30, val_every=5, num_workers=2, balance="none")
     job = make_job("student", str(prepared / "r"), config)
     killed: list[int] = []
-    first = prepared / "r" / "student" / "train" / "step_0000005" / "MANIFEST.json"
+    first = prepared / "r" / "student" / "train" / "step_0000005"
     killer = threading.Thread(target=_kill_a_worker_after, args=(first, killed), daemon=True)
     killer.start()
     result = fit(job, ONE_CPU)
