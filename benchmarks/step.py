@@ -6,7 +6,8 @@ All steps run on the same images in one process with the same number of threads,
 them once, a ratio is taken within a repeat, and the table shows medians. The floor is a forward pass of the teacher (fused,
 raw head output) and forward and backward passes of the student, channels last, nothing else. Our distillation step is the
 whole of it: half of the images unlabelled with pseudo-labels, features, class and localisation term, guards, clipping,
-optimiser, weight average.
+optimiser, weight average. The student is in fp32 unless a row says bf16; the teacher is as `--teacher-amp auto` has it, bf16
+where the hardware computes it, but for the row "teacher fp32". Over the floor goes the step that is in fp32 like the floor.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from dfssd.train.loop import clip, forward, to_device, update
 from dfssd.train.session import Session, build_session
 from dfssd.world import World
 
+ALL_FP32 = "ours, full, teacher fp32"
 COMPILED = "ours, full, --compile"
 FULL = {"lambda_p": 1.0, "lambda_l": 1.0, "lambda_f": 1.0}
 
@@ -169,6 +171,7 @@ def steps_to_time(bench: Bench) -> dict[str, Callable[[], None]]:
     teacher = Teacher(bench.model(s.teacher), bench.device)
     floors = {amp: floor(bench, amp) for amp in (False, True)}
     bf16 = bench.session("student", "bf16", half, **FULL, divergence=s.divergence)
+    all_fp32 = bench.session("student", "fp32", half, **FULL, divergence=s.divergence, teacher_amp="fp32")
     published = PublishedStep(bench.model(s.student), bench.model(s.teacher))
     plain_stock, distil_stock = ultralytics_step(bench, False), ultralytics_step(bench, True)
     steps: dict[str, Callable[[], None]] = {
@@ -177,6 +180,7 @@ def steps_to_time(bench: Bench) -> dict[str, Callable[[], None]]:
         "floor, bf16": lambda: floors[True](images),
         "ours, labels alone": lambda: our_step(plain, labelled),
         "ours, full": lambda: our_step(mixed_session, mixed),
+        ALL_FP32: lambda: our_step(all_fp32, mixed),
         "ours, full, bf16": lambda: our_step(bf16, mixed),
         "Ultralytics, plain": lambda: plain_stock(stock_batch),
         "Ultralytics, distill_model": lambda: distil_stock(stock_batch),
@@ -242,9 +246,10 @@ def results(times: dict[str, list[float]], wait: float, speed: float, s: Setting
         "data_wait_share": wait,
         "images_per_s": speed,
         "ratios": {
-            "distill_over_floor": ratio(times, ours, "floor"),
+            "distill_over_floor": ratio(times, ALL_FP32, "floor"),
             "distill_bf16_over_floor": ratio(times, f"{ours}, bf16", "floor, bf16"),
             "distill_over_ultralytics": ratio(times, ours, stock),
+            "distill_all_fp32_over_ultralytics": ratio(times, ALL_FP32, stock),
             "distill_bf16_over_ultralytics": ratio(times, f"{ours}, bf16", stock),
             "distill_over_published": ratio(times, ours, "published DFSSD"),
             "distill_bf16_over_published": ratio(times, f"{ours}, bf16", "published DFSSD"),

@@ -155,6 +155,10 @@ class Distill(Section):
     teacher_mode: Literal["frozen", "online"] = Field(
         "frozen", description="online: the teacher goes on training on the labelled images; its weight average teaches."
     )
+    teacher_amp: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Precision of the teacher's pass, whatever --amp is; auto: bf16 where the hardware has it.",
+    )
     teacher_lr_factor: float = Field(0.1, gt=0, description="Learning rate of an online teacher, as a share of --lr.")
 
     unlabelled_ratio: float = Field(1.0, ge=0, description="Unlabelled images in a batch for each labelled one.")

@@ -137,9 +137,9 @@ def time_step(config: Config, spec: str, threads: int, unlabelled: bool, distill
     images = max(1, images // config.run.num_workers)
     names = [f"class{k}" for k in range(7)]
     device = torch.device("cpu")
-    dtype = autocast_dtype(config.train.amp, device)
 
-    def forward(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    def forward(model: torch.nn.Module, batch: torch.Tensor, amp: str) -> torch.Tensor:
+        dtype = autocast_dtype(amp, device)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             raw = branches(model(batch))["one2many"]
         return torch.as_tensor(raw["boxes"].mean() + raw["scores"].mean())
@@ -157,7 +157,7 @@ def time_step(config: Config, spec: str, threads: int, unlabelled: bool, distill
             begun = time.perf_counter()
             if teacher is not None:
                 with torch.no_grad():
-                    forward(teacher, batch)
-            forward(student, batch).backward()
+                    forward(teacher, batch, config.distill.teacher_amp)
+            forward(student, batch, config.train.amp).backward()
             times.append(time.perf_counter() - begun)
     return min(times) * 1.25  # loss, optimiser, weight average and data

@@ -21,7 +21,7 @@ def tiny_config(storage: Path, **changes: object) -> Config:
     train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
     run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
     others: dict[str, dict[str, object]] = {
-        "distill": {},
+        "distill": {"teacher_amp": "fp32"},
         "thresholds": {"threshold_policy": "ema"},  # the one with a state that moves
         "pseudo": {},
     }

@@ -95,6 +95,7 @@ FLAGS = [
     "tau-max",
     "tau-min",
     "teacher",
+    "teacher-amp",
     "teacher-lr-factor",
     "teacher-mode",
     "teacher-patience",

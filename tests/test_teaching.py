@@ -4,11 +4,12 @@ import pytest
 import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
 
+from dfssd.data.dataset import network_input
 from dfssd.distill.criterion import Terms
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
 from dfssd.storage import Storage
-from dfssd.train.loop import clip
+from dfssd.train.loop import clip, forward
 from dfssd.train.session import build_session
 from dfssd.train.worker import train_in_process
 from dfssd.world import World
@@ -104,3 +105,23 @@ def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
     assert build_session(job, World(), CPU).teacher.channels == [64, 128, 256]  # not the run's YOLOv8s: 128, 256, 512
     with pytest.raises(DfssdError, match="could not be fetched"):
         make_stage(tiny_config(prepared, distill_teacher="gone.pt"), run, "student")
+
+
+def test_a_teacher_in_bf16_teaches_a_student_in_fp32_nearly_the_same(prepared):
+    give_teacher_and_candidates(prepared)
+    found = {}
+    for amp in ("fp32", "bf16"):
+        s = build_session(
+            make_job("student", str(prepared / "r"), tiny_config(prepared, teacher_amp=amp)), World(), CPU
+        )
+        batch = next(iter(s.loader()))
+        out, said = forward(s, network_input(batch["img"], CPU))
+        assert out.raw["one2many"]["feats"][0].dtype == torch.float32  # the student's pass is not touched
+        assert said.taps[0].dtype == (torch.float32 if amp == "fp32" else torch.bfloat16)
+        losses = s.criterion(out, said, batch, 0.5).losses
+        sum(losses.values()).backward()
+        grad = next(p for p in s.student.parameters() if p.requires_grad).grad
+        found[amp] = ({k: float(v) for k, v in losses.items()}, grad.flatten())
+    (exact, grad), (rounded, other) = found["fp32"], found["bf16"]
+    assert rounded == pytest.approx(exact, rel=0.02) and rounded != exact
+    assert torch.cosine_similarity(grad, other, dim=0) > 0.999

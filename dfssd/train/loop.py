@@ -91,9 +91,18 @@ def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Sav
 
 
 def forward(s: Session, images_bchw: Tensor) -> tuple[StudentOutput, TeacherOutput | None]:
-    """The one pass of the student, and the one of what teaches it."""
-    with torch.autocast(s.device.type, s.dtype or torch.bfloat16, enabled=s.dtype is not None):
-        return s.wrapped(images_bchw), s.teacher(images_bchw) if s.teacher else None
+    """The one pass of the student, and the one of what teaches it, each in its own precision.
+
+    Targets are rounded once and enter no gradient, so a teacher may be in bf16 where the student is in fp32.
+    """
+    with autocast(s, s.dtype):
+        student = s.wrapped(images_bchw)
+    with autocast(s, s.teacher_dtype):
+        return student, s.teacher(images_bchw) if s.teacher else None
+
+
+def autocast(s: Session, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(s.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def clip(s: Session, terms: Terms, images: list[str]) -> Tensor:

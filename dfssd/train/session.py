@@ -74,7 +74,8 @@ class Session:
     job: TrainJob
     world: World
     device: torch.device
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # of the student's pass under autocast; None: float32
+    teacher_dtype: torch.dtype | None
     manifest: Manifest
     student: Student
     wrapped: nn.Module
@@ -199,6 +200,7 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         world=world,
         device=device,
         dtype=autocast_dtype(config.train.amp, device),
+        teacher_dtype=autocast_dtype(config.distill.teacher_amp, device),
         manifest=manifest,
         student=student,
         wrapped=wrapped,
