@@ -90,6 +90,11 @@ class Train(Section):
     amp: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Precision of the forward pass; auto: bf16 where the hardware has it, else fp32."
     )
+    batch_norm: Literal["auto", "local", "global"] = Field(
+        "auto",
+        description="Statistics of a worker's own images or of the global batch; auto: global where there are several "
+        "workers. global with one worker too rounds like with several, at some cost.",
+    )
     mosaic: float = Field(1.0, ge=0, le=1, description="Probability of a mosaic.")
     close_mosaic: float = Field(0.1, ge=0, le=1, description="Share of the steps, at the end, without mosaic.")
     scale: float = Field(0.5, ge=0, lt=1, description="Random scale gain (+/- share).")

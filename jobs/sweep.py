@@ -14,7 +14,8 @@ from pydantic import Field
 from dfssd.cli import main, parse
 from dfssd.config import Config
 from dfssd.sweep.job import Options, describe, run_sweep, table_of
-from dfssd.sweep.space import apply, load_space
+from dfssd.sweep.points import apply
+from dfssd.sweep.space import load_space
 
 OWN = ("baseline", "publish_best", "rounds")  # of the pipeline
 SECTIONS = [name for name in Config.model_fields if name not in OWN]

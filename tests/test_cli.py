@@ -19,6 +19,7 @@ FLAGS = [
     "amp",
     "bad-limit",
     "balance",
+    "batch-norm",
     "baseline",
     "batch",
     "box-loss",

@@ -7,7 +7,8 @@ import pytest
 from dfssd.config import Config, Data
 from dfssd.errors import DfssdError
 from dfssd.sweep import shared
-from dfssd.sweep.space import Space, apply, config_keys, load_space, make_trial, trials
+from dfssd.sweep.points import apply, make_trial, trials
+from dfssd.sweep.space import Space, config_keys, load_space
 
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
 

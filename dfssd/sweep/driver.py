@@ -17,8 +17,9 @@ from dfssd.config import Config
 from dfssd.errors import DfssdError, find_user_error
 from dfssd.progress import clock
 from dfssd.storage import Storage
-from dfssd.sweep import shared
-from dfssd.sweep.space import Space, Trial, draw, make_trial, name_row
+from dfssd.sweep import population, shared
+from dfssd.sweep.points import Trial, draw, make_trial, name_row
+from dfssd.sweep.space import Space
 from dfssd.sweep.trial import Plan, folder
 from dfssd.sweep.trial import run as run_trial
 from dfssd.tracking import Runs
@@ -83,33 +84,35 @@ def trial_of(point: dict[str, Any], config: Config, sweep: str) -> Trial:
     """The trial that a point of Tune's parameter space means; one that a search has drawn is called by its settings."""
     own = point["point"]
     settings = dict(own["settings"])
-    return make_trial(config, sweep, own["row"] or name_row("", settings), own["seed"], settings)
+    return make_trial(config, sweep, own["row"] or name_row("", settings), own["seed"], settings, own["origin"])
 
 
-def parameters(space: Space, trials: Sequence[Trial]) -> dict[str, Any]:
+def parameters(space: Space, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tune's parameter space: the trials one by one, or what a search draws from."""
     if space.search == "optuna":
         axes = {k: tune.choice(list(v)) if isinstance(v, list | tuple) else v for k, v in space.axes.items()}
-        return {"point": {"row": "", "seed": space.seeds[0], "order": 0, "settings": axes}}
-    listed = [{"row": t.row, "seed": t.seed, "order": k, "settings": t.settings} for k, t in enumerate(trials)]
-    return {"point": tune.grid_search(listed)}
+        return {"point": {"row": "", "seed": space.seeds[0], "order": 0, "settings": axes, "origin": ""}}
+    return {"point": tune.grid_search(points)}
 
 
-def tune_config(space: Space, steps: int, concurrent: int, known: Sequence[dict[str, Any]]) -> tune.TuneConfig:
+def tune_config(
+    space: Space, config: Config, sweep: str, concurrent: int, known: Sequence[dict[str, Any]]
+) -> tune.TuneConfig:
     """Search and scheduler.
 
     Args:
-        steps: of a trial; ASHA's rungs are shares of them.
         known: records of trials that an earlier start of this sweep has finished; a search learns from them at once.
     """
     scheduler = search = None
     if space.scheduler == "asha":
         scheduler = ASHAScheduler(
             time_attr="step",
-            max_t=steps + 1,  # reaching max_t would count as stopped
-            grace_period=max(1, round(space.grace * steps)),
+            max_t=config.train.steps + 1,  # reaching max_t would count as stopped
+            grace_period=max(1, round(space.grace * config.train.steps)),
             reduction_factor=space.reduction,
         )
+    elif space.scheduler == "pbt":
+        scheduler = population.scheduler(space, config, sweep)
     samples = 1
     if space.search == "optuna":
         points = [{f"point/settings/{k}": v for k, v in record["settings"].items()} for record in known]
@@ -121,7 +124,8 @@ def tune_config(space: Space, steps: int, concurrent: int, known: Sequence[dict[
         metric=space.metric,
         mode=space.mode,
         num_samples=samples,
-        max_concurrent_trials=concurrent,
+        # A population must be there as a whole: its trials take turns, and CPUs bound how many run at a time.
+        max_concurrent_trials=None if space.scheduler == "pbt" else concurrent,
         scheduler=scheduler,
         search_alg=search,
         trial_dirname_creator=lambda trial: trial.trial_id,
@@ -149,15 +153,18 @@ def check_shareable(space: Space, config: Config, sweep: str) -> None:
     Raises:
         DfssdError: it does.
     """
-    if space.search != "optuna":
+    if space.search != "optuna" and space.scheduler != "pbt":
         return
+    if space.scheduler == "pbt" and config.run.num_workers > 1:
+        raise DfssdError("SCHEDULER pbt runs trials of one worker", todo="set --num-workers 1, or take asha")
     rng = np.random.default_rng(0)
     drawn = [make_trial(config, sweep, "", space.seeds[0], draw(space.axes, rng)) for _ in range(8)]
     if len({tuple(shared.needed([trial], sweep)) for trial in drawn}) > 1:
         raise DfssdError(
-            "SEARCH 'optuna' over a setting that data set, teacher or pseudo-labels depend on",
+            f"{'SCHEDULER pbt' if space.scheduler == 'pbt' else 'SEARCH optuna'} over a setting that data set, teacher or "
+            "pseudo-labels depend on",
             where=", ".join(space.axes),
-            todo='take SEARCH = "grid" or "random", which make them once for each value beforehand',
+            todo='take SEARCH = "grid" or "random" without it, which make them once for each value beforehand',
         )
 
 
@@ -194,16 +201,24 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
     def trainable(point: dict[str, Any]) -> None:
         run_trial(trial_of(point, config, sweep), plan, point["point"]["order"])
 
+    callbacks: list[tune.Callback] = [Progress(config, sweep, wanted, runs, space.metric)]
+    points: list[dict[str, Any]] = [{"order": k, **population.identity(trial)} for k, trial in enumerate(trials)]
+    if space.scheduler == "pbt":
+        points = population.members(storage, sweep, points)
+        callbacks.append(population.Census(storage, sweep, points, runs))
+        points = [p for p in points if not storage.exists(f"{sweep}/trials/{p['id']}/result.json")]
+        if not points:
+            return []
     needs = {"cpu": resources.cpus, **({"gpu": 1} if resources.gpu else {})} if own else NESTED
     tuner = tune.Tuner(
         tune.with_resources(trainable, needs),
-        param_space=parameters(space, trials),
-        tune_config=tune_config(space, config.train.steps, count, known),
+        param_space=parameters(space, points),
+        tune_config=tune_config(space, config, sweep, count, known),
         run_config=tune.RunConfig(
             name=f"{time.time_ns()}",  # our own folders make a resumed sweep, so that a cut snapshot of Tune harms none
             storage_path=storage.at(sweep, "tune").uri,
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Progress(config, sweep, wanted, runs, space.metric)],
+            callbacks=callbacks,
             verbose=0,
         ),
     )

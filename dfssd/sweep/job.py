@@ -18,7 +18,8 @@ from dfssd.stage import differences, flatten
 from dfssd.storage import Storage
 from dfssd.sweep import ablation, shared
 from dfssd.sweep.figure import draw
-from dfssd.sweep.space import Space, Trial, short, trials
+from dfssd.sweep.points import Trial, short, trials
+from dfssd.sweep.space import Space
 from dfssd.tracking import Runs
 
 SYNTHETIC = {"images": 240, "side": 128}

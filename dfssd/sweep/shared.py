@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dfssd.config import Config
 from dfssd.stages import Context, make_stage, run_stage
 from dfssd.storage import Storage
-from dfssd.sweep.space import Trial
+from dfssd.sweep.points import Trial
 
 KEY_CHARACTERS = 10
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,8 +16,10 @@ from dfssd.evaluate import measure
 from dfssd.stage import flatten
 from dfssd.stages import Context, make_stage, run_stage
 from dfssd.storage import Storage
+from dfssd.sweep.points import Trial
+from dfssd.sweep.population import CLOCK, take_over
 from dfssd.sweep.shared import adopt, bring
-from dfssd.sweep.space import Space, Trial
+from dfssd.sweep.space import Space
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 from dfssd.train.worker import fit, train_in_process
@@ -32,10 +37,12 @@ class Plan:
     parent: str
     resources: Resources
     x: tuple[str, ...] = ()
+    population: bool = False
 
     @classmethod
     def of(cls, sweep: str, space: Space, parent: str, resources: Resources) -> Plan:
-        return cls(sweep, space.name, space.metric, space.mode, space.search, parent, resources, space.x)
+        own = (space.name, space.metric, space.mode, space.search)
+        return cls(sweep, *own, parent, resources, space.x, space.scheduler == "pbt")
 
 
 def folder(trial: Trial) -> Storage:
@@ -57,6 +64,7 @@ def tags(plan: Plan, trial: Trial, order: int, digest: str) -> dict[str, str]:
         "mode": plan.mode,
         "search": plan.search,
         **({"x": str(x_of(plan.x, trial))} if x_of(plan.x, trial) is not None else {}),
+        **({"origin": trial.origin} if trial.origin else {}),
         **{f"set.{key}": str(value) for key, value in trial.settings.items()},
     }
 
@@ -76,12 +84,13 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
         if store.exists(name):
             record = dict(store.read_json(name))
             for row in record["reports"]:
-                tune.report(row)
+                tune.report({**row, CLOCK: 0})
             return record
+    take_over(trial, plan.sweep)
     bring(trial.config, plan.sweep, trial.stage)
     adopt(trial.config, plan.parent)
     digest = store.read_json("dataset/stage.json")["digest"]
-    own_tags, reports = tags(plan, trial, order, digest), Reports(trial.config.train.steps)
+    own_tags, reports = tags(plan, trial, order, digest), Reports(trial.config.train.steps, plan.population)
     context = Context(
         trial.config,
         fit=lambda job: _fit(job, plan.resources, reports),
@@ -96,18 +105,19 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
     context.runs.metrics(run_id, {f"result/{k}": float(v) for k, v in record["result"].items()})
     context.runs.artefact(run_id, "detections.png", store.read("report/detections.png"))
     store.write_json("result.json", {**record, "mlflow_run_id": run_id})
-    tune.report(record["result"])
+    tune.report({**record["result"], CLOCK: 0})
     return record
 
 
 class Reports:
     """Hands each validation to Ray Tune once, also those from before a restart; the last one waits for `result.json`.
 
-    A scheduler may stop a trial at any report: the last one is for when there is nothing left to lose.
+    A scheduler may stop a trial at any report: the last one is for when there is nothing left to lose. In a population
+    trials pause and go on, and only the newest validation counts: others would turn its clock back.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.reported = steps, 0
+    def __init__(self, steps: int, population: bool = False) -> None:
+        self.steps, self.population, self.reported = steps, population, 0
 
     def rows(self, history: list[dict[str, Any]]) -> list[dict[str, float]]:
         """Validations before the last step, of the loop's history."""
@@ -115,9 +125,19 @@ class Reports:
         return [row for row in found if len(row) > 1 and row["step"] < self.steps]
 
     def __call__(self, session: Session) -> None:
-        for row in self.rows(session.history)[self.reported :]:
-            self.reported += 1
-            tune.report(row)
+        rows = self.rows(session.history)
+        for row in rows[-1:] if self.population else rows[self.reported :]:
+            if self.population:
+                self._report_to_population(row)
+            else:
+                tune.report(row)
+        self.reported = len(rows)
+
+    def _report_to_population(self, row: dict[str, float]) -> None:
+        """Ray Tune takes over only from trials that have reported a checkpoint; ours lie elsewhere (`take_over`)."""
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "report.json").write_text(json.dumps(row))
+            tune.report({**row, CLOCK: row["step"]}, checkpoint=tune.Checkpoint(folder))
 
 
 def _fit(job: TrainJob, resources: Resources, reports: Reports) -> dict[str, Any]:
@@ -163,6 +183,7 @@ def _record(trial: Trial, plan: Plan, order: int, summary: dict[str, Any], measu
         "order": order,
         "seed": trial.seed,
         "settings": flatten(trial.settings),
+        "origin": trial.origin,
         "search": plan.search,
         "metric": plan.metric,
         "mode": plan.mode,

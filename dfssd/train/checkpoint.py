@@ -1,8 +1,9 @@
 """Checkpoints that exist only when they are whole.
 
 A checkpoint is a folder `step_0000168` with `state.pt` (tensors and plain values only, so that it loads with
-`weights_only=True`) and `MANIFEST.json` (size, sha256), written last. One whose manifest does not verify is marked and
-passed over, loudly, and the one before it is used.
+`weights_only=True`) and `MANIFEST.json` (size, sha256), written last. One without a manifest was being written when its
+process ended, and does not count. One whose manifest does not verify is marked and passed over, loudly, and the one before
+it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,12 +34,6 @@ def _files(state: State) -> dict[str, bytes]:
     return {"state.pt": data, "MANIFEST.json": json.dumps(entry).encode()}
 
 
-def save(folder: Path, state: State) -> None:
-    """Write `state.pt`, then `MANIFEST.json`."""
-    for name, data in _files(state).items():
-        (folder / name).write_bytes(data)
-
-
 def store_newest(store: Storage, step: int, state: State, keep: int) -> None:
     """Write a checkpoint straight to its storage, and remove all but the newest `keep`."""
     for name, data in _files(state).items():
@@ -48,22 +42,22 @@ def store_newest(store: Storage, step: int, state: State, keep: int) -> None:
         store.delete(old)
 
 
-def load_newest(store: Storage, fingerprint: str) -> State | None:
+def load_newest(store: Storage, fingerprint: str | None) -> State | None:
     """State of the newest whole checkpoint below `store`, or None where there is none at all.
 
     Args:
         store: folder that holds the `step_*` folders.
-        fingerprint: of the settings; a checkpoint of others is refused.
+        fingerprint: of the settings; a checkpoint of others is refused; None takes any.
 
     Raises:
         DfssdError: there are checkpoints, and not one is whole; or the newest one belongs to other settings.
     """
-    names = [n for n in reversed(store.folders()) if n.startswith("step_")]
+    names = [n for n in reversed(store.folders()) if n.startswith("step_") and store.exists(f"{n}/MANIFEST.json")]
     for name in names:
         state = _load(store, name)
         if state is None:
             continue
-        if state["fingerprint"] != fingerprint:
+        if fingerprint is not None and state["fingerprint"] != fingerprint:
             raise DfssdError(
                 "the checkpoint belongs to other settings",
                 where=store.path(name),

@@ -21,6 +21,7 @@ from dfssd.distill.criterion import Criterion, StudentOutput
 from dfssd.distill.features import Projections
 from dfssd.errors import DfssdError
 from dfssd.hints import check_weights
+from dfssd.models.batch_norm import share_statistics
 from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
 from dfssd.models.taps import Taps
@@ -150,7 +151,10 @@ class Session:
         self.student.load_state_dict(state["student"])
         self.ema.ema.load_state_dict(state["ema"])
         self.ema.updates = state["ema_updates"]
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(state["optimiser"])
+        for group, settings in zip(self.optimiser.param_groups, own, strict=True):
+            group.update(settings)  # the run's own, where a trial goes on from another one's checkpoint
         if self.policy and state["policy"]:
             self.policy.load_state_dict(state["policy"])
         if self.criterion.balance and state["balance"]:
@@ -176,6 +180,8 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     labelled = config.train.batch // world.size
     student = _student(detector, teaching, config.distill, labelled).to(device).train()
     student.to(memory_format=torch.channels_last)
+    if config.train.batch_norm == "global" or (config.train.batch_norm == "auto" and world.size > 1):
+        share_statistics(student)
     if config.train.compile:
         detector.compile()
         if teaching:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from dfssd.cluster import Resources
@@ -51,7 +48,6 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
             name="train",
             storage_path=job.store.uri,
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
             logging_config=LoggingConfig(log_level="WARNING"),  # its INFO announces every report
             callbacks=list(callbacks) or None,
         ),
@@ -96,18 +92,11 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
             tracker.log(metrics, step)
 
     def save(metrics: dict[str, Any], session: Session) -> None:
-        """Persist a checkpoint. Not a `with TemporaryDirectory()`: Ray uploads before report() returns."""
-        folder = Path(tempfile.mkdtemp(prefix="dfssd-checkpoint-"))
-        try:
-            if world.rank == 0:
-                checkpoint.save(folder, session.state())
-            ray.train.report(
-                {"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}},
-                checkpoint=Checkpoint.from_directory(folder) if world.rank == 0 else None,
-                checkpoint_dir_name=checkpoint.folder_name(session.step),
-            )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Persist a checkpoint, manifest last, and report. Ray itself would upload the files in an order of its own, and a
+        worker killed on the way would leave a checkpoint that only looks like one."""
+        if world.rank == 0:
+            checkpoint.store_newest(job.store.at("train"), session.step, session.state(), KEEP)
+        ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
     try:
         return train(job, world, get_device(), log, save)

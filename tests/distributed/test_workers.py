@@ -1,6 +1,5 @@
 """A real Ray Train group of two workers (gloo), one of which is killed on the way."""
 
-import json
 import threading
 import time
 
@@ -12,24 +11,16 @@ from dfssd.cluster import Resources, worker_resources
 from dfssd.config import Run
 from dfssd.errors import DfssdError
 from dfssd.storage import Storage
-from dfssd.train.worker import fit, train_in_process
+from dfssd.train.worker import fit
 
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
 
 
-def _is_whole(checkpoint):
-    """Ray uploads the files of a checkpoint in an order of its own, so the manifest may be there before the state is."""
-    manifest, state = checkpoint / "MANIFEST.json", checkpoint / "state.pt"
-    if not (manifest.exists() and state.exists() and manifest.stat().st_size):
-        return False
-    return state.stat().st_size == json.loads(manifest.read_text())["state.pt"]["bytes"]
-
-
 def _kill_a_worker_after(checkpoint, killed):
-    """SIGKILL one training worker of this test's own Ray as soon as `checkpoint` is there and whole."""
+    """SIGKILL one training worker of this test's own Ray while, or just after, its first checkpoint is written."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not killed:
-        if _is_whole(checkpoint):
+        if checkpoint.exists():
             mine = psutil.Process().children(recursive=True)
             workers = [p for p in mine if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
             if workers:
@@ -54,21 +45,6 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     assert [h["step"] for h in history if "loss/total" in h] == list(range(1, 31))
     assert [h["step"] for h in history if "val/map50" in h] == [5, 10, 15, 20, 25, 30]
     assert len([f for f in job.store.at("train").folders() if f.startswith("step_")]) <= 3
-    # Two workers and one see the same global batches; what differs is batch norm over a worker's own half.
-    alone = tiny_config(prepared, steps=30, val_every=30, balance="none")
-    other = Storage(str(prepared)).at("s")
-    for name in ("dataset", "teacher", "pseudo"):
-        for file in Storage(str(prepared)).at("r", name).files():
-            other.write(f"{name}/{file}", Storage(str(prepared)).at("r", name).read(file))
-    single = make_job("student", other.uri, alone)
-    train_in_process(single)
-    a, b = history[0], single.store.read_json("history.json")[0]
-    for term in ("loss/sup/cls", "loss/pse/cls", "loss/pred/cls", "loss/feat/pkd"):
-        assert a[term] == pytest.approx(b[term], rel=0.25, abs=1e-3), term
-    assert a["pse/pseudo_labels"] == b["pse/pseudo_labels"] and a["pse/uncertain"] == b["pse/uncertain"]
-    assert {k: v for k, v in a.items() if k.startswith("threshold/")} == {
-        k: pytest.approx(v) for k, v in b.items() if k.startswith("threshold/")
-    }
 
 
 def test_an_online_teacher_taps_and_a_pause_on_two_workers(prepared, local_ray):
