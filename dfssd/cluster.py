@@ -10,9 +10,10 @@ from typing import Any
 
 import ray
 
-from dfssd.config import Run
+from dfssd.config import Config, Run
 from dfssd.environment import WORKER_ENV, set_driver_environment
 from dfssd.errors import DfssdError
+from dfssd.progress import clock
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class Resources:
         cpus = float(int(cpus)) if cpus >= 1 else round(cpus * 0.95, 2)
         return cls(cpus=cpus, threads=max(1, int(cpus)), gpu=gpu)
 
-    def describe(self, workers: int) -> str:
-        """What each of so many workers has, in words."""
-        return f"{workers} worker(s) with {self.cpus:g} CPUs{' and a GPU' if self.gpu else ''}"
+    def describe(self, workers: str | int) -> str:
+        """What each of so many workers (2, or 1:4) has, in words."""
+        return (
+            f"{str(workers).replace(':', ' to ')} worker(s) with {self.cpus:g} CPUs{' and a GPU' if self.gpu else ''}"
+        )
 
 
 def connect() -> None:
@@ -80,22 +83,86 @@ def worker_resources(run: Run) -> Resources:
     Raises:
         DfssdError: the cluster can never run them; says what is asked for and what there is.
     """
+    _wait_for_room(run)
     total = ray.cluster_resources()
     cpus, gpus = float(total.get("CPU", 0)), float(total.get("GPU", 0))
-    use_gpu = run.gpu == "auto" and gpus >= run.num_workers
-    if cpus <= 0:
-        raise DfssdError(
-            "the cluster has no CPU for tasks", where=str(dict(total)), todo="add worker nodes, or give the head CPUs"
-        )
+    low, high = run.workers
+    use_gpu = run.gpu != "never" and gpus >= low
     asked = float(run.cpus_per_worker)
-    if asked * run.num_workers > cpus:
-        raise DfssdError(
-            f"{run.num_workers} workers with {run.cpus_per_worker} CPUs each need {asked * run.num_workers:g} CPUs, "
-            f"the cluster has {cpus:g}",
-            todo="lower --num-workers or --cpus-per-worker, or add nodes",
-        )
-    share = asked or (free_cpus() or cpus) / run.num_workers
+    share = asked or (free_cpus() or cpus) / low
+    if high > low and not asked:
+        share = min(share, _cpus_of_a_place(use_gpu))
     return Resources.of_share(share, use_gpu)
+
+
+def _wait_for_room(run: Run) -> None:
+    """Return once the fewest workers fit; ask an autoscaler for them where `--wait-min` allows it the time.
+
+    Raises:
+        DfssdError: they do not fit in time. Ray itself would wait for ever.
+    """
+    lacks = lacking(run, alive_nodes())
+    if lacks and run.wait_min:
+        from ray.autoscaler.sdk import request_resources
+
+        each = {"CPU": max(1, run.cpus_per_worker), **({"GPU": 1} if run.gpu == "require" else {})}
+        request_resources(bundles=[each] * run.workers[0])
+    begun, said = time.monotonic(), 0.0
+    while lacks and time.monotonic() - begun < run.wait_min * 60:
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            waited = clock(said - begun)
+            print(f"cluster: {lacks}; waiting for nodes, {waited} of {clock(run.wait_min * 60)}", flush=True)
+        time.sleep(1)
+        lacks = lacking(run, alive_nodes())
+    if lacks:
+        raise DfssdError(
+            lacks,
+            where=describe(),
+            todo="lower --num-workers or --cpus-per-worker, add nodes, or with an autoscaler raise --wait-min",
+        )
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Resources of each node that takes tasks."""
+    return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+
+
+def lacking(run: Run, nodes: list[dict[str, float]]) -> str:
+    """What is missing for the fewest workers of a run, in words; '' where they fit.
+
+    Args:
+        nodes: resources of each node. A worker lies on one node: CPUs of two do not make one worker.
+    """
+    low, each = run.workers[0], run.cpus_per_worker
+    cpus = sum(n["CPU"] for n in nodes)
+    if not nodes:
+        return "the cluster has no CPU for tasks"
+    if each * low > cpus:
+        return f"{low} workers with {each} CPUs each need {each * low} CPUs, the cluster has {cpus:g}"
+    if each and (places := sum(int(n["CPU"] // each) for n in nodes)) < low:
+        largest = max(n["CPU"] for n in nodes)
+        room = f"there is room for {places}, the largest node has {largest:g} CPUs"
+        return f"{low} workers with {each} CPUs each do not fit: {room}"
+    if run.gpu == "require" and (gpus := sum(n.get("GPU", 0) for n in nodes)) < low:
+        return f"{low} workers with a GPU each need {low} GPUs, the cluster has {gpus:g}"
+    return ""
+
+
+def _cpus_of_a_place(gpu: bool) -> float:
+    """CPUs of an elastic worker: those of the smallest node, shared by its GPUs, so that it fits whatever node comes."""
+    nodes = [n for n in alive_nodes() if not gpu or n.get("GPU", 0) > 0]
+    return float(min(n["CPU"] / (n["GPU"] if gpu else 1) for n in nodes))
+
+
+def with_workers(config: Config) -> Config:
+    """The config with `--num-workers auto` replaced by what the cluster has: its GPUs, or its nodes with CPUs."""
+    if config.run.num_workers != "auto":
+        return config
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0)) if config.run.gpu != "never" else 0
+    count = str(max(1, min(gpus or len(alive_nodes()), config.most_workers())))
+    return config.model_copy(update={"run": config.run.model_copy(update={"num_workers": count})})
 
 
 def describe() -> str:

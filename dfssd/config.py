@@ -6,9 +6,10 @@ names are unique over all sections, because the command line drops the section: 
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -25,10 +26,43 @@ class Run(Section):
     overwrite: bool = Field(False, description="Replace stages whose settings or inputs differ from what is there.")
     dry_run: bool = Field(False, description="Check storage, data, weights and resources, print the plan and stop.")
     seed: int = Field(0, description="Seed of split, order of samples, augmentation and initial weights.")
-    num_workers: int = Field(1, ge=1, description="Ray Train workers (processes); they share each global batch.")
+    num_workers: str = Field(
+        "1",
+        description="Training workers, which share each global batch: a number, LOW:HIGH (as many of these as the cluster "
+        "holds, following its size), or auto (one a GPU; without GPUs one a node).",
+    )
     cpus_per_worker: int = Field(0, ge=0, description="CPU cores a worker; 0: all there are, shared evenly.")
-    gpu: Literal["auto", "never"] = Field("auto", description="Use a GPU per worker where the cluster has them.")
+    gpu: Literal["auto", "never", "require"] = Field(
+        "auto", description="A GPU a worker: where the cluster has them, never, or not without."
+    )
+    wait_min: float = Field(
+        0.0, ge=0, description="Minutes to wait for nodes that an autoscaler is still to start, before giving up."
+    )
     experiment: str = Field("dfssd", description="MLflow experiment.")
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> str:
+        text = str(value)
+        if text != "auto" and not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", text):
+            raise ValueError(f"{text!r} is no number of workers: give 2, 1:4 or auto")
+        low, high = (int(part) for part in (text.split(":") * 2)[:2]) if text != "auto" else (1, 1)
+        if low > high:
+            raise ValueError(f"{text!r} begins above its end: give {high}:{low}")
+        return text
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most training workers; of auto (1, 1) until a cluster is known (`cluster.with_workers`)."""
+        if self.num_workers == "auto":
+            return 1, 1
+        low, *high = (int(part) for part in self.num_workers.split(":"))
+        return low, high[0] if high else low
+
+    @property
+    def elastic(self) -> bool:
+        """May the number of workers change on the way?"""
+        return self.workers[0] < self.workers[1]
 
 
 class Data(Section):
@@ -244,12 +278,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.train.batch % self.run.num_workers:
-            raise ValueError(f"--batch {self.train.batch} cannot be shared by {self.run.num_workers} workers evenly")
-        if self.unlabelled_batch() % self.run.num_workers:
+        if self.run.workers[1] > self.most_workers():
             raise ValueError(
-                f"{self.unlabelled_batch()} unlabelled images a batch (--batch x --unlabelled-ratio) "
-                f"cannot be shared by {self.run.num_workers} workers evenly"
+                f"--num-workers {self.run.num_workers}: each worker needs a labelled and an unlabelled image of a batch, "
+                f"which holds {self.train.batch} and {self.unlabelled_batch()}"
             )
         if abs(sum(self.data.split_shares) - 1) > 1e-6:
             raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
@@ -267,6 +299,10 @@ class Config(Section):
     def unlabelled_batch(self) -> int:
         """Unlabelled images in a global batch."""
         return round(self.train.batch * self.distill.unlabelled_ratio)
+
+    def most_workers(self) -> int:
+        """Workers that a global batch has images for."""
+        return min(self.train.batch, self.unlabelled_batch() or self.train.batch)
 
     def teacher_steps(self) -> int:
         """Optimiser steps of the teacher."""

@@ -102,20 +102,21 @@ def _check_weights(config: Config, stages: Sequence[str]) -> None:
 def _check_resources(config: Config) -> int:
     """Threads a worker will have; joins the cluster only where one is named."""
     if os.environ.get("RAY_ADDRESS"):
-        from dfssd.cluster import connect, describe, worker_resources
+        from dfssd.cluster import connect, describe, with_workers, worker_resources
 
         connect()
-        resources = worker_resources(config.run)
-        print(f"cluster: {describe()}; {config.run.num_workers} worker(s) with {resources.cpus:g} CPUs each")
+        run = with_workers(config).run
+        resources = worker_resources(run)
+        print(f"cluster: {describe()}; {resources.describe(run.num_workers)} each")
         return resources.threads
     cpus = os.cpu_count() or 1
-    asked = config.run.cpus_per_worker * config.run.num_workers
+    asked = config.run.cpus_per_worker * config.run.workers[0]
     if asked > cpus:
         raise DfssdError(
             f"{asked} CPUs are asked for, this machine has {cpus}", todo="lower --num-workers or --cpus-per-worker"
         )
     print(f"cluster: a local Ray with {cpus} CPUs")
-    return config.run.cpus_per_worker or max(1, cpus // config.run.num_workers)
+    return config.run.cpus_per_worker or max(1, cpus // config.run.workers[0])
 
 
 def _with_rounds(stages: Sequence[str], rounds: int) -> list[str]:
@@ -134,7 +135,7 @@ def time_step(config: Config, spec: str, threads: int, unlabelled: bool, distill
     from dfssd.models.detector import threads as using_threads
 
     images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
-    images = max(1, images // config.run.num_workers)
+    images = max(1, images // config.run.workers[0])
     names = [f"class{k}" for k in range(7)]
     device = torch.device("cpu")
 

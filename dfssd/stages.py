@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ def _prepare(context: Context, stage: Stage, run_id: str) -> Body:
 
 
 def _train(context: Context, stage: Stage, run_id: str) -> Body:
-    from dfssd.cluster import connect, worker_resources
+    from dfssd.cluster import connect, with_workers, worker_resources
     from dfssd.models.detector import resolve_weights
     from dfssd.report.plots import training_curves
     from dfssd.train.job import TrainJob
@@ -166,9 +166,11 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
         summary = context.fit(job)
     else:
         connect()
-        resources = worker_resources(context.config.run)
-        workers = context.config.run.num_workers
-        print(f"{stage.name}: {job.model_spec}, {job.steps} steps on {resources.describe(workers)} each", flush=True)
+        job = replace(job, config=with_workers(config))
+        run = job.config.run
+        resources = worker_resources(run)
+        said = resources.describe(run.num_workers)
+        print(f"{stage.name}: {job.model_spec}, {job.steps} steps on {said} each", flush=True)
         summary = fit(job, resources)
     stage.store.write("curves.png", training_curves(stage.store.read_json("history.json"), stage.name))
     context.runs.artefact(run_id, "curves.png", stage.store.read("curves.png"))
@@ -265,7 +267,7 @@ def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
             todo="run jobs/teacher.py or jobs/distill.py first, or jobs/pipeline.py, which runs all in order",
         )
     connect()
-    resources = worker_resources(context.config.run.model_copy(update={"num_workers": 1}))
+    resources = worker_resources(context.config.run.model_copy(update={"num_workers": "1"}))
     task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
     results = ray.get(task.remote(context.config, context.run.uri, models, resources.threads))
     stage.store.write_json("metrics.json", results)

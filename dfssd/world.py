@@ -17,6 +17,10 @@ class World:
     rank: int = 0
     size: int = 1
 
+    def share_of(self, count: int) -> int:
+        """How many of `count` samples of a global batch are this worker's; shares differ by one at most."""
+        return len(range(self.rank, count, self.size))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all workers; `tensor` itself where there is only one."""
         if self.size > 1:

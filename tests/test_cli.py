@@ -110,6 +110,7 @@ FLAGS = [
     "unlabelled-ratio",
     "unreadable-limit",
     "val-every",
+    "wait-min",
     "warmup-steps",
     "weight-decay",
 ]
@@ -171,8 +172,8 @@ def test_layers_may_be_written_with_commas():
     ("args", "message"),
     [
         (["--taps", "4,15", "--teacher-taps", "4"], "they are compared in pairs"),
-        (["--batch", "15", "--num-workers", "2"], "cannot be shared by 2 workers"),
-        (["--unlabelled-ratio", "0.55", "--batch", "20", "--num-workers", "4"], "unlabelled images a batch"),
+        (["--batch", "4", "--num-workers", "5"], "each worker needs a labelled and an unlabelled image"),
+        (["--unlabelled-ratio", "0.1", "--batch", "20", "--num-workers", "1:4"], "which holds 20 and 2"),
     ],
 )
 def test_contradictions_are_user_errors(args, message):

@@ -2,7 +2,7 @@
 
 `torch.nn.SyncBatchNorm` refuses tensors on a CPU. This one runs on both, and agrees with batch norm in one process on the
 whole batch (Ioffe and Szegedy, Batch Normalization, ICML 2015, section 3; variances are combined as in Chan, Golub and
-LeVeque, 1979), in the forward pass, the gradient and the running statistics. Every worker must hold equally many images.
+LeVeque, 1979), in the forward pass, the gradient and the running statistics. Workers may hold different numbers of images.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class _Normalise(torch.autograd.Function):
         # Of each image in float32, over the images in float64: so the sum does not depend on who has which image.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         variances, means = (v.double() for v in torch.var_mean(wide, dim=(2, 3), correction=0))
-        moments = torch.stack([means.sum(0), (variances + means.square()).sum(0)])
-        size = _sum(moments)
-        mean, square = moments / (size * x.shape[0])
+        images = torch.full_like(means[0], x.shape[0])
+        mean, square, images = _sum(torch.stack([means.sum(0), (variances + means.square()).sum(0), images]))
+        mean, square = mean / images, square / images
         variance = (square - mean.square()).clamp(min=0).to(weight.dtype)
         mean = mean.to(weight.dtype)
-        count = size * x.numel() // x.shape[1]
+        count = images[0] * (x.shape[2] * x.shape[3])
         with torch.no_grad():
             assert module.running_mean is not None and module.running_var is not None and module.momentum is not None
             module.running_mean.lerp_(mean, module.momentum)
-            module.running_var.lerp_(variance * (count / max(count - 1, 1)), module.momentum)
+            module.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)).to(weight.dtype), module.momentum)
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)
         ctx.save_for_backward(x, weight, mean, variance)
@@ -55,8 +55,7 @@ class _Normalise(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
-        sums = torch.stack([dbias, dweight]).double()
-        _sum(sums)
+        sums = _sum(torch.stack([dbias, dweight]).double())
         mean_grad, mean_product = (sums / ctx.count).to(weight.dtype)
         # dx -= w s (mean(g) + x_hat mean(g x_hat)), written as an affine function of x
         slope = weight * inverse.square() * mean_product
@@ -65,12 +64,11 @@ class _Normalise(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-def _sum(tensor: Tensor) -> int:
-    """Add up over all workers in place; return their number."""
-    if not dist.is_initialized():
-        return 1
-    dist.all_reduce(tensor)
-    return dist.get_world_size()
+def _sum(tensor: Tensor) -> Tensor:
+    """Add up over all workers, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def share_statistics(module: nn.Module) -> nn.Module:

@@ -38,13 +38,18 @@ def share(config: Config, trials: int, max_concurrent: int) -> tuple[int, Resour
     from dfssd.cluster import worker_resources
 
     total, run = ray.cluster_resources(), config.run
+    workers = run.workers[0]
+    if run.elastic or run.num_workers == "auto":
+        raise DfssdError(
+            f"--num-workers {run.num_workers}: a trial has a fixed number of workers", todo="give a number"
+        )
     cpus, gpus = float(total.get("CPU", 0)), float(total.get("GPU", 0))
     one = worker_resources(run)  # raises where one trial does not fit
-    fit_cpu = int(cpus // (run.num_workers * max(1, run.cpus_per_worker)))
-    fit_memory = int(float(total.get("memory", 0)) / 2**30 // (TRIAL_MEMORY_GIB * run.num_workers))
-    fits = min(fit_cpu, fit_memory, int(gpus // run.num_workers) if one.gpu else fit_cpu)
+    fit_cpu = int(cpus // (workers * max(1, run.cpus_per_worker)))
+    fit_memory = int(float(total.get("memory", 0)) / 2**30 // (TRIAL_MEMORY_GIB * workers))
+    fits = min(fit_cpu, fit_memory, int(gpus // workers) if one.gpu else fit_cpu)
     count = max(1, min(trials, fits, max_concurrent or trials))
-    each = run.cpus_per_worker or max(cpus / (count * run.num_workers), 0.0)
+    each = run.cpus_per_worker or max(cpus / (count * workers), 0.0)
     return count, Resources.of_share(each, one.gpu)
 
 
@@ -155,7 +160,7 @@ def check_shareable(space: Space, config: Config, sweep: str) -> None:
     """
     if space.search != "optuna" and space.scheduler != "pbt":
         return
-    if space.scheduler == "pbt" and config.run.num_workers > 1:
+    if space.scheduler == "pbt" and config.run.workers[0] > 1:
         raise DfssdError("SCHEDULER pbt runs trials of one worker", todo="set --num-workers 1, or take asha")
     rng = np.random.default_rng(0)
     drawn = [make_trial(config, sweep, "", space.seeds[0], draw(space.axes, rng)) for _ in range(8)]
@@ -190,7 +195,7 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
         shared.make(trial.config, sweep, name, parent, tags)
     if space.search == "optuna" and len(known) >= space.trials:
         return []
-    own = config.run.num_workers == 1
+    own = config.run.workers[0] == 1
     print(
         f"sweep: {wanted} trials, {len(known)} of them finished before; {count} at a time, each "
         f"{resources.describe(config.run.num_workers)}",

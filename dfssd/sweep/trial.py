@@ -142,7 +142,7 @@ class Reports:
 
 def _fit(job: TrainJob, resources: Resources, reports: Reports) -> dict[str, Any]:
     """One worker trains in the trial's own process; several are a worker group of Ray Train beside it."""
-    if job.config.run.num_workers > 1:
+    if job.config.run.workers[0] > 1:
         return fit(job, resources, [_forward(reports.steps)])
     torch.set_num_threads(resources.threads)
     device = torch.device("cuda" if resources.gpu and torch.cuda.is_available() else "cpu")
@@ -165,7 +165,7 @@ def _record(trial: Trial, plan: Plan, order: int, summary: dict[str, Any], measu
     """What the table needs of a trial: numbers in `result`, all else beside it."""
     stage = folder(trial).read_json(f"{trial.stage}/stage.json")
     seconds = float(summary["seconds_per_step"]) * summary["steps"]
-    workers = trial.config.run.num_workers
+    workers = trial.config.run.workers[0]
     cost = workers * (1 if plan.resources.gpu else plan.resources.cpus) * stage["duration_s"] / 3600
     result: dict[str, float] = {
         "step": float(summary["steps"]),

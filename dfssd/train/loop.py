@@ -199,7 +199,7 @@ def step_metrics(
     metrics |= {k: float(v) for k, v in counts.items()}
     metrics |= {f"grad/{k}": v for k, v in grads.items()}
     metrics |= {"lr": lr, "grad/norm": norm, "time/step (s)": step_s, "time/data wait (s)": data_s}
-    metrics["speed (img/s)"] = images_per_step / max(step_s, 1e-9)
+    metrics |= {"speed (img/s)": images_per_step / max(step_s, 1e-9), "workers": float(s.world.size)}
     if s.policy:
         tau = s.policy.thresholds().tolist()
         metrics |= {f"threshold/{n}": t for n, t in zip(s.manifest.names, tau, strict=True)}

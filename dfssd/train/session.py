@@ -177,7 +177,7 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
     if job.distills:
         check_weights(config.distill)
     teaching = build_teaching(job, run, detector, manifest, device)
-    labelled = config.train.batch // world.size
+    labelled = world.share_of(config.train.batch)
     student = _student(detector, teaching, config.distill, labelled).to(device).train()
     student.to(memory_format=torch.channels_last)
     if config.train.batch_norm == "global" or (config.train.batch_norm == "auto" and world.size > 1):

@@ -22,6 +22,7 @@ from dfssd.train.session import Session
 from dfssd.world import World
 
 KEEP = 2  # checkpoints; the newest may be the one that was being written
+RESIZE_S = 30.0  # between looks at whether the cluster can hold more workers; a resize restarts from the checkpoint
 MAX_FAILURES = 3  # restarts of the worker group from the newest checkpoint
 
 
@@ -39,7 +40,8 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
         train_worker,
         train_loop_config={"job": job, "threads": resources.threads},
         scaling_config=ScalingConfig(
-            num_workers=job.config.run.num_workers,
+            num_workers=job.config.run.workers if job.config.run.elastic else job.config.run.workers[0],
+            elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=resources.gpu,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": 1} if resources.gpu else {})},
         ),

@@ -1,0 +1,101 @@
+"""Workers that come and go: as many as there is room for, uneven shares of a batch, and growth with the cluster."""
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+import ray
+from pydantic import ValidationError
+from small import give_teacher_and_candidates, make_job, tiny_config
+
+from dfssd.cluster import Resources, lacking, with_workers, worker_resources
+from dfssd.config import Config, Run
+from dfssd.errors import DfssdError
+from dfssd.train.worker import fit
+from dfssd.world import World
+
+
+@pytest.mark.parametrize(
+    ("given", "range_"), [(2, (2, 2)), ("3", (3, 3)), ("1:4", (1, 4)), ("auto", (1, 1)), ("2:2", (2, 2))]
+)
+def test_numbers_of_workers(given, range_):
+    assert Run(num_workers=given).workers == range_
+    assert Run(num_workers=given).elastic == (range_[0] < range_[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("0", "give 2, 1:4 or auto"), ("4:1", "give 1:4"), ("many", "give 2"), ("1:99", "each worker needs")],
+)
+def test_what_cannot_be_is_refused(given, said):
+    with pytest.raises(ValidationError, match=said):
+        Config(run=Run(num_workers=given))
+
+
+def test_shares_add_up_to_the_batch():
+    for size in range(1, 8):
+        shares = [World(rank, size).share_of(16) for rank in range(size)]
+        assert sum(shares) == 16 and max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize(
+    ("run", "nodes", "said"),
+    [
+        ({"num_workers": 2}, [], "no CPU for tasks"),
+        ({"num_workers": 2, "cpus_per_worker": 3}, [{"CPU": 2.0}], "need 6 CPUs, the cluster has 2"),
+        ({"num_workers": 2, "cpus_per_worker": 3}, [{"CPU": 4.0}, {"CPU": 2.0}], "room for 1, the largest node has 4"),
+        ({"num_workers": "2:4", "gpu": "require"}, [{"CPU": 8.0, "GPU": 1.0}], "need 2 GPUs, the cluster has 1"),
+        ({"num_workers": 2, "cpus_per_worker": 3}, [{"CPU": 3.0}, {"CPU": 3.0}], ""),
+        ({"num_workers": "1:4", "cpus_per_worker": 2}, [{"CPU": 2.0}], ""),
+    ],
+)
+def test_what_is_lacking_is_said(run, nodes, said):
+    found = lacking(Run(**run), nodes)
+    assert said in found and bool(found) == bool(said)
+
+
+@pytest.fixture
+def growing():
+    """A head of one CPU, and a way to add a node of one CPU to it."""
+    from ray.cluster_utils import Cluster
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {"num_cpus": 1, "object_store_memory": 120 * 2**20, "include_dashboard": True, "dashboard_port": port}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=own)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ.pop("RAY_AUTH_MODE", None)
+
+
+def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, growing, monkeypatch):
+    monkeypatch.setattr("dfssd.train.worker.RESIZE_S", 3.0)
+    give_teacher_and_candidates(prepared)
+    config = tiny_config(prepared, steps=80, val_every=4, log_every=1, num_workers="1:3", batch=5)
+    assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (1, 1)
+    assert worker_resources(config.run).cpus == 1
+    begun = time.monotonic()
+    with pytest.raises(DfssdError, match="need 2 CPUs, the cluster has 1"):
+        worker_resources(Run(num_workers=2, cpus_per_worker=1, wait_min=0.05))
+    assert 3 <= time.monotonic() - begun < 20
+    job = make_job("student", str(prepared / "r"), config)
+    done = {}
+    training = threading.Thread(target=lambda: done.update(fit(job, Resources(1, 1, False))), daemon=True)
+    training.start()
+    first = prepared / "r" / "student" / "train" / "step_0000004" / "MANIFEST.json"
+    deadline = time.monotonic() + 120
+    while not first.exists():
+        assert training.is_alive() and time.monotonic() < deadline
+        time.sleep(0.1)
+    growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # only works in the main thread
+    assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (2, 2)
+    training.join(240)
+    assert not training.is_alive() and done["steps"] == 80
+    history = [h for h in job.store.read_json("history.json") if "loss/total" in h]
+    assert [h["step"] for h in history] == list(range(1, 81))
+    assert {h["workers"] for h in history} == {1, 2}  # 2 and 3 of the 5 labelled images each
+    assert history[0]["workers"] == 1 and history[-1]["workers"] == 2
