@@ -52,14 +52,15 @@ def assign_splits(
     # Large groups first, while every split still has room for them; ties in pseudo-random order.
     order = sorted(members, key=lambda g: (-len(members[g]), keys[g]))
     load = np.concatenate([counts, np.ones((len(ids), 1))], 1)  # what it holds, and that it is one image
-    target = np.outer(shares, load.sum(0))
+    total = load.sum(0)
+    target = np.outer(shares, total)
     missing = target.copy()
     result = np.zeros(len(ids), np.int64)
     scale = np.maximum(target, 1e-9)
     for group in order:
         rows = members[group]
         held = load[rows].sum(0)
-        rarity = held / np.maximum(load.sum(0), 1)
+        rarity = held / np.maximum(total, 1)
         # Relative need, but never a split that the group would overfill by more than a tenth of its target.
         need = (missing / scale) @ rarity
         need[(held > missing + 0.1 * target).any(1)] -= 1e6

@@ -208,6 +208,9 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
 
     callbacks: list[tune.Callback] = [Progress(config, sweep, wanted, runs, space.metric)]
     points: list[dict[str, Any]] = [{"order": k, **population.identity(trial)} for k, trial in enumerate(trials)]
+    if space.scheduler == "asha":
+        # It measures a trial against those before it: sorted by a setting, as a grid is, each could be the best so far.
+        points = [points[k] for k in np.random.default_rng(space.seeds[0]).permutation(len(points))]
     if space.scheduler == "pbt":
         points = population.members(storage, sweep, points)
         callbacks.append(population.Census(storage, sweep, points, runs))

@@ -1,0 +1,150 @@
+"""Two Ray nodes on one machine that share nothing but loopback: an S3 endpoint, an MLflow server, and no files.
+
+Every process of a node lives in a mount namespace of its own, in which the folders of the other node and of the driver are
+empty. The only things both see are the interpreter and this repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def can_isolate() -> bool:
+    """May this user make mount namespaces?"""
+    if not shutil.which("unshare"):
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Place:
+    """Processes started by a test, each in its own session, and their end."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.processes = root, []
+
+    def start(
+        self, name: str, command: list[str], env: dict[str, str], hidden: tuple[Path, ...] = ()
+    ) -> subprocess.Popen:
+        """Start a process in `root/name`, with `hidden` folders empty for it and for all that it starts."""
+        own = self.root / name
+        own.mkdir(exist_ok=True)
+        if hidden:
+            mounts = " && ".join(f"mount -t tmpfs none '{h}'" for h in hidden)
+            command = [
+                "unshare",
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                f'{mounts} && exec "$@"',
+                "sh",
+                *command,
+            ]
+        with (self.root / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, cwd=own, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.processes.append(process)
+        return process
+
+    def wait_for(self, url: str, name: str) -> None:
+        deadline = time.monotonic() + 90
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(url, timeout=2).close()
+                return
+            assert time.monotonic() < deadline, (self.root / f"{name}.log").read_text()[-3000:]
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextlib.contextmanager
+def services(root: Path) -> Iterator[tuple[Place, dict[str, str]]]:
+    """An S3 endpoint and an MLflow server; yields what starts more, and the environment that leads to them."""
+    place, s3, tracking = Place(root), free_port(), free_port()
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))}
+    env = {**base, **KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}", "AWS_EC2_METADATA_DISABLED": "true"}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+    try:
+        place.start("s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(s3)], env)
+        backend = [
+            "--backend-store-uri",
+            f"sqlite:///{root}/mlflow.db",
+            "--artifacts-destination",
+            str(root / "artefacts"),
+        ]
+        own = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(tracking),
+            "--workers",
+            "1",
+        ]
+        place.start("mlflow", [*own, *backend], base)
+        place.wait_for(env["AWS_ENDPOINT_URL"], "s3")
+        place.wait_for(f"http://127.0.0.1:{tracking}/health", "mlflow")
+        yield place, {**env, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{tracking}"}
+    finally:
+        place.stop()
+
+
+def start_nodes(place: Place, env: dict[str, str]) -> str:
+    """A head on 127.0.0.2 and a worker node on 127.0.0.3, two CPUs each; returns the address of the cluster."""
+    port, dashboard, ray = free_port(), free_port(), place.root / "ray"
+    ray.mkdir()
+    common = ["--num-cpus", "2", "--object-store-memory", str(150 * 2**20), "--disable-usage-stats", "--block"]
+    folders = {name: place.root / name for name in ("a", "b", "driver")}
+    for folder in folders.values():
+        folder.mkdir()
+    head = ["--head", "--port", str(port), "--node-ip-address", "127.0.0.2", "--temp-dir", str(ray)]
+    head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+    place.start("a", [str(BIN / "ray"), "start", *head, *common], env, hidden=(folders["b"],))
+    _until_listening(place, port)
+    joined = ["--address", f"127.0.0.2:{port}", "--node-ip-address", "127.0.0.3"]
+    hidden = (folders["a"], folders["driver"], ray)
+    place.start("b", [str(BIN / "ray"), "start", *joined, *common], env, hidden=hidden)
+    return f"127.0.0.2:{port}"
+
+
+def _until_listening(place: Place, port: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.2", port), 1):
+            return
+        time.sleep(0.2)
+    raise AssertionError((place.root / "a.log").read_text()[-3000:])
