@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --imgsz 224 --batch 16
 
-The full distillation step of `benchmarks/step.py` by 1 and by 2 processes of one thread each, joined by gloo over loopback and with
-the same global batch; blocks of steps of both alternate, figures are medians. The first process also times the exchange alone.
+The full distillation step of `benchmarks/step.py` by 1 and by 2 processes of one thread each, joined by gloo over loopback,
+with the same global batch; blocks of steps alternate, figures are medians. The first process also times the exchange alone.
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ A file is visible only when it is complete: local files are renamed into place, 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,11 +73,15 @@ class Storage:
         """Open `name` for writing; it appears under its name only when the block ends without an error."""
         path = self.path(name)
         self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        target = f"{path}.part" if self.is_local else path
-        with self.fs.open_output_stream(target) as stream:
+        if not self.is_local:
+            buffer = io.BytesIO()  # a stream to an object store publishes on close, also where an error closes it
+            yield buffer
+            with self.fs.open_output_stream(path) as stream:
+                stream.write(buffer.getvalue())
+            return
+        with self.fs.open_output_stream(f"{path}.part") as stream:
             yield stream
-        if self.is_local:
-            self.fs.move(target, path)
+        self.fs.move(f"{path}.part", path)
 
     def write(self, name: str, data: bytes) -> None:
         with self.writer(name) as stream:
@@ -133,4 +140,10 @@ def read_uri(uri: str) -> bytes:
     if "://" not in uri:
         return Path(uri).read_bytes()
     folder, name = uri.rsplit("/", 1)
-    return Storage(folder).read(name)
+    return _opened(os.getpid(), folder).read(name)
+
+
+@lru_cache(64)
+def _opened(process: int, folder: str) -> Storage:
+    """The storage of a folder, opened once a process: to open a bucket asks the network, and a fork must not share it."""
+    return Storage(folder)

@@ -23,6 +23,8 @@ FLAGS = [
     "baseline",
     "batch",
     "box-loss",
+    "cache-dir",
+    "cache-dir-gib",
     "cache-gib",
     "close-mosaic",
     "compile",

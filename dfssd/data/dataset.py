@@ -19,6 +19,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
 from dfssd.config import Train
+from dfssd.data.cache import DiskCache
 from dfssd.data.manifest import Boxes, Row
 from dfssd.data.sampling import Draw
 from dfssd.errors import DfssdError
@@ -28,14 +29,20 @@ Sample = dict[str, Any]
 VAL_BATCH = 16  # as in `yolo val`: with rectangular batches the batch size is part of the measurement
 
 
-def decode(uri: str) -> np.ndarray:
+def disk_cache(train: Train) -> DiskCache | None:
+    """The cache that the settings ask for."""
+    return DiskCache(train.cache_dir, train.cache_dir_gib) if train.cache_dir else None
+
+
+def decode(uri: str, cache: DiskCache | None = None) -> np.ndarray:
     """(H,W,3) uint8 BGR, turned as its EXIF data says.
 
     Raises:
         DfssdError: the image was there when `prepare` looked, and is not readable now.
     """
     try:
-        image = cv2.imdecode(np.frombuffer(read_uri(uri), np.uint8), cv2.IMREAD_COLOR)
+        data = cache.read(uri) if cache else read_uri(uri)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error) as error:
         raise DfssdError(f"image cannot be read: {error}", where=uri, todo=_MOVED) from error
     if image is None:
@@ -66,6 +73,7 @@ class ManifestDataset(YOLODataset):
         train: training settings; None makes a validation set (rectangular batches, no augmentation).
         imgsz: side of the network input (px).
         cache_gib: memory for decoded images (GiB); the least recently used ones go first.
+        disk: where files from an object store are kept.
     """
 
     def __init__(
@@ -76,7 +84,9 @@ class ManifestDataset(YOLODataset):
         imgsz: int,
         train: Train | None = None,
         cache_gib: float = 1.0,
+        disk: DiskCache | None = None,
     ) -> None:
+        self._disk = disk
         self._rows, self._boxes = list(rows), list(boxes)
         self._cached: OrderedDict[int, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
         self._cached_bytes, self._cache_limit = 0, int(cache_gib * 2**30)
@@ -129,7 +139,7 @@ class ManifestDataset(YOLODataset):
             self._cached.move_to_end(i)
             image, original = self._cached[i]
             return image, original, image.shape[:2]
-        full = decode(self.im_files[i])
+        full = decode(self.im_files[i], self._disk)
         image, original = shrink(full, self.imgsz), full.shape[:2]
         self._cached[i] = image, original
         self._cached_bytes += image.nbytes

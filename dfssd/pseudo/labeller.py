@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import ray.data
 
+from dfssd.cluster import alive_nodes
 from dfssd.config import Config
 from dfssd.data.checks import Problem
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, read_table
@@ -88,7 +89,7 @@ def _is_whole(store: Storage, name: str) -> bool:
 def _actors(config: Config) -> tuple[int, float, bool]:
     """Number of actors, CPUs for each, and whether each has a GPU."""
     total = float(ray.cluster_resources().get("CPU", 1))
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if config.run.gpu == "auto" else 0
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if config.run.gpu != "never" else 0
     count = config.pseudo.num_actors or gpus or max(1, int(total // 8))
     # Actors start first and hold their CPUs; what is left must take the decode tasks, or nothing ever runs.
     cpus = 1.0 if total - count >= 4 * DECODE_CPUS else max(0.1, total / 2 / count)
@@ -103,10 +104,13 @@ def _stream(
     context.enable_progress_bars = False  # ours survives a job's log, and goes on where a resumed job goes on
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     count, cpus, gpu = _actors(config)
-    threads = max(1, int(float(ray.cluster_resources().get("CPU", 1)) // count))
+    nodes = alive_nodes()
+    threads = max(
+        1, int(min(sum(n["CPU"] for n in nodes) // count, *(n["CPU"] for n in nodes)))
+    )  # of one node, not of all
     dataset = (
         ray.data.from_items(todo, override_num_blocks=len(todo))
-        .map(decode_shard, fn_kwargs={"imgsz": config.train.imgsz}, num_cpus=DECODE_CPUS)
+        .map(decode_shard, fn_kwargs={"imgsz": config.train.imgsz, "train": config.train}, num_cpus=DECODE_CPUS)
         .map(
             TeacherActor,
             fn_constructor_args=(*actor, threads),

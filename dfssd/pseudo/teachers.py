@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfssd.config import Config
-from dfssd.data.dataset import decode, network_input, shrink
+from dfssd.config import Config, Train
+from dfssd.data.dataset import decode, disk_cache, network_input, shrink
 from dfssd.data.manifest import Boxes, pseudo_table, write_table
 from dfssd.errors import DfssdError
 from dfssd.models.detector import autocast_dtype, load_detector
@@ -25,19 +25,23 @@ from dfssd.storage import Storage
 AUTO_BATCH = {"cpu": 16, "cuda": 64}  # images in a forward pass; halved where a GPU's memory does not hold them
 
 
-def decode_shard(row: dict[str, Any], imgsz: int) -> dict[str, Any]:
+def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) -> dict[str, Any]:
     """Read and letterbox the images of a shard on a CPU task.
+
+    Args:
+        train: settings that name a cache on disk; none: no cache.
 
     Returns:
         images: (n,imgsz,imgsz,3) uint8 RGB. geometry: (n,3) float [scale, left, top]: input px = image px * scale + edge;
         scale 0 marks an image that cannot be read. sizes: (n,2) width, height (px). Everything else is passed on.
     """
+    cache = disk_cache(train) if train else None
     n = len(row["uris"])
     images = np.full((n, imgsz, imgsz, 3), 114, np.uint8)
     geometry, sizes = np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32)
     for k, uri in enumerate(row["uris"]):
         try:
-            full = decode(str(uri))
+            full = decode(str(uri), cache)
         except DfssdError:
             continue  # becomes a row without boxes, and so a row of bad_files.parquet
         small = shrink(full, imgsz)
@@ -88,7 +92,7 @@ class TeacherActor:
         torch.set_num_threads(threads)
         run = Storage(run_uri)
         self.store, self.config = run.at(folder), config
-        self.device = torch.device("cuda" if torch.cuda.is_available() and config.run.gpu == "auto" else "cpu")
+        self.device = torch.device("cuda" if torch.cuda.is_available() and config.run.gpu != "never" else "cpu")
         self.half = self.device.type == "cuda" and autocast_dtype(config.train.amp, self.device) is not None
         self.models, self.maps = [], []
         files = [run.read(name) for name in weights]

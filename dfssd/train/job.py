@@ -75,7 +75,9 @@ class TrainJob:
 def stage_config(config: Config, stage: str) -> dict[str, Any]:
     """The settings that the result of a training stage depends on; what only changes speed is left out."""
     train = as_dict(
-        config.train, "teacher_steps", "steps", "val_every", "log_every", "loader_workers", "cache_gib", "compile"
+        config.train,
+        *("teacher_steps", "steps", "val_every", "log_every", "compile"),
+        *("loader_workers", "cache_gib", "cache_dir", "cache_dir_gib"),
     )
     teacher = is_teacher(stage)
     if not teacher:

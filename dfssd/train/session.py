@@ -14,7 +14,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
-from dfssd.data.dataset import ManifestDataset, Streams, collate
+from dfssd.data.dataset import ManifestDataset, Streams, collate, disk_cache
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion, StudentOutput
@@ -217,7 +217,13 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         criterion=criterion,
         streams=Streams(_streams(job, manifest, candidates)),
         val=ManifestDataset(
-            val, [r.boxes for r in val], manifest.names, config.train.imgsz, cache_gib=config.train.cache_gib
+            val,
+            [r.boxes for r in val],
+            manifest.names,
+            config.train.imgsz,
+            None,
+            config.train.cache_gib,
+            disk_cache(config.train),
         ),
     )
 
@@ -248,7 +254,8 @@ def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) ->
         raise DfssdError("no labelled train image shows a defect", todo="raise --label-fraction, or label more images")
 
     def dataset(rows: list[Any], boxes: list[Any]) -> ManifestDataset:
-        return ManifestDataset(rows, boxes, names, config.train.imgsz, config.train, config.train.cache_gib)
+        own = config.train
+        return ManifestDataset(rows, boxes, names, own.imgsz, own, own.cache_gib, disk_cache(own))
 
     streams = {"labelled": dataset(labelled, [r.boxes for r in labelled])}
     if job.pseudo and config.unlabelled_batch():
