@@ -8,6 +8,7 @@ import pytest
 from dfssd.data import cache as module
 from dfssd.data.cache import DiskCache
 from dfssd.errors import DfssdError
+from dfssd.storage import Storage
 
 
 @pytest.fixture
@@ -82,3 +83,14 @@ def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
     with pytest.raises(DfssdError, match="cannot be written") as caught:
         DiskCache(str(tmp_path / "file" / "c"), 1)
     assert "--cache-dir" in caught.value.todo
+
+
+def test_what_breaks_off_is_not_published_to_an_object_store(tmp_path):
+    store = Storage(str(tmp_path))
+    store.is_local = False  # closing the stream is what publishes there
+    with pytest.raises(RuntimeError), store.writer("a/file") as stream:
+        stream.write(b"half of it")
+        raise RuntimeError
+    assert not store.exists("a/file")
+    store.write("a/file", b"all of it")
+    assert store.read("a/file") == b"all of it"

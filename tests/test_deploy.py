@@ -52,6 +52,14 @@ def test_versions_are_the_tested_ones(cluster, job):
     assert "-c constraints.txt" in said and "-c ~/constraints.txt" in said
 
 
+def test_the_nodes_have_all_that_the_project_needs(cluster):
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    words = set(re.findall(r"[\w-]+", " ".join(cluster["setup_commands"])))
+    assert {re.split(r"[\[><=]", one)[0] for one in needed} <= words
+
+
 def test_the_cluster_is_shut(cluster):
     for command in (*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]):
         assert "ray stop" in command or "RAY_AUTH_MODE=token" in command
