@@ -10,15 +10,21 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pyarrow import fs as pafs
 
 from dfssd.errors import DfssdError
+
+FETCHES = 16  # requests to an object store at a time: each waits tens of milliseconds for its first byte
+WINDOW = 256  # items that `side_by_side` works on before it waits for the slowest of them
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Storage:
@@ -141,6 +147,27 @@ def read_uri(uri: str) -> bytes:
         return Path(uri).read_bytes()
     folder, name = uri.rsplit("/", 1)
     return _opened(os.getpid(), folder).read(name)
+
+
+def is_remote(uri: str) -> bool:
+    """Does a network lie between here and this file or folder?"""
+    return "://" in uri and not uri.startswith("file:")
+
+
+def side_by_side(work: Callable[[T], R], items: Sequence[T], remote: bool, threads: int = 1) -> Iterator[R]:
+    """`work` of every item, in order; at least `FETCHES` at a time where each waits for an object store.
+
+    Args:
+        remote: do the items lie behind a network?
+        threads: items at a time where they do not; 1: in this thread.
+    """
+    threads = max(threads, FETCHES) if remote else threads
+    if threads == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(items), WINDOW):
+            yield from pool.map(work, items[first : first + WINDOW])
 
 
 @lru_cache(64)

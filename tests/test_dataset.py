@@ -1,7 +1,14 @@
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
 from dfssd.config import Train
+from dfssd.data import dataset as dataset_module
 from dfssd.data.dataset import ManifestDataset, Streams, collate, validation_batches
 from dfssd.data.manifest import read_manifest
 from dfssd.data.sampling import Draw
@@ -77,3 +84,54 @@ def test_streams_and_validation_shares(prepared):
     whole = [f for b in validation_batches(val) for f in b["im_file"]]
     shares = [f for r in range(2) for b in validation_batches(val, r, 2) for f in b["im_file"]]
     assert sorted(whole) == sorted(shares) == sorted(r.uri for r in rows)
+
+
+@pytest.fixture
+def far_away(prepared, monkeypatch):
+    """The same images behind an object store that is slow to answer; what it was asked for, and for how many at a time."""
+    asked, running, most = [], [0], [0]
+    lock = threading.Lock()
+
+    def read(uri):
+        with lock:
+            asked.append(uri)
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+        return Path(uri.removeprefix("s3://b/")).read_bytes()
+
+    monkeypatch.setattr(dataset_module, "read_uri", read)
+    near, rows = _dataset(prepared)
+    far = [dataclasses.replace(row, uri=f"s3://b/{row.uri}") for row in rows]
+    stream = ManifestDataset(far, [r.boxes for r in far], near.data["names"].values(), 64, Train(imgsz=64), 0.0)
+    return near, stream, asked, most
+
+
+def test_the_images_of_a_batch_are_fetched_side_by_side(far_away):
+    near, far, asked, most = far_away
+    draws = [Draw("labelled", k, 100 + k, k % 4 != 3) for k in range(8)]
+    samples = Streams({"labelled": far}).__getitems__(draws)
+    assert most[0] > 4 and len(asked) == len(set(asked))
+    assert all(_same(s, near.augmented(d.image, d.seed, d.mosaic)) for s, d in zip(samples, draws, strict=True))
+    most[0] = 0
+    for _ in validation_batches(ManifestDataset(far._rows, far._boxes, ["a", "b", "c"], 64, None, 0.0)):
+        assert most[0] > 4
+
+
+def test_it_is_foreseen_which_images_a_sample_needs(far_away, monkeypatch):
+    """Ultralytics picks mosaic partners as it goes: what is fetched ahead must be what it then asks for, and no more."""
+    near = far_away[0]
+    loaded = []
+    real = ManifestDataset.load_image
+    monkeypatch.setattr(ManifestDataset, "load_image", lambda self, i, **kw: loaded.append(i) or real(self, i, **kw))
+    sizes = set()
+    for mosaic in (1.0, 0.5, 0.0):
+        stream = ManifestDataset(near._rows, near._boxes, ["a", "b", "c"], 64, Train(imgsz=64, mosaic=mosaic))
+        for seed in range(40):
+            loaded.clear()
+            stream.augmented(seed % len(stream), seed, seed % 5 != 0)
+            assert stream.parts(seed % len(stream), seed, seed % 5 != 0) == loaded
+            sizes.add((mosaic, len(loaded)))
+    assert {(1.0, 4), (1.0, 1), (0.5, 4), (0.5, 1), (0.0, 1)} == sizes

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ultralytics.cfg import get_cfg
+from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.data.dataset import YOLODataset
 
 from dfssd.config import Train
@@ -23,7 +25,7 @@ from dfssd.data.cache import DiskCache
 from dfssd.data.manifest import Boxes, Row
 from dfssd.data.sampling import Draw
 from dfssd.errors import DfssdError
-from dfssd.storage import read_uri
+from dfssd.storage import is_remote, read_uri, side_by_side
 
 Sample = dict[str, Any]
 VAL_BATCH = 16  # as in `yolo val`: with rectangular batches the batch size is part of the measurement
@@ -89,6 +91,7 @@ class ManifestDataset(YOLODataset):
         self._disk = disk
         self._rows, self._boxes = list(rows), list(boxes)
         self._cached: OrderedDict[int, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
+        self._fetched: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}  # of the batch that is being made
         self._cached_bytes, self._cache_limit = 0, int(cache_gib * 2**30)
         data = {"names": dict(enumerate(names)), "nc": len(names), "channels": 3}
         super().__init__(
@@ -107,6 +110,7 @@ class ManifestDataset(YOLODataset):
             return
         self.cache = "ram"  # mosaic partners come from the whole set, not from what happened to be loaded last
         self.with_mosaic = self.build_transforms(_hyp(train))
+        self._mosaic = _first_mosaic(self.with_mosaic)
         self.without_mosaic = self.build_transforms(_hyp(train.model_copy(update={"mosaic": 0.0, "mixup": 0.0})))
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
@@ -139,14 +143,31 @@ class ManifestDataset(YOLODataset):
             self._cached.move_to_end(i)
             image, original = self._cached[i]
             return image, original, image.shape[:2]
-        full = decode(self.im_files[i], self._disk)
-        image, original = shrink(full, self.imgsz), full.shape[:2]
+        image, original = self._fetched.get(i) or self._decoded(i)
         self._cached[i] = image, original
         self._cached_bytes += image.nbytes
         while self._cached_bytes > self._cache_limit:
             _, (old, _) = self._cached.popitem(last=False)
             self._cached_bytes -= old.nbytes
         return image, original, image.shape[:2]
+
+    def _decoded(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
+        full = decode(self.im_files[i], self._disk)
+        return shrink(full, self.imgsz), full.shape[:2]
+
+    def fetch(self, indices: Iterable[int]) -> None:
+        """Load the images that `load_image` will be asked for next; many at a time where they lie in an object store."""
+        missing = sorted({i for i in indices if i not in self._cached and is_remote(self.im_files[i])})
+        self._fetched = dict(zip(missing, side_by_side(self._decoded, missing, remote=True), strict=True))
+
+    def parts(self, index: int, seed: int, mosaic: bool) -> list[int]:
+        """Images that `augmented` makes this sample of: its own and its mosaic partners; those of mixup are not foreseen."""
+        mixer = self._mosaic if mosaic else None
+        if mixer is None:
+            return [index]
+        random.seed(seed)
+        used = random.uniform(0, 1) <= mixer.p  # as Ultralytics draws it, first of all
+        return [index, *mixer.get_indexes()] if used else [index]
 
     def augmented(self, index: int, seed: int, mosaic: bool) -> Sample:
         """One training sample; equal arguments give an equal sample, whatever was loaded before."""
@@ -165,6 +186,13 @@ def _hyp(train: Train | None) -> Any:
     return get_cfg(overrides=settings)
 
 
+def _first_mosaic(transforms: Any) -> Mosaic | None:
+    """The mosaic among nested transforms, where it comes first."""
+    while isinstance(transforms, Compose) and transforms.transforms:
+        transforms = transforms.transforms[0]
+    return transforms if isinstance(transforms, Mosaic) else None
+
+
 class Streams(torch.utils.data.Dataset):
     """The labelled and the unlabelled training images; an item is named by a `Draw`."""
 
@@ -173,6 +201,13 @@ class Streams(torch.utils.data.Dataset):
 
     def __getitem__(self, draw: Draw) -> Sample:
         return self.streams[draw.stream].augmented(draw.image, draw.seed, draw.mosaic)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
+        """The samples of a batch, whose images are fetched together."""
+        for name, stream in self.streams.items():
+            own = (stream.parts(d.image, d.seed, d.mosaic) for d in draws if d.stream == name)
+            stream.fetch(chain.from_iterable(own))
+        return [self[draw] for draw in draws]
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -201,7 +236,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 def validation_batches(dataset: ManifestDataset, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
     """Batches of a validation set in its rectangular order; each rank takes every world-th batch."""
     for first in range(rank * VAL_BATCH, len(dataset), world * VAL_BATCH):
-        yield collate([dataset[i] for i in range(first, min(first + VAL_BATCH, len(dataset)))])
+        batch = range(first, min(first + VAL_BATCH, len(dataset)))
+        dataset.fetch(batch)
+        yield collate([dataset[i] for i in batch])
 
 
 def network_input(images_uint8: Tensor, device: torch.device) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from dfssd.data.source import Item, Source, unlabelled_uris
 from dfssd.data.summary import contact_sheet, summarise
 from dfssd.errors import DfssdError
 from dfssd.progress import Progress
-from dfssd.storage import Storage, read_uri
+from dfssd.storage import Storage, is_remote, read_uri, side_by_side
 
 
 @dataclass
@@ -112,10 +110,8 @@ def _parallel(jobs: list[tuple[str, Item]], classes: int, config: Data) -> Itera
             return uri, boxes
         return Checked(uri, facts, boxes, item.split)
 
-    queue = iter(jobs)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while chunk := list(islice(queue, 256)):
-            yield from pool.map(one, chunk)
+    remote = any(is_remote(uri) for uri, _ in jobs)
+    yield from side_by_side(one, jobs, remote, os.cpu_count() or 1)
 
 
 def _stop_if_too_bad(bad: list[Bad], total: int, config: Data, store: Storage) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 from dfssd.config import Data
 from dfssd.data.checks import Label
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.progress import Progress
+from dfssd.storage import Storage, side_by_side
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
@@ -48,6 +53,15 @@ def unlabelled_uris(config: Data) -> list[str]:
             raise DfssdError("no image files found", where=store.uri, todo="check the path given to --unlabelled")
         uris += [f"{store.uri}/{name}" for name in names]
     return uris
+
+
+def read_labels(read: Callable[[str], T], names: Sequence[str], store: Storage) -> Iterator[T]:
+    """What `read` makes of each label file; many files at a time, and with progress, where they lie in an object store."""
+    progress = Progress("labels", len(names), "file")
+    for label in side_by_side(read, names, not store.is_local):
+        yield label
+        if not store.is_local:
+            progress.add()
 
 
 def is_image(name: str) -> bool:

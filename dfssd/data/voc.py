@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from dfssd.data.checks import Label, Problem
-from dfssd.data.source import Item, Source, closest, given_split, is_image
+from dfssd.data.source import Item, Source, closest, given_split, is_image, read_labels
 from dfssd.storage import Storage
 
 
@@ -19,8 +20,9 @@ def read_voc(store: Storage, files: list[str]) -> Source:
         by_stem.setdefault(PurePosixPath(name).stem, []).append(name)
     parsed: dict[str, tuple[list[str], Label]] = {}
     orphans = []
-    for name in (f for f in files if f.lower().endswith(".xml")):
-        objects, label, tagged = _parse_voc(store, name)
+    sheets = [f for f in files if f.lower().endswith(".xml")]
+    labels = read_labels(partial(_parse_voc, store), sheets, store)
+    for name, (objects, label, tagged) in zip(sheets, labels, strict=True):
         stem = PurePosixPath(name).stem
         candidates = by_stem.get(stem) or by_stem.get(PurePosixPath(tagged).stem, [])
         if candidates:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
 import yaml
 
 from dfssd.data.checks import Label, Problem
-from dfssd.data.source import Item, Source, given_split, is_image
+from dfssd.data.source import Item, Source, given_split, is_image, read_labels
 from dfssd.errors import DfssdError
 from dfssd.storage import Storage
 
@@ -35,19 +36,17 @@ def parse_yolo_text(text: str) -> Label:
 def _yolo_items(store: Storage, files: list[str], image_dir: str, label_dir: str) -> tuple[list[Item], list[str]]:
     """Pair images with text labels: the last folder `image_dir` of a path becomes `label_dir`, as Ultralytics does."""
     known = set(files)
-    used, items = set(), []
-    for name in filter(is_image, files):
+    images, label_names = [f for f in files if is_image(f)], []
+    for name in images:
         parts = name.split("/")
         places = [i for i, p in enumerate(parts[:-1]) if p == image_dir]
         if places:
             parts[places[-1]] = label_dir
-        label_name = str(PurePosixPath("/".join(parts)).with_suffix(".txt"))
-        label = None
-        if label_name in known:
-            used.add(label_name)
-            label = _read_text(store, label_name)
-        items.append(Item(name, label, given_split(name)))
-    orphans = [f for f in files if f.endswith(".txt") and label_dir in f.split("/")[:-1] and f not in used]
+        label_names.append(str(PurePosixPath("/".join(parts)).with_suffix(".txt")))
+    used = list(known.intersection(label_names))
+    labels = dict(zip(used, read_labels(partial(_read_text, store), used, store), strict=True))
+    items = [Item(i, labels.get(n), given_split(i)) for i, n in zip(images, label_names, strict=True)]
+    orphans = [f for f in files if f.endswith(".txt") and label_dir in f.split("/")[:-1] and f not in labels]
     return items, [f for f in orphans if PurePosixPath(f).name != "classes.txt"]
 
 

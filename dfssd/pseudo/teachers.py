@@ -20,7 +20,7 @@ from dfssd.errors import DfssdError
 from dfssd.models.detector import autocast_dtype, load_detector
 from dfssd.models.predict import predict
 from dfssd.pseudo.fusion import FLIPS, fuse, unflip
-from dfssd.storage import Storage
+from dfssd.storage import Storage, is_remote, side_by_side
 
 AUTO_BATCH = {"cpu": 16, "cuda": 64}  # images in a forward pass; halved where a GPU's memory does not hold them
 
@@ -39,16 +39,23 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
     n = len(row["uris"])
     images = np.full((n, imgsz, imgsz, 3), 114, np.uint8)
     geometry, sizes = np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32)
-    for k, uri in enumerate(row["uris"]):
+
+    def load(uri: str) -> tuple[np.ndarray, tuple[int, ...]] | None:
         try:
-            full = decode(str(uri), cache)
+            full = decode(uri, cache)
         except DfssdError:
-            continue  # becomes a row without boxes, and so a row of bad_files.parquet
-        small = shrink(full, imgsz)
+            return None  # becomes a row without boxes, and so a row of bad_files.parquet
+        return shrink(full, imgsz), full.shape
+
+    uris = [str(uri) for uri in row["uris"]]
+    for k, found in enumerate(side_by_side(load, uris, any(map(is_remote, uris)))):
+        if found is None:
+            continue
+        small, (height, width, *_) = found
         top, left = (imgsz - small.shape[0]) // 2, (imgsz - small.shape[1]) // 2
         images[k, top : top + small.shape[0], left : left + small.shape[1]] = small[..., ::-1]
-        geometry[k] = small.shape[1] / full.shape[1], left, top
-        sizes[k] = full.shape[1], full.shape[0]
+        geometry[k] = small.shape[1] / width, left, top
+        sizes[k] = width, height
     return {**row, "images": images, "geometry": geometry, "sizes": sizes}
 
 

@@ -26,11 +26,13 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
 from dfssd.models.taps import Taps
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
-from dfssd.storage import Storage
+from dfssd.storage import Storage, is_remote
 from dfssd.train.job import TrainJob
 from dfssd.train.optim import make_optimiser
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
 from dfssd.world import World
+
+MAX_LOADERS = 8  # processes that load images for one GPU
 
 
 class Student(nn.Module):
@@ -116,7 +118,7 @@ class Session:
         )
         workers = config.train.loader_workers
         if workers < 0:
-            workers = 1 if torch.get_num_threads() > 1 else 0
+            workers = self._loading_processes()
         return torch.utils.data.DataLoader(
             self.streams,
             batch_sampler=sampler,
@@ -125,6 +127,14 @@ class Session:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
+
+    def _loading_processes(self) -> int:
+        """As many as keep the step from waiting, and no more: each holds a cache of decoded images of its own."""
+        threads = torch.get_num_threads()
+        if self.device.type == "cuda":  # the CPUs have nothing else to do
+            return max(1, min(MAX_LOADERS, threads - 1))
+        remote = any(is_remote(row.uri) for row in self.manifest.rows)
+        return 1 if threads > 1 or remote else 0  # who waits for a network needs no core
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; positions in the data follow from the step."""

@@ -1,0 +1,174 @@
+"""How long a step waits for images that lie in an object store, and what side-by-side requests and the caches change.
+
+    python benchmarks/object_store.py --latency-ms 20
+
+An S3 server on loopback that answers each request late stands for a store across a network. The full distillation step of
+`benchmarks/step.py` trains from it with its loader running. `one at a time` asks as a plain dataset would; `cold` asks as
+dfssd does, with nothing kept, so that each step fetches all of its images anew (a mosaic is made of four); the other rows
+keep them, and have seen all images before. The server takes its share of the same cores, which a real store does not.
+It knows what reading needs and no more: that dfssd works with S3 is shown by the tests, with a whole server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from step import FULL, Bench, our_step
+from step import Settings as StepSettings
+
+from dfssd.config import Config, Distill, Models, Run, Train
+from dfssd.data import dataset
+from dfssd.data.manifest import read_manifest, write_manifest
+from dfssd.report.tables import render
+from dfssd.train.job import TrainJob
+from dfssd.train.session import Session, build_session
+from dfssd.world import World
+
+
+@dataclass
+class Settings:
+    """What is measured."""
+
+    latency_ms: float = 20.0
+    """What the store adds to each request (ms)."""
+    imgsz: int = 224
+    batch: int = 16
+    """Images of a step, half of them unlabelled."""
+    steps: int = 20
+
+
+async def answer(folder: Path, latency_s: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One connection: the part of S3 that reading files needs (HEAD and GET with a range), every answer late."""
+    while request := await reader.readline():
+        method, path, _ = request.decode().split()
+        headers = {}
+        while (line := (await reader.readline()).decode().strip()) != "":
+            key, _, value = line.partition(": ")
+            headers[key.lower()] = value
+        await asyncio.sleep(latency_s)
+        file = folder / path.split("?")[0].removeprefix("/bucket/")
+        body = file.read_bytes() if file.is_file() else b""
+        status = "200 OK" if body or path.rstrip("/") == "/bucket" else "404 Not Found"
+        size = len(body)
+        if "range" in headers and body:
+            first, last = headers["range"].removeprefix("bytes=").split("-")
+            body, status = body[int(first) : int(last or size) + 1], "206 Partial Content"
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nx-amz-bucket-region: us-east-1\r\n"
+        head += "Last-Modified: Wed, 25 Nov 2026 00:00:00 GMT\r\n\r\n"
+        writer.write(head.encode() + (b"" if method == "HEAD" else body))
+    writer.close()
+
+
+def serve(folder: Path, port: int, latency_s: float) -> None:
+    async def run() -> None:
+        server = await asyncio.start_server(functools.partial(answer, folder, latency_s), "127.0.0.1", port)
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
+def start_store(folder: Path, latency_s: float) -> multiprocessing.Process:
+    """A server in a process of its own, and an environment that leads to it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_EC2_METADATA_DISABLED": "true"}
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, port, latency_s), daemon=True)
+    server.start()
+    for _ in range(300):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            return server  # type: ignore[return-value]
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("the store did not start")
+
+
+def move(bench: Bench) -> None:
+    """Let the manifest name the images in the store."""
+    rows = [
+        dataclasses.replace(row, uri=f"s3://bucket/{Path(row.uri).relative_to(bench.folder / 'data')}")
+        for row in bench.manifest.rows
+    ]
+    write_manifest(bench.run.at("dataset"), dataclasses.replace(bench.manifest, rows=rows))
+    bench.manifest = read_manifest(bench.run.at("dataset"))
+
+
+def session(bench: Bench, **train: Any) -> Session:
+    s = bench.s
+    config = Config(
+        run=Run(storage_path=str(bench.folder), run_name="r"),
+        models=Models(teacher=s.teacher, student=s.student),
+        train=Train(imgsz=s.imgsz, batch=s.batch // 2, amp="auto", steps=10**5, **train),
+        distill=Distill(**FULL),  # type: ignore[arg-type]
+    )
+    return build_session(
+        TrainJob("student", bench.run.uri, config, teacher="teacher", pseudo="pseudo"), World(), bench.device
+    )
+
+
+def measure(s: Session, batch: int, warm: int, steps: int) -> tuple[float, float]:
+    """(share of a step that waits for data, images a second), after `warm` steps."""
+    batches, wait, begun = iter(s.loader()), 0.0, 0.0
+    for k in range(-warm, steps):
+        if k == 0:
+            wait, begun = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        images = next(batches)
+        wait += time.perf_counter() - asked
+        our_step(s, images)
+    total = time.perf_counter() - begun
+    return wait / total, steps * batch / total
+
+
+def one_at_a_time(work: Any, items: Any, remote: bool, threads: int = 1) -> Iterator[Any]:
+    """As a plain dataset would ask; takes the place of `side_by_side`."""
+    return map(work, items)
+
+
+def main() -> None:
+    s = tyro.cli(Settings, description=__doc__)
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    own = StepSettings(imgsz=s.imgsz, batch=s.batch)
+    with tempfile.TemporaryDirectory(prefix="dfssd-store-") as folder:
+        server = start_store(Path(folder, "data"), s.latency_ms / 1e3)
+        try:
+            bench = Bench(own, Path(folder), torch.device("cpu"))
+            local = measure(session(bench, cache_gib=0.0), s.batch, 4, s.steps)
+            move(bench)
+            found = {"local files, cold": local}
+            found["store, cold"] = measure(session(bench, cache_gib=0.0), s.batch, 4, s.steps)
+            disk = {"cache_gib": 0.0, "cache_dir": f"{folder}/cache"}
+            found["store, --cache-dir"] = measure(session(bench, **disk), s.batch, 12, s.steps)
+            found["store, cache in memory"] = measure(session(bench), s.batch, 12, s.steps)
+            dataset.side_by_side = one_at_a_time  # type: ignore[assignment]
+            found["store, cold, one at a time"] = measure(session(bench, cache_gib=0.0), s.batch, 4, s.steps)
+        finally:
+            server.terminate()
+    rows = [[name, f"{100 * wait:.0f} %", f"{speed:.0f}"] for name, (wait, speed) in found.items()]
+    title = f"{s.batch} images of {s.imgsz} px a step, {threads} threads, each request {s.latency_ms:g} ms late"
+    print(render(title, ["images from", "data wait", "img/s"], rows), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
