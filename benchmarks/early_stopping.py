@@ -1,0 +1,115 @@
+"""ASHA against the full grid, over what tune_spaces/loss_weights.py searches: the same weights, for how much less?
+
+    python benchmarks/early_stopping.py --data DIR --storage-path runs/early_stopping
+
+Three sweeps of `jobs/sweep.py` on the same data set, teacher and pseudo-labels: every point of a grid trained to its end;
+the same points under ASHA with the shipped space's GRACE and REDUCTION; and the winners of both with further seeds (another
+split, other labels, another teacher), whose standard deviation says what a difference means. Type it again to go on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from scipy.stats import spearmanr
+
+from dfssd.report.tables import render
+from dfssd.storage import Storage
+from dfssd.sweep.driver import records, steps_run
+from dfssd.sweep.space import load_space
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "tune_spaces" / "loss_weights.py"
+LEVELS = {
+    "distill.share_p": (0.1, 0.5, 2.0),
+    "distill.share_f": (0.1, 0.5, 2.0),
+    "distill.lambda_u": (0.5, 2.0),
+}
+
+
+@dataclass
+class Settings:
+    """What is compared."""
+
+    data: str = "../shared/data/cr7-det"
+    storage_path: str = "runs/early_stopping"
+    label_fraction: float = 0.1
+    imgsz: int = 128
+    batch: int = 8
+    """Labelled images of a step; as many unlabelled ones come on top."""
+    steps: int = 500
+    teacher_steps: int = 800
+    val_every: int = 50
+    seeds: int = 3
+    """Seeds with which the winners are run; 1: none but the first."""
+
+
+def sweep(s: Settings, name: str, text: str) -> list[dict[str, Any]]:
+    """Run a space under this name, unless it is finished; return its records."""
+    folder = Path(s.storage_path).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.py").write_text(text)
+    if name != "full" and not (folder / name / "shared").exists():  # data set, teacher and labels are those of the grid
+        shutil.copytree(folder / "full" / "shared", folder / name / "shared")
+    own = {"--label-fraction": s.label_fraction, "--imgsz": s.imgsz, "--batch": s.batch, "--steps": s.steps}
+    own |= {"--teacher-steps": s.teacher_steps, "--val-every": s.val_every, "--data": s.data, "--tta": "none"}
+    flags = [str(part) for pair in own.items() for part in pair]
+    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), str(folder / f"{name}.py"), *flags]
+    subprocess.run([*command, "--storage-path", str(folder), "--run-name", name], check=True)
+    return records(Storage(str(folder)), name)
+
+
+def foresight(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
+    """Rows of (step, rank correlation over the points of the metric there and at the end)."""
+    ends = [record["result"][metric] for record in done]
+    curves = [{int(r["step"]): r[metric] for r in record["reports"]} for record in done]
+    steps = sorted(set.intersection(*(set(c) for c in curves)))
+    return [[str(k), f"{spearmanr([c[k] for c in curves], ends).statistic:.2f}"] for k in steps]
+
+
+def main() -> None:
+    s, shipped = tyro.cli(Settings, description=__doc__), load_space(str(SHIPPED))
+    if set(LEVELS) != set(shipped.axes):
+        raise SystemExit(f"LEVELS here and SPACE of {SHIPPED} name different settings")
+    grid = f"SPACE = {LEVELS!r}\n"
+    stopped_early = f'SCHEDULER = "asha"\nGRACE = {shipped.grace}\nREDUCTION = {shipped.reduction}\n'
+    full, asha = sweep(s, "full", grid), sweep(s, "asha", grid + stopped_early)
+    metric, storage = shipped.metric, Storage(str(Path(s.storage_path).absolute()))
+    points = len(list(itertools.product(*LEVELS.values())))
+    best = {name: max(done, key=lambda r: r["result"][metric]) for name, done in (("full", full), ("asha", asha))}
+    ran = {name: steps_run(storage, name, done) for name, done in (("full", full), ("asha", asha))}
+    rows = [
+        [name, str(points), str(ran[name][1]), str(ran[name][0]), f"{ran[name][0] / ran['full'][0]:.0%}", b["row"]]
+        + [f"{100 * b['result'][key]:.1f}" for key in (metric, "test/map50")]
+        for name, b in best.items()
+    ]
+    header = ["sweep", "points", "stopped", "steps", "share", "winner", f"its {metric}", "its test/map50"]
+    print(render(f"{s.steps} steps a point", header, rows))
+    order = sorted(full, key=lambda r: -r["result"][metric])
+    places = [r["row"] for r in order].index(best["asha"]["row"]) + 1
+    print(f"the winner under ASHA has place {places} of {points} in the full grid")
+    found = {"full": full, "asha": asha, "steps": {k: v[0] for k, v in ran.items()}, "place": places}
+    print(render("how early the order shows", ["step", "rank correlation"], foresight(full, metric)))
+    if s.seeds > 1:
+        winners = {b["row"]: b["settings"] for b in best.values()}
+        seeded = sweep(s, "seeds", f"ROWS = {winners!r}\nSEEDS = {tuple(range(s.seeds))!r}\n")
+        found["seeds"] = seeded
+        for row in winners:
+            values = [100 * r["result"][metric] for r in seeded if r["row"] == row]
+            print(
+                f"{row}: {metric} {statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} over {s.seeds} seeds"
+            )
+    (Path(s.storage_path) / "early_stopping.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
