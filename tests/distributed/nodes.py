@@ -88,13 +88,22 @@ class Place:
                 process.wait()
 
 
+def token_environment() -> dict[str, str]:
+    """The environment without what leads to other clusters and servers, and with a token of its own."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))}
+    return {**base, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 @contextlib.contextmanager
 def services(root: Path) -> Iterator[tuple[Place, dict[str, str]]]:
     """An S3 endpoint and an MLflow server; yields what starts more, and the environment that leads to them."""
     place, s3, tracking = Place(root), free_port(), free_port()
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))}
-    env = {**base, **KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}", "AWS_EC2_METADATA_DISABLED": "true"}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+    env = {
+        **token_environment(),
+        **KEYS,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     try:
         place.start("s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(s3)], env)
         backend = [
@@ -115,7 +124,7 @@ def services(root: Path) -> Iterator[tuple[Place, dict[str, str]]]:
             "--workers",
             "1",
         ]
-        place.start("mlflow", [*own, *backend], base)
+        place.start("mlflow", [*own, *backend], token_environment())
         place.wait_for(env["AWS_ENDPOINT_URL"], "s3")
         place.wait_for(f"http://127.0.0.1:{tracking}/health", "mlflow")
         yield place, {**env, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{tracking}"}

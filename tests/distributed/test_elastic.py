@@ -99,3 +99,25 @@ def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, gr
     assert [h["step"] for h in history] == list(range(1, 81))
     assert {h["workers"] for h in history} == {1, 2}  # 2 and 3 of the 5 labelled images each
     assert history[0]["workers"] == 1 and history[-1]["workers"] == 2
+
+
+@pytest.mark.slow  # Ray waits a minute for the lost node before it goes on without
+def test_a_run_goes_on_with_fewer_workers_when_a_node_is_lost(prepared, growing):
+    give_teacher_and_candidates(prepared)
+    second = growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    config = tiny_config(prepared, steps=60, val_every=4, log_every=1, num_workers="1:2", batch=5)
+    job = make_job("student", str(prepared / "r"), config)
+    done = {}
+    training = threading.Thread(target=lambda: done.update(fit(job, Resources(1, 1, False))), daemon=True)
+    training.start()
+    first = prepared / "r" / "student" / "train" / "step_0000004" / "MANIFEST.json"
+    deadline = time.monotonic() + 120
+    while not first.exists():
+        assert training.is_alive() and time.monotonic() < deadline
+        time.sleep(0.1)
+    growing.remove_node(second, allow_graceful=False)
+    training.join(300)
+    assert not training.is_alive() and done["steps"] == 60
+    history = [h for h in job.store.read_json("history.json") if "loss/total" in h]
+    assert [h["step"] for h in history] == list(range(1, 61))
+    assert history[0]["workers"] == 2 and history[-1]["workers"] == 1
