@@ -30,7 +30,7 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: GlobalBatchNorm) -> Tensor:
         # Of each image in float32, over the images in float64: so the sum does not depend on who has which image.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variances, means = (v.double() for v in torch.var_mean(wide, dim=(2, 3), correction=0))
+        means, variances = _moments(wide)
         images = torch.full_like(means[0], x.shape[0])
         mean, square, images = _sum(torch.stack([means.sum(0), (variances + means.square()).sum(0), images]))
         mean, square = mean / images, square / images
@@ -60,8 +60,23 @@ class _Normalise(torch.autograd.Function):
         # dx -= w s (mean(g) + x_hat mean(g x_hat)), written as an affine function of x
         slope = weight * inverse.square() * mean_product
         offset = weight * inverse * mean_grad - slope * mean
-        dx -= (slope[:, None, None] * x + offset[:, None, None]).to(dx.dtype)
+        slope, offset = slope[:, None, None], offset[:, None, None]
+        if dx.dtype == slope.dtype:
+            dx.addcmul_(x, slope, value=-1).sub_(offset)
+        else:  # slope x and offset nearly cancel, which must not happen in half precision
+            dx -= (slope * x + offset).to(dx.dtype)
         return dx, dweight, dbias, None
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,C) mean and variance over the pixels of each image, in float64.
+
+    In two passes, so that a large mean costs no digits: as exact as `torch.var_mean`, which on a CPU takes five times as long
+    (it walks channels-last tensors one number at a time).
+    """
+    means = x.mean((2, 3))
+    centred = x - means[:, :, None, None]
+    return means.double(), centred.square_().mean((2, 3)).double()
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -80,4 +80,5 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_workers(strip, tmp_path
         curves[workers] = [h["loss/total"] for h in history]
         assert len({h["pse/pseudo_labels"] for h in history}) > 1  # all terms are at work
     assert curves[2] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[2][0] == pytest.approx(curves[1][0], rel=2e-6)
+    # Of the first step nothing but rounding may differ; the balance magnifies it, by norms of gradients of tiny maps.
+    assert curves[2][0] == pytest.approx(curves[1][0], rel=1e-5)
