@@ -13,6 +13,7 @@ DRIVER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",  # lines of progress look alike, and every one counts
     "RAY_COLOR_PREFIX": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that cannot work ends without one
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's boxes; a sweep has its own line for each trial
 }
 WORKER_ENV = {

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from ray import tune
 
 from dfssd.config import Config, Data
 from dfssd.errors import DfssdError
 from dfssd.sweep import shared
-from dfssd.sweep.points import apply, make_trial, trials
+from dfssd.sweep.points import apply, make_trial, said, trials
 from dfssd.sweep.space import Space, config_keys, load_space
 
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -117,3 +118,11 @@ def test_stages_are_shared_where_nothing_they_depend_on_is_swept() -> None:
 def test_a_stage_is_made_after_those_it_reads() -> None:
     made = make_trial(Config(data=Data(data="d")), "s", "row", 0, {})
     assert [name for _, name in shared.needed([made], "s").values()] == ["dataset", "teacher", "pseudo"]
+
+
+def test_a_space_reads_the_same_in_every_process() -> None:
+    """A sweep is recognised by its space when it is resumed; Ray Tune's own words hold an address in memory."""
+    made = [tune.loguniform(0.05, 2.0), tune.quniform(0, 1, 0.1), tune.randint(1, 4), tune.choice([1, 2]), [3, 4]]
+    assert len({said(axis) for axis in made}) == len(made) and not any("0x" in said(axis) for axis in made)
+    assert said(tune.loguniform(0.05, 2.0)) == said(made[0]) != said(tune.uniform(0.05, 2.0))
+    assert said(made[0]) != said(tune.loguniform(0.05, 3.0)) and said(made[1]) != said(tune.quniform(0, 1, 0.2))

@@ -16,6 +16,7 @@ from dfssd.cluster import Resources
 from dfssd.config import Config
 from dfssd.errors import DfssdError, find_user_error
 from dfssd.progress import clock
+from dfssd.stage import flatten
 from dfssd.storage import Storage
 from dfssd.sweep import population, shared
 from dfssd.sweep.points import Trial, draw, make_trial, name_row
@@ -70,10 +71,13 @@ class Progress(tune.Callback):
         store, rows = folder(own), self.reports.get(trial.trial_id, [])
         self.done += 1
         said = "stopped early"
-        if store.exists("result.json"):
+        if store.exists("failed.json"):
+            said = "failed: " + store.read_json("failed.json")["error"].splitlines()[0]
+        elif store.exists("result.json"):
             said = "finished"
         elif rows:
-            store.write_json("stopped.json", {"trial": own.id, "settings": own.settings, "reports": rows})
+            stopped = {"trial": own.id, "settings": flatten(own.settings), "reports": rows}
+            store.write_json("stopped.json", stopped)
             started = f"{own.stage}/started.json"
             run_id = str(store.read_json(started).get("mlflow_run_id") or "") if store.exists(started) else ""
             self.runs.end(run_id, "KILLED")
@@ -101,12 +105,12 @@ def parameters(space: Space, points: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def tune_config(
-    space: Space, config: Config, sweep: str, concurrent: int, known: Sequence[dict[str, Any]]
+    space: Space, config: Config, sweep: str, concurrent: int, known: Sequence[tuple[dict[str, Any], float]]
 ) -> tune.TuneConfig:
     """Search and scheduler.
 
     Args:
-        known: records of trials that an earlier start of this sweep has finished; a search learns from them at once.
+        known: (settings, last metric) of trials that an earlier start of this sweep has ended; a search learns from them.
     """
     scheduler = search = None
     if space.scheduler == "asha":
@@ -120,9 +124,8 @@ def tune_config(
         scheduler = population.scheduler(space, config, sweep)
     samples = 1
     if space.search == "optuna":
-        points = [{f"point/settings/{k}": v for k, v in record["settings"].items()} for record in known]
-        rewards = [record["result"][space.metric] for record in known]
-        seeded = {"points_to_evaluate": points, "evaluated_rewards": rewards} if known else {}
+        points = [{f"point/settings/{k}": v for k, v in settings.items()} for settings, _ in known]
+        seeded = {"points_to_evaluate": points, "evaluated_rewards": [value for _, value in known]} if known else {}
         search = OptunaSearch(metric=space.metric, mode=space.mode, seed=space.seeds[0] + len(known), **seeded)
         samples = space.trials - len(known)
     return tune.TuneConfig(
@@ -144,10 +147,22 @@ def records(storage: Storage, sweep: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: (record["order"], record["row"], record["seed"]))
 
 
+def stopped(storage: Storage, sweep: str) -> list[dict[str, Any]]:
+    """What is left of the trials that a scheduler has stopped: settings and reports."""
+    place = storage.at(f"{sweep}/trials")
+    return [place.read_json(f"{n}/stopped.json") for n in place.folders() if place.exists(f"{n}/stopped.json")]
+
+
+def ended(storage: Storage, sweep: str, metric: str) -> list[tuple[dict[str, Any], float]]:
+    """(settings, last value of the metric) of each trial that has run to its end or was stopped early."""
+    done = [(record["settings"], record["result"][metric]) for record in records(storage, sweep)]
+    early = [(one["settings"], one["reports"][-1]) for one in stopped(storage, sweep)]
+    return done + [(settings, last[metric]) for settings, last in early if metric in last]
+
+
 def steps_run(storage: Storage, sweep: str, done: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """(steps that all trials ran, trials that a scheduler stopped early)."""
-    place = storage.at(f"{sweep}/trials")
-    early = [place.read_json(f"{n}/stopped.json") for n in place.folders() if place.exists(f"{n}/stopped.json")]
+    early = stopped(storage, sweep)
     ends = [record["reports"][-1]["step"] for record in early] + [record["result"]["step"] for record in done]
     return int(sum(ends)), len(early)
 
@@ -187,7 +202,7 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
         limit: most trials at a time; 0: as many as fit.
     """
     parent, storage = runs.parent(), Storage(config.run.storage_path)
-    known = records(storage, sweep)
+    known = ended(storage, sweep, space.metric)
     wanted = space.trials if space.search == "optuna" else len(trials)
     count, resources = share(config, wanted, limit)
     tags = {"sweep": sweep, "space": space.name, "kind": "shared"}
@@ -197,14 +212,23 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
         return []
     own = config.run.workers[0] == 1
     print(
-        f"sweep: {wanted} trials, {len(known)} of them finished before; {count} at a time, each "
+        f"sweep: {wanted} trials, {len(known)} of them ended before; {count} at a time, each "
         f"{resources.describe(config.run.num_workers)}",
         flush=True,
     )
     plan = Plan.of(sweep, space, parent, resources)
 
     def trainable(point: dict[str, Any]) -> None:
-        run_trial(trial_of(point, config, sweep), plan, point["point"]["order"])
+        trial = trial_of(point, config, sweep)
+        store = folder(trial)
+        store.delete("failed.json")
+        try:
+            run_trial(trial, plan, point["point"]["order"])
+        except Exception as error:
+            said = find_user_error(error)
+            if said is None:
+                raise  # its process may be to blame: Tune tries again
+            store.write_json("failed.json", {"error": str(said)})  # a second try would only meet it again
 
     callbacks: list[tune.Callback] = [Progress(config, sweep, wanted, runs, space.metric)]
     points: list[dict[str, Any]] = [{"order": k, **population.identity(trial)} for k, trial in enumerate(trials)]
@@ -232,8 +256,9 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
     )
     failed = []
     for outcome in tuner.fit():
-        if outcome.error is not None:
-            trial = trial_of(outcome.config, config, sweep)
-            said = find_user_error(outcome.error) or outcome.error
-            failed.append(f"{trial.row}, seed {trial.seed}: {str(said).strip().splitlines()[-1]}")
+        trial = trial_of(outcome.config or {}, config, sweep)
+        said = str(outcome.error or "").strip().splitlines()[-1:]
+        if folder(trial).exists("failed.json"):
+            said = [folder(trial).read_json("failed.json")["error"].replace("\n", "\n      ")]
+        failed += [f"{trial.row}, seed {trial.seed}: {line}" for line in said]
     return failed

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
-from ray.tune.search.sample import Domain
+from ray.tune.search.sample import Domain, Sampler
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
@@ -132,3 +132,11 @@ def trials(space: Space, config: Config, sweep: str) -> list[Trial]:
             trial = make_trial(config, sweep, row, seed, settings)
             found.setdefault(trial.id, trial)
     return list(found.values())
+
+
+def said(axis: Any) -> str:
+    """An axis in words that are the same in every process; `str` of Ray Tune's domains names an address in memory."""
+    if isinstance(axis, Domain | Sampler):
+        own = ", ".join(f"{k} {said(v)}" for k, v in sorted(vars(axis).items()))
+        return f"{type(axis).__name__.strip('_')}({own})"
+    return str(getattr(axis, "__qualname__", axis))

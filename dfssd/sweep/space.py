@@ -185,7 +185,7 @@ def _meant(key: str, known: list[str]) -> str:
 
 
 def values_of(axis: Any) -> list[Any] | None:
-    """What can be enumerated of an axis: a list, a grid, a choice; None for a range."""
+    """What can be enumerated of an axis: a list or a grid; None for what is drawn from."""
     if isinstance(axis, Mapping) and set(axis) == {"grid_search"}:
         return list(axis["grid_search"])
     if isinstance(axis, list | tuple):

@@ -85,7 +85,7 @@ def swept(strip, tmp_path_factory):
 def test_a_resumed_sweep_runs_only_what_is_missing(swept):
     storage, log, before, _ = swept
     assert 1 <= len(before) < 3, "killed in the middle"
-    assert f"{len(before)} of them finished before" in log
+    assert f"{len(before)} of them ended before" in log
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     assert len(records(Storage(str(storage)), "s")) == 3
     for name in ("dataset", "teacher", "pseudo"):
