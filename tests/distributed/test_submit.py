@@ -68,9 +68,12 @@ class Cluster:
         self.env = {**token_environment(), "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         own = ["--head", "--port", str(port), "--num-cpus", "2", "--object-store-memory", str(150 * 2**20)]
         own += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--temp-dir", str(ray)]
+        own += ["--node-ip-address", "127.0.0.1", "--dashboard-agent-listen-port", str(free_port())]
         self.place.start("head", [str(BIN / "ray"), "start", *own, "--disable-usage-stats", "--block"], self.env)
         deadline = time.monotonic() + 90
-        while self.ray("job", "list").returncode:
+        while (
+            self.ray("job", "list").returncode or self.submit("true").returncode
+        ):  # its agent comes up after the server
             assert time.monotonic() < deadline, (root / "head.log").read_text()[-3000:]
             time.sleep(1)
 
