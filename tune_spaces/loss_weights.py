@@ -11,7 +11,5 @@ SPACE = {
 SEARCH = "optuna"
 TRIALS = 24
 SCHEDULER = "asha"
-GRACE = (
-    0.1  # the first of ten validations: the order of trials shows early, and each round of waiting costs all of them
-)
-REDUCTION = 4  # a quarter goes on each time, which is a third of the steps of a full search (docs/results.md)
+GRACE = 0.2  # a tenth is warm-up, and the order of trials shows from some 300 steps on: raise it for runs below 1500
+REDUCTION = 4  # a quarter goes on each time (docs/results.md)

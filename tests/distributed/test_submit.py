@@ -14,7 +14,7 @@ from nodes import BIN, Place, free_port, token_environment
 from dfssd.data.synthetic import make_dataset
 
 ROOT = Path(__file__).parents[2]
-COMMON = ["--imgsz", "64", "--batch", "4", "--gpu", "never"]
+SIZE = ["--imgsz", "64", "--batch", "4"]
 TRAINING = [
     "--steps",
     "6",
@@ -49,8 +49,8 @@ pytestmark = pytest.mark.slow  # some five minutes
 class Cluster:
     """A head with token authentication, and a checkout with things in it that must not travel."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.place = root, Place(root)
+    def __init__(self, root: Path, place: Place) -> None:
+        self.root, self.place = root, place
         self.checkout, self.data = root / "checkout", root / "images"
         files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
         for name in files:
@@ -85,20 +85,20 @@ class Cluster:
         return self.ray("job", "submit", "--working-dir", ".", *flags, "--", *command)
 
     def job(self, name: str, *more: str, run: str = "r", flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        own = ["--storage-path", str(self.root / "runs"), "--run-name", run, "--data", str(self.data)]
-        return self.submit(sys.executable, f"jobs/{name}.py", *own, *COMMON, *more, flags=flags)
+        own = ["--storage-path", str(self.root / "runs"), "--run-name", run]
+        own += ["--data", str(self.data)] if name in ("prepare", "pipeline", "sweep") else []
+        own += SIZE if name not in ("prepare", "sweep") else []
+        return self.submit(sys.executable, f"jobs/{name}.py", *own, "--gpu", "never", *more, flags=flags)
 
 
 @pytest.fixture(scope="module")
 def cluster():
     root = Path(tempfile.mkdtemp(prefix="dfssd-s-"))
-    one = None
+    place = Place(root)
     try:
-        one = Cluster(root)
-        yield one
+        yield Cluster(root, place)
     finally:
-        if one:
-            one.place.stop()
+        place.stop()
         shutil.rmtree(root, ignore_errors=True)
 
 
@@ -147,7 +147,7 @@ def test_neither_data_nor_runs_are_uploaded(cluster):
 
 
 def test_a_stopped_job_goes_on_when_submitted_again(cluster):
-    steps = [*TRAINING[2:], "--steps", "400", "--teacher-steps", "400", "--val-every", "10"]
+    steps = ["--steps", "400", "--teacher-steps", "400", "--val-every", "10", *TRAINING[6:]]
     assert cluster.job("prepare", *JOBS["prepare"], run="stopped").returncode == 0
     first = cluster.job("teacher", *steps, run="stopped", flags=("--no-wait", "--submission-id", "first"))
     assert first.returncode == 0, said(first)
