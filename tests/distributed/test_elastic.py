@@ -75,7 +75,8 @@ def growing():
 def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, growing, monkeypatch):
     monkeypatch.setattr("dfssd.train.worker.RESIZE_S", 3.0)
     give_teacher_and_candidates(prepared)
-    config = tiny_config(prepared, steps=80, val_every=4, log_every=1, num_workers="1:3", batch=5)
+    steps = 200  # long enough for the node to start and for Ray to look twice, on a fast machine too
+    config = tiny_config(prepared, steps=steps, val_every=4, log_every=1, num_workers="1:3", batch=5)
     assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (1, 1)
     assert worker_resources(config.run).cpus == 1
     begun = time.monotonic()
@@ -94,9 +95,9 @@ def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, gr
     growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # only works in the main thread
     assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (2, 2)
     training.join(240)
-    assert not training.is_alive() and done["steps"] == 80
+    assert not training.is_alive() and done["steps"] == steps
     history = [h for h in job.store.read_json("history.json") if "loss/total" in h]
-    assert [h["step"] for h in history] == list(range(1, 81))
+    assert [h["step"] for h in history] == list(range(1, steps + 1))
     assert {h["workers"] for h in history} == {1, 2}  # 2 and 3 of the 5 labelled images each
     assert history[0]["workers"] == 1 and history[-1]["workers"] == 2
 
