@@ -57,6 +57,13 @@ for _ in range(120):
     time.sleep(0.5)
 print(json.dumps(sorted(n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"])))
 """
+LABELLERS = """
+import json, sys, ray
+from ray.util.state import list_actors
+ray.init(address=sys.argv[1], logging_level="ERROR")
+found = [a for a in list_actors(limit=1000) if "TeacherActor" in (a.class_name or "")]
+print(json.dumps([len(found), len({a.node_id for a in found})]))
+"""
 
 
 @pytest.mark.slow  # two minutes and more
@@ -104,6 +111,9 @@ def _check(root, place, env):
     out = done.stdout + done.stderr
     assert done.returncode == 0, out[-6000:]
     assert not any((root / "driver").iterdir()), "the driver left files behind"
+    labellers = [sys.executable, "-c", LABELLERS, address]
+    seen = subprocess.run(labellers, env=env, capture_output=True, text=True, timeout=120)
+    assert seen.stdout.strip() == "[2, 2]", ("actors, nodes of them: " + seen.stdout, seen.stderr)
     names = [
         o["Key"]
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket="dfssd")
