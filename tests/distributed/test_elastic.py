@@ -76,7 +76,8 @@ def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, gr
     monkeypatch.setattr("dfssd.train.worker.RESIZE_S", 3.0)
     give_teacher_and_candidates(prepared)
     steps = 200  # long enough for the node to start and for Ray to look twice, on a fast machine too
-    config = tiny_config(prepared, steps=steps, val_every=4, log_every=1, num_workers="1:3", batch=5)
+    own = {"steps": steps, "val_every": 20, "log_every": 1, "batch": 5, "batch_norm": "local"}
+    config = tiny_config(prepared, num_workers="1:3", **own)
     assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (1, 1)
     assert worker_resources(config.run).cpus == 1
     begun = time.monotonic()
@@ -87,7 +88,7 @@ def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, gr
     done = {}
     training = threading.Thread(target=lambda: done.update(fit(job, Resources(1, 1, False))), daemon=True)
     training.start()
-    first = prepared / "r" / "student" / "train" / "step_0000004" / "MANIFEST.json"
+    first = prepared / "r" / "student" / "train" / "step_0000020" / "MANIFEST.json"
     deadline = time.monotonic() + 120
     while not first.exists():
         assert training.is_alive() and time.monotonic() < deadline
