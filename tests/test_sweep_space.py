@@ -8,7 +8,7 @@ from ray import tune
 from dfssd.config import Config, Data
 from dfssd.errors import DfssdError
 from dfssd.sweep import shared
-from dfssd.sweep.points import apply, make_trial, said, trials
+from dfssd.sweep.points import apply, in_words, make_trial, trials
 from dfssd.sweep.space import Space, config_keys, load_space
 
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -40,6 +40,8 @@ def refused(tmp_path: Path, text: str) -> str:
         ('from ray import tune\nSPACE = {"train.lr": tune.uniform(0, 1)}', "cannot be enumerated"),
         ('SPACE = {"train.lr": [1]}\nSEARCH = "random"', "set TRIALS"),
         ('SPACE = {"train.lr": [1]}\nSEARCH = "optuna"\nTRIALS = 3\nSEEDS = (0, 1)', "has one seed"),
+        ('ROWS = {"a": {}}\nMETRIC = "val/mpa50"', "did you mean 'val/map50'"),
+        ('ROWS = {"a": {}}\nMETRIC = "test/map50"\nSCHEDULER = "asha"', "METRIC is 'test/map50'"),
         ("1 / 0", "ZeroDivisionError"),
     ],
 )
@@ -123,6 +125,8 @@ def test_a_stage_is_made_after_those_it_reads() -> None:
 def test_a_space_reads_the_same_in_every_process() -> None:
     """A sweep is recognised by its space when it is resumed; Ray Tune's own words hold an address in memory."""
     made = [tune.loguniform(0.05, 2.0), tune.quniform(0, 1, 0.1), tune.randint(1, 4), tune.choice([1, 2]), [3, 4]]
-    assert len({said(axis) for axis in made}) == len(made) and not any("0x" in said(axis) for axis in made)
-    assert said(tune.loguniform(0.05, 2.0)) == said(made[0]) != said(tune.uniform(0.05, 2.0))
-    assert said(made[0]) != said(tune.loguniform(0.05, 3.0)) and said(made[1]) != said(tune.quniform(0, 1, 0.2))
+    assert len({in_words(axis) for axis in made}) == len(made) and not any("0x" in in_words(axis) for axis in made)
+    assert in_words(tune.loguniform(0.05, 2.0)) == in_words(made[0]) != in_words(tune.uniform(0.05, 2.0))
+    assert in_words(made[0]) != in_words(tune.loguniform(0.05, 3.0)) and in_words(made[1]) != in_words(
+        tune.quniform(0, 1, 0.2)
+    )

@@ -90,6 +90,7 @@ class ManifestDataset(YOLODataset):
     ) -> None:
         self._disk = disk
         self._rows, self._boxes = list(rows), list(boxes)
+        self.remote = any(is_remote(row.uri) for row in rows)
         self._cached: OrderedDict[int, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
         self._fetched: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}  # of the batch that is being made
         self._cached_bytes, self._cache_limit = 0, int(cache_gib * 2**30)
@@ -156,7 +157,7 @@ class ManifestDataset(YOLODataset):
         return shrink(full, self.imgsz), full.shape[:2]
 
     def fetch(self, indices: Iterable[int]) -> None:
-        """Load the images that `load_image` will be asked for next; many at a time where they lie in an object store."""
+        """Load the images of an object store that `load_image` will be asked for next, many at a time."""
         missing = sorted({i for i in indices if i not in self._cached and is_remote(self.im_files[i])})
         self._fetched = dict(zip(missing, side_by_side(self._decoded, missing, remote=True), strict=True))
 
@@ -205,6 +206,8 @@ class Streams(torch.utils.data.Dataset):
     def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of a batch, whose images are fetched together."""
         for name, stream in self.streams.items():
+            if not stream.remote:
+                continue
             own = (stream.parts(d.image, d.seed, d.mosaic) for d in draws if d.stream == name)
             stream.fetch(chain.from_iterable(own))
         return [self[draw] for draw in draws]

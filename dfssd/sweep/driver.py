@@ -14,15 +14,14 @@ from ray.tune.search.optuna import OptunaSearch
 
 from dfssd.cluster import Resources
 from dfssd.config import Config
-from dfssd.errors import DfssdError, find_user_error
+from dfssd.errors import DfssdError
 from dfssd.progress import clock
 from dfssd.stage import flatten
 from dfssd.storage import Storage
 from dfssd.sweep import population, shared
 from dfssd.sweep.points import Trial, draw, make_trial, name_row
 from dfssd.sweep.space import Space
-from dfssd.sweep.trial import Plan, folder
-from dfssd.sweep.trial import run as run_trial
+from dfssd.sweep.trial import Plan, folder, run_once
 from dfssd.tracking import Runs
 
 TRIAL_MEMORY_GIB = 2.0  # one worker with its loader and cache at 640 px, seen
@@ -76,8 +75,8 @@ class Progress(tune.Callback):
         elif store.exists("result.json"):
             said = "finished"
         elif rows:
-            stopped = {"trial": own.id, "settings": flatten(own.settings), "reports": rows}
-            store.write_json("stopped.json", stopped)
+            end = {"trial": own.id, "settings": flatten(own.settings), "reports": rows}
+            store.write_json("stopped.json", end)
             started = f"{own.stage}/started.json"
             run_id = str(store.read_json(started).get("mlflow_run_id") or "") if store.exists(started) else ""
             self.runs.end(run_id, "KILLED")
@@ -142,15 +141,19 @@ def tune_config(
 
 def records(storage: Storage, sweep: str) -> list[dict[str, Any]]:
     """Results of all finished trials, in the order of the table."""
-    place = storage.at(f"{sweep}/trials")
-    found = [place.read_json(f"{name}/result.json") for name in place.folders() if place.exists(f"{name}/result.json")]
+    found = _left(storage, sweep, "result.json")
     return sorted(found, key=lambda record: (record["order"], record["row"], record["seed"]))
 
 
 def stopped(storage: Storage, sweep: str) -> list[dict[str, Any]]:
     """What is left of the trials that a scheduler has stopped: settings and reports."""
+    return _left(storage, sweep, "stopped.json")
+
+
+def _left(storage: Storage, sweep: str, name: str) -> list[dict[str, Any]]:
+    """This file of each trial that has left one."""
     place = storage.at(f"{sweep}/trials")
-    return [place.read_json(f"{n}/stopped.json") for n in place.folders() if place.exists(f"{n}/stopped.json")]
+    return [place.read_json(f"{trial}/{name}") for trial in place.folders() if place.exists(f"{trial}/{name}")]
 
 
 def ended(storage: Storage, sweep: str, metric: str) -> list[tuple[dict[str, Any], float]]:
@@ -219,16 +222,7 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
     plan = Plan.of(sweep, space, parent, resources)
 
     def trainable(point: dict[str, Any]) -> None:
-        trial = trial_of(point, config, sweep)
-        store = folder(trial)
-        store.delete("failed.json")
-        try:
-            run_trial(trial, plan, point["point"]["order"])
-        except Exception as error:
-            said = find_user_error(error)
-            if said is None:
-                raise  # its process may be to blame: Tune tries again
-            store.write_json("failed.json", {"error": str(said)})  # a second try would only meet it again
+        run_once(trial_of(point, config, sweep), plan, point["point"]["order"])
 
     callbacks: list[tune.Callback] = [Progress(config, sweep, wanted, runs, space.metric)]
     points: list[dict[str, Any]] = [{"order": k, **population.identity(trial)} for k, trial in enumerate(trials)]
@@ -254,11 +248,13 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
             verbose=0,
         ),
     )
-    failed = []
-    for outcome in tuner.fit():
-        trial = trial_of(outcome.config or {}, config, sweep)
-        said = str(outcome.error or "").strip().splitlines()[-1:]
-        if folder(trial).exists("failed.json"):
-            said = [folder(trial).read_json("failed.json")["error"].replace("\n", "\n      ")]
-        failed += [f"{trial.row}, seed {trial.seed}: {line}" for line in said]
-    return failed
+    return [line for outcome in tuner.fit() for line in failure(outcome, config, sweep)]
+
+
+def failure(outcome: tune.Result, config: Config, sweep: str) -> list[str]:
+    """Why a trial failed, as one line of a list; none where it did not."""
+    trial = trial_of(outcome.config, config, sweep)
+    said = str(outcome.error or "").strip().splitlines()[-1:]
+    if folder(trial).exists("failed.json"):
+        said = [folder(trial).read_json("failed.json")["error"].replace("\n", "\n      ")]
+    return [f"{trial.row}, seed {trial.seed}: {line}" for line in said]

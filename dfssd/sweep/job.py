@@ -18,7 +18,7 @@ from dfssd.stage import differences, flatten
 from dfssd.storage import Storage
 from dfssd.sweep import ablation, shared
 from dfssd.sweep.figure import draw
-from dfssd.sweep.points import Trial, said, short, trials
+from dfssd.sweep.points import Trial, in_words, short, trials
 from dfssd.sweep.space import Space
 from dfssd.tracking import Runs
 
@@ -108,7 +108,7 @@ def describe(config: Config, space: Space, options: Options) -> None:
     before = list(shared.needed(probes(space, config, sweep, planned), sweep).values())
     rows = [[t.id, t.row, str(t.seed), t.stage, str(t.config.train.steps)] for t in planned]
     for key, axis in space.axes.items() if space.search == "optuna" else ():
-        rows.append(["drawn", key, str(space.seeds[0]), "student", said(axis)])
+        rows.append(["drawn", key, str(space.seeds[0]), "student", in_words(axis)])
     print(f"data: {len(source.items)} images as {source.format}; cluster: {describe()}")
     print(render(f"{space.name}: {wanted} trials", ["trial", "row", "seed", "stage", "steps"], rows))
     names = [name for _, name in before]
@@ -184,7 +184,7 @@ def _claim(config: Config, space: Space, planned: list[Trial], options: Options)
     own = {
         "space": space.name,
         "config": config.model_dump(mode="json", exclude={"run"}),
-        "axes": {k: said(v) for k, v in space.axes.items()},
+        "axes": {k: in_words(v) for k, v in space.axes.items()},
         "search": f"{space.search} {space.trials} {space.scheduler}",
         "trials": {t.id: f"{t.row}, seed {t.seed}" for t in planned},
     }
@@ -215,8 +215,8 @@ def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, s
     name, parent = f"trials/{best['trial']}/{stage}/best.pt", runs.parent()
     runs.metrics(parent, {f"best/{k}": v for k, v in best["result"].items()})
     runs.artefact(parent, "best/best.pt", store.read(name))
-    own = {k: short(v) for k, v in best["settings"].items()}
-    print(f"\nbest      {best['row']}, seed {best['seed']}: {space.metric} {best['result'][space.metric]:.4f}  {own}")
+    said = {k: short(v) for k, v in best["settings"].items()}
+    print(f"\nbest      {best['row']}, seed {best['seed']}: {space.metric} {best['result'][space.metric]:.4f}  {said}")
     print(f"model     {store.path(name)}\ntable     {store.path('table.md')} (.csv, .tex, .png)")
     if runs.uri.startswith("sqlite"):
         print(f"next      mlflow ui --backend-store-uri {runs.uri}")

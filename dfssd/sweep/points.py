@@ -134,9 +134,9 @@ def trials(space: Space, config: Config, sweep: str) -> list[Trial]:
     return list(found.values())
 
 
-def said(axis: Any) -> str:
+def in_words(axis: Any) -> str:
     """An axis in words that are the same in every process; `str` of Ray Tune's domains names an address in memory."""
     if isinstance(axis, Domain | Sampler):
-        own = ", ".join(f"{k} {said(v)}" for k, v in sorted(vars(axis).items()))
+        own = ", ".join(f"{k} {in_words(v)}" for k, v in sorted(vars(axis).items()))
         return f"{type(axis).__name__.strip('_')}({own})"
     return str(getattr(axis, "__qualname__", axis))

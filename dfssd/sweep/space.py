@@ -5,7 +5,7 @@ A space is plain Python with upper-case names:
     SPACE      dotted config keys -> a list, `tune.grid_search([...])` or a `tune` domain
     ROWS       label -> {dotted key: value}; every row is combined with every point of SPACE
     BASE       dotted key -> value that all trials share; the command line goes before it
-    METRIC     what is compared, default "val/map50"; MODE "max" or "min"
+    METRIC     what is compared, default "val/map50"; MODE "max" or "min"; with a SCHEDULER one of the val/ ones
     SEEDS      seeds of the whole run (split, teacher, student); every point is run with each
     SEARCH     "grid", "random" or "optuna" (TPE); TRIALS: how many points the last two draw
     SCHEDULER  "none", "asha" or "pbt"; GRACE: share of the steps that no trial is stopped before; REDUCTION: ASHA's eta;
@@ -31,6 +31,8 @@ CHOICES = {
     "SEARCH": ("grid", "random", "optuna"),
     "SCHEDULER": ("none", "asha", "pbt"),
 }
+MEASURES = ("map50", "map50_95", "precision", "recall")  # of val at each validation, of test at a trial's end
+COSTS = ("latency_ms", "parameters", "training_s", "duration_s")
 DEFAULTS: dict[str, Any] = {
     "SPACE": {},
     "ROWS": {},
@@ -132,6 +134,15 @@ def load_space(path: str) -> Space:
 
 
 def _check(space: Space, path: str) -> None:
+    metrics = [f"val/{name}" for name in MEASURES]
+    if space.scheduler == "none":  # the others go by what each validation reports
+        metrics += [*(f"test/{name}" for name in MEASURES), *COSTS]
+    if space.metric not in metrics:
+        raise DfssdError(
+            f"METRIC is {space.metric!r}{nearest(space.metric, metrics)}",
+            where=path,
+            todo=f"give one of {', '.join(metrics)}",
+        )
     known = [*config_keys(), "method"]
     for key in (*space.axes, *space.base, *space.x, *(k for row in space.rows.values() for k in row)):
         if key not in known:

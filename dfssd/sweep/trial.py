@@ -12,6 +12,7 @@ import torch
 from ray import tune
 
 from dfssd.cluster import Resources
+from dfssd.errors import find_user_error
 from dfssd.evaluate import measure
 from dfssd.stage import flatten
 from dfssd.stages import Context, make_stage, run_stage
@@ -19,7 +20,7 @@ from dfssd.storage import Storage
 from dfssd.sweep.points import Trial
 from dfssd.sweep.population import CLOCK, take_over
 from dfssd.sweep.shared import adopt, bring
-from dfssd.sweep.space import Space
+from dfssd.sweep.space import MEASURES, Space
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 from dfssd.train.worker import fit, train_in_process
@@ -72,6 +73,23 @@ def tags(plan: Plan, trial: Trial, order: int, digest: str) -> dict[str, str]:
 def x_of(keys: tuple[str, ...], trial: Trial) -> Any:
     """Where on a curve the trial lies, or None."""
     return next((trial.settings[key] for key in keys if key in trial.settings), None)
+
+
+def run_once(trial: Trial, plan: Plan, order: int) -> None:
+    """`run`; what a user has to mend is left in `failed.json` and not raised: a second try would only meet it again.
+
+    Raises:
+        Exception: anything else. The trial's process may be to blame, and Ray Tune tries again.
+    """
+    store = folder(trial)
+    store.delete("failed.json")
+    try:
+        run(trial, plan, order)
+    except Exception as error:
+        said = find_user_error(error)
+        if said is None:
+            raise
+        store.write_json("failed.json", {"error": str(said)})
 
 
 def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
@@ -170,7 +188,7 @@ def _record(trial: Trial, plan: Plan, order: int, summary: dict[str, Any], measu
     result: dict[str, float] = {
         "step": float(summary["steps"]),
         **{f"val/{k}": v for k, v in summary["best"].items() if k != "step"},
-        **{f"test/{k}": measured["test"][k] for k in ("map50", "map50_95", "precision", "recall")},
+        **{f"test/{k}": measured["test"][k] for k in MEASURES},
         "latency_ms": measured["latency_ms"],
         "parameters": measured["params"],
         "training_s": seconds,

@@ -26,7 +26,7 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
 from dfssd.models.taps import Taps
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
-from dfssd.storage import Storage, is_remote
+from dfssd.storage import Storage
 from dfssd.train.job import TrainJob
 from dfssd.train.optim import make_optimiser
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
@@ -133,7 +133,7 @@ class Session:
         threads = torch.get_num_threads()
         if self.device.type == "cuda":  # the CPUs have nothing else to do
             return max(1, min(MAX_LOADERS, threads - 1))
-        remote = any(is_remote(row.uri) for row in self.manifest.rows)
+        remote = any(stream.remote for stream in self.streams.streams.values())
         return 1 if threads > 1 or remote else 0  # who waits for a network needs no core
 
     def state(self) -> dict[str, Any]:
