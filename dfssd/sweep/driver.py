@@ -74,7 +74,7 @@ class Progress(tune.Callback):
             said = "failed: " + store.read_json("failed.json")["error"].splitlines()[0]
         elif store.exists("result.json"):
             said = "finished"
-        elif rows:
+        elif rows and not store.exists("stopped.json"):  # a resumed sweep reports it again, and may stop it sooner
             end = {"trial": own.id, "settings": flatten(own.settings), "reports": rows}
             store.write_json("stopped.json", end)
             started = f"{own.stage}/started.json"
