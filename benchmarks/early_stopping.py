@@ -17,9 +17,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import tyro
+from ray.tune.schedulers import ASHAScheduler
 from scipy.stats import spearmanr
 
 from dfssd.report.tables import render
@@ -34,6 +37,7 @@ LEVELS = {
     "distill.share_f": (0.1, 0.5, 2.0),
     "distill.lambda_u": (0.5, 2.0),
 }
+RUNNING, ORDERS = 2, 200  # of the replays: trials at a time, orders of the points
 
 
 @dataclass
@@ -76,6 +80,46 @@ def foresight(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
     return [[str(k), f"{spearmanr([c[k] for c in curves], ends).statistic:.2f}"] for k in steps]
 
 
+def replay(
+    curves: list[list[float]], steps: list[int], order: list[int], grace: float, reduction: int
+) -> tuple[int, int]:
+    """(steps run, number of the winner) had Ray's ASHA seen these curves in this order, `RUNNING` at a time."""
+    end = steps[-1]
+    scheduler = ASHAScheduler(
+        "step", "metric", "max", max_t=end + 1, grace_period=round(grace * end), reduction_factor=reduction
+    )
+    waiting, running, ran, ends = list(order), dict[int, int](), 0, dict[int, float]()
+    trials = [SimpleNamespace(trial_id=str(k)) for k in range(len(curves))]
+    while waiting or running:
+        while waiting and len(running) < RUNNING:
+            running[waiting[0]] = 0
+            scheduler.on_trial_add(None, trials[waiting.pop(0)])
+        for k, at in list(running.items()):
+            said = scheduler.on_trial_result(None, trials[k], {"step": steps[at], "metric": curves[k][at]})
+            running[k] = at + 1
+            if steps[at] == end:
+                ends[k] = curves[k][at]
+            if steps[at] == end or said == scheduler.STOP:
+                ran += steps[at]
+                del running[k]
+    return ran, max(ends, key=lambda k: ends[k])
+
+
+def replays(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
+    """Rows of GRACE, REDUCTION, and means over `ORDERS` orders: share of the steps, points below the best, same winner."""
+    curves = [[r[metric] for r in record["reports"]] for record in done]
+    steps, rng, rows = [int(r["step"]) for r in done[0]["reports"]], np.random.default_rng(0), []
+    ends = [curve[-1] for curve in curves]
+    for grace, reduction in itertools.product((0.1, 0.2, 0.3, 0.4), (2, 3, 4)):
+        ran, won = zip(*(
+            replay(curves, steps, rng.permutation(len(curves)).tolist(), grace, reduction) for _ in range(ORDERS)
+        ), strict=True)  # fmt: skip
+        share, lost = np.mean(ran) / (steps[-1] * len(curves)), max(ends) - np.mean([ends[k] for k in won])
+        same = np.mean([ends[k] == max(ends) for k in won])
+        rows.append([f"{grace}", f"{reduction}", f"{share:.0%}", f"{100 * lost:.1f}", f"{same:.0%}"])
+    return rows
+
+
 def main() -> None:
     s, shipped = tyro.cli(Settings, description=__doc__), load_space(str(SHIPPED))
     if set(LEVELS) != set(shipped.axes):
@@ -84,7 +128,7 @@ def main() -> None:
     stopped_early = f'SCHEDULER = "asha"\nGRACE = {shipped.grace}\nREDUCTION = {shipped.reduction}\n'
     full, asha = sweep(s, "full", grid), sweep(s, "asha", grid + stopped_early)
     metric, storage = shipped.metric, Storage(str(Path(s.storage_path).absolute()))
-    points = len(list(itertools.product(*LEVELS.values())))
+    points = len(full)
     best = {name: max(done, key=lambda r: r["result"][metric]) for name, done in (("full", full), ("asha", asha))}
     ran = {name: steps_run(storage, name, done) for name, done in (("full", full), ("asha", asha))}
     rows = [
@@ -99,6 +143,10 @@ def main() -> None:
     print(f"the winner under ASHA has place {places} of {points} in the full grid")
     found = {"full": full, "asha": asha, "steps": {k: v[0] for k, v in ran.items()}, "place": places}
     print(render("how early the order shows", ["step", "rank correlation"], foresight(full, metric)))
+    header = ["GRACE", "REDUCTION", "steps", "points below the best", "same winner"]
+    print(
+        render(f"ASHA replayed on the curves of the full grid, means of {ORDERS} orders", header, replays(full, metric))
+    )
     if s.seeds > 1:
         winners = {b["row"]: b["settings"] for b in best.values()}
         seeded = sweep(s, "seeds", f"ROWS = {winners!r}\nSEEDS = {tuple(range(s.seeds))!r}\n")

@@ -17,7 +17,6 @@ import functools
 import multiprocessing
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,16 +26,12 @@ from typing import Any
 
 import torch
 import tyro
-from step import FULL, Bench, our_step
+from step import FULL, Bench, data_wait
 from step import Settings as StepSettings
 
-from dfssd.config import Config, Distill, Models, Run, Train
 from dfssd.data import dataset
 from dfssd.data.manifest import read_manifest, write_manifest
 from dfssd.report.tables import render
-from dfssd.train.job import TrainJob
-from dfssd.train.session import Session, build_session
-from dfssd.world import World
 
 
 @dataclass
@@ -113,33 +108,6 @@ def move(bench: Bench) -> None:
     bench.manifest = read_manifest(bench.run.at("dataset"))
 
 
-def session(bench: Bench, **train: Any) -> Session:
-    s = bench.s
-    config = Config(
-        run=Run(storage_path=str(bench.folder), run_name="r"),
-        models=Models(teacher=s.teacher, student=s.student),
-        train=Train(imgsz=s.imgsz, batch=s.batch // 2, amp="auto", steps=10**5, **train),
-        distill=Distill(**FULL),  # type: ignore[arg-type]
-    )
-    return build_session(
-        TrainJob("student", bench.run.uri, config, teacher="teacher", pseudo="pseudo"), World(), bench.device
-    )
-
-
-def measure(s: Session, batch: int, warm: int, steps: int) -> tuple[float, float]:
-    """(share of a step that waits for data, images a second), after `warm` steps."""
-    batches, wait, begun = iter(s.loader()), 0.0, 0.0
-    for k in range(-warm, steps):
-        if k == 0:
-            wait, begun = 0.0, time.perf_counter()
-        asked = time.perf_counter()
-        images = next(batches)
-        wait += time.perf_counter() - asked
-        our_step(s, images)
-    total = time.perf_counter() - begun
-    return wait / total, steps * batch / total
-
-
 def one_at_a_time(work: Any, items: Any, remote: bool, threads: int = 1) -> Iterator[Any]:
     """As a plain dataset would ask; takes the place of `side_by_side`."""
     return map(work, items)
@@ -154,20 +122,23 @@ def main() -> None:
         server = start_store(Path(folder, "data"), s.latency_ms / 1e3)
         try:
             bench = Bench(own, Path(folder), torch.device("cpu"))
-            local = measure(session(bench, cache_gib=0.0), s.batch, 4, s.steps)
+
+            def wait(warm: int = 4, **train: Any) -> tuple[float, float]:
+                session = bench.session("student", "auto", s.batch // 2, train=train, **FULL)
+                return data_wait(session, s.batch, warm, s.steps)
+
+            found = {"local files, cold": wait(cache_gib=0.0)}
             move(bench)
-            found = {"local files, cold": local}
-            found["store, cold"] = measure(session(bench, cache_gib=0.0), s.batch, 4, s.steps)
-            disk = {"cache_gib": 0.0, "cache_dir": f"{folder}/cache"}
-            found["store, --cache-dir"] = measure(session(bench, **disk), s.batch, 12, s.steps)
-            found["store, cache in memory"] = measure(session(bench), s.batch, 12, s.steps)
+            found["store, cold"] = wait(cache_gib=0.0)
+            found["store, --cache-dir"] = wait(warm=12, cache_gib=0.0, cache_dir=f"{folder}/cache")
+            found["store, cache in memory"] = wait(warm=12)
             dataset.side_by_side = one_at_a_time  # type: ignore[assignment]
-            found["store, cold, one at a time"] = measure(session(bench, cache_gib=0.0), s.batch, 4, s.steps)
+            found["store, cold, one at a time"] = wait(cache_gib=0.0)
         finally:
             server.terminate()
     rows = [[name, f"{100 * wait:.0f} %", f"{speed:.0f}"] for name, (wait, speed) in found.items()]
     title = f"{s.batch} images of {s.imgsz} px a step, {threads} threads, each request {s.latency_ms:g} ms late"
-    print(render(title, ["images from", "data wait", "img/s"], rows), file=sys.stdout)
+    print(render(title, ["images from", "data wait", "img/s"], rows))
 
 
 if __name__ == "__main__":

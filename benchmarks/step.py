@@ -95,13 +95,21 @@ class Bench:
         table = pseudo_table([r.image_id for r in rows], "t", [b.astype(np.float32) for b in boxes])
         write_table(self.run.at("pseudo"), "shard-00000.parquet", table)
 
-    def session(self, stage: str, amp: str, batch: int, compiled: bool = False, **distill: Any) -> Session:
-        """The parts of a training run, as a job would build them."""
-        s = self.s
+    def session(
+        self,
+        stage: str,
+        amp: str,
+        batch: int,
+        compiled: bool = False,
+        train: dict[str, Any] | None = None,
+        **distill: Any,
+    ) -> Session:
+        """The parts of a training run, as a job would build them; `train` and `distill` are further settings."""
+        s, more = self.s, train or {}
         config = Config(
             run=Run(storage_path=str(self.folder), run_name="r"),
             models=Models(teacher=s.teacher, student=s.student),
-            train=Train(imgsz=s.imgsz, batch=batch, amp=amp, steps=100_000, compile=compiled),  # type: ignore[arg-type]
+            train=Train(imgsz=s.imgsz, batch=batch, amp=amp, steps=100_000, compile=compiled, **more),  # type: ignore[arg-type]
             distill=Distill(**distill),
         )
         inputs = {"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {}
@@ -214,20 +222,24 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.de
     return times
 
 
-def data_wait(bench: Bench, steps: int = 12) -> tuple[float, float]:
-    """(share of a step that waits for data, images a second) of the full step with its loader running, in `auto`."""
-    session = bench.session("student", "auto", max(1, bench.s.batch // 2), **FULL, divergence=bench.s.divergence)
+def data_wait(session: Session, images: int, warm: int = 3, steps: int = 12) -> tuple[float, float]:
+    """(share of a step that waits for data, images a second) with the loader running.
+
+    Args:
+        images: of a step.
+        warm: steps before those that count.
+    """
     batches, waits, total = iter(session.loader()), 0.0, 0.0
-    for k in range(steps + 3):
+    for k in range(-warm, steps):
         begun = time.perf_counter()
         batch = next(batches)
         ready = time.perf_counter()
         our_step(session, batch)
-        if bench.device.type == "cuda":
+        if session.device.type == "cuda":
             torch.cuda.synchronize()
-        if k >= 3:
+        if k >= 0:
             waits, total = waits + ready - begun, total + time.perf_counter() - begun
-    return waits / total, steps * bench.s.batch / total
+    return waits / total, steps * images / total
 
 
 def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
@@ -267,7 +279,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dfssd-step-") as folder, contextlib.redirect_stdout(sys.stderr):
         bench = Bench(s, Path(folder), device)
         times = measure(steps_to_time(bench), s.repeats, device)
-        found = results(times, *data_wait(bench), s, str(device))
+        loading = bench.session("student", "auto", max(1, s.batch // 2), **FULL, divergence=s.divergence)
+        found = results(times, *data_wait(loading, s.batch), s, str(device))
     if s.json:
         print(json.dumps(found, indent=2))
         return
