@@ -13,6 +13,11 @@ from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.storage import Storage
 from dfssd.train.job import TrainJob
 
+SWEEP_BASE = """
+BASE = {"train.imgsz": 64, "train.batch": 4, "train.steps": 12, "train.teacher_steps": 4, "train.val_every": 3,
+        "train.log_every": 1, "train.amp": "fp32", "models.teacher": "yolov8n.yaml", "pseudo.tta": "none",
+        "data.label_fraction": 0.4, "evaluate.latency_repeats": 3, "evaluate.sample_images": 2}
+"""  # of spaces whose trials take seconds
 OTHERS = {"distill": Distill, "thresholds": Thresholds, "pseudo": Pseudo}
 
 

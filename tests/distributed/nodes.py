@@ -88,10 +88,15 @@ class Place:
                 process.wait()
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment without what leads to other clusters and servers."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))}
+
+
 def token_environment() -> dict[str, str]:
-    """The environment without what leads to other clusters and servers, and with a token of its own."""
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))}
-    return {**base, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+    """A clean environment, and a token of its own for Ray."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(16).hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**clean_environment(), **token}
 
 
 @contextlib.contextmanager
@@ -124,7 +129,7 @@ def services(root: Path) -> Iterator[tuple[Place, dict[str, str]]]:
             "--workers",
             "1",
         ]
-        place.start("mlflow", [*own, *backend], token_environment())
+        place.start("mlflow", [*own, *backend], clean_environment())
         place.wait_for(env["AWS_ENDPOINT_URL"], "s3")
         place.wait_for(f"http://127.0.0.1:{tracking}/health", "mlflow")
         yield place, {**env, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{tracking}"}

@@ -72,6 +72,19 @@ def growing():
     os.environ.pop("RAY_AUTH_MODE", None)
 
 
+def start_training(prepared, config):
+    """The job, its thread once it has a checkpoint, and what will hold its result."""
+    job, done = make_job("student", str(prepared / "r"), config), {}
+    training = threading.Thread(target=lambda: done.update(fit(job, Resources(1, 1, False))), daemon=True)
+    training.start()
+    first = prepared / "r" / "student" / "train" / f"step_{config.train.val_every:07d}" / "MANIFEST.json"
+    deadline = time.monotonic() + 120
+    while not first.exists():
+        assert training.is_alive() and time.monotonic() < deadline
+        time.sleep(0.1)
+    return job, training, done
+
+
 def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, growing, monkeypatch):
     monkeypatch.setattr("dfssd.train.worker.RESIZE_S", 3.0)
     give_teacher_and_candidates(prepared)
@@ -84,15 +97,7 @@ def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, gr
     with pytest.raises(DfssdError, match="need 2 CPUs, the cluster has 1"):
         worker_resources(Run(num_workers=2, cpus_per_worker=1, wait_min=0.05))
     assert 3 <= time.monotonic() - begun < 20
-    job = make_job("student", str(prepared / "r"), config)
-    done = {}
-    training = threading.Thread(target=lambda: done.update(fit(job, Resources(1, 1, False))), daemon=True)
-    training.start()
-    first = prepared / "r" / "student" / "train" / "step_0000020" / "MANIFEST.json"
-    deadline = time.monotonic() + 120
-    while not first.exists():
-        assert training.is_alive() and time.monotonic() < deadline
-        time.sleep(0.1)
+    job, training, done = start_training(prepared, config)
     growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # only works in the main thread
     assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (2, 2)
     training.join(240)
@@ -108,15 +113,7 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_is_lost(prepared, growing)
     give_teacher_and_candidates(prepared)
     second = growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     config = tiny_config(prepared, steps=60, val_every=4, log_every=1, num_workers="1:2", batch=5)
-    job = make_job("student", str(prepared / "r"), config)
-    done = {}
-    training = threading.Thread(target=lambda: done.update(fit(job, Resources(1, 1, False))), daemon=True)
-    training.start()
-    first = prepared / "r" / "student" / "train" / "step_0000004" / "MANIFEST.json"
-    deadline = time.monotonic() + 120
-    while not first.exists():
-        assert training.is_alive() and time.monotonic() < deadline
-        time.sleep(0.1)
+    job, training, done = start_training(prepared, config)
     growing.remove_node(second, allow_graceful=False)
     training.join(300)
     assert not training.is_alive() and done["steps"] == 60

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small import SWEEP_BASE
 
 from dfssd.storage import Storage
 from dfssd.sweep.driver import records
@@ -21,9 +22,6 @@ ROWS = {
     "pkd": {"distill.divergence": "pkd"},
     "mse": {"distill.divergence": "mse"},
 }
-BASE = {"train.imgsz": 64, "train.batch": 4, "train.steps": 12, "train.teacher_steps": 4, "train.val_every": 3,
-        "train.log_every": 1, "train.amp": "fp32", "models.teacher": "yolov8n.yaml", "pseudo.tta": "none",
-        "data.label_fraction": 0.4, "evaluate.latency_repeats": 3, "evaluate.sample_images": 2}
 """
 
 
@@ -69,7 +67,7 @@ def kill_a_trial(log: Path, said: list[int]) -> None:
 def swept(strip, tmp_path_factory):
     """(storage path, log of the second start, mtimes of what was finished before it, pid of the killed trial)."""
     storage = tmp_path_factory.mktemp("sweep")
-    (storage / "own.py").write_text(SPACE)
+    (storage / "own.py").write_text(SPACE + SWEEP_BASE)
     first, second = storage / "log1", storage / "log2"
     process = start(storage, strip, first)
     wait_for(lambda: len(list(storage.glob("s/trials/*/result.json"))) >= 1, process, first)
