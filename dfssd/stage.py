@@ -140,7 +140,7 @@ class Stage:
 
         Args:
             outputs: files of the artefact, relative to it; they get a size and sha256.
-            summary: numbers worth reading without opening the artefact.
+            summary: numbers worth reading without opening the artefact; `before_s`: what earlier attempts have spent.
         """
         digests = {name: self.store.digest(name) for name in sorted(outputs)}
         record = {
@@ -148,7 +148,7 @@ class Stage:
             "outputs": digests,
             "digest": digest_of(digests),
             "code_version": code_version(),
-            "duration_s": round(time.time() - self.started, 1),
+            "duration_s": round(summary.get("before_s", 0.0) + time.time() - self.started, 1),
             "finished_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "mlflow_run_id": self.recorded_run_id(),
             "summary": summary,

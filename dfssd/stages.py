@@ -155,6 +155,7 @@ def _train(context: Context, stage: Stage, run_id: str) -> Body:
         run_id,
         teacher=named.get("teacher", ""),
         pseudo=named.get("pseudo", ""),
+        begun=stage.started,
     )
     _, weights = resolve_weights(job.model_spec)
     if weights is not None and not stage.store.exists("init.pt"):

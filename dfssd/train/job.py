@@ -22,6 +22,7 @@ class TrainJob:
         tracking_uri, mlflow_run_id: where to log; '' for nowhere.
         teacher: artefact of the teacher that the student is distilled from.
         pseudo: artefact with the candidates for unlabelled images; '' trains on labels alone.
+        begun: when this attempt at the stage began (seconds since the epoch), which also tells one attempt from another.
     """
 
     stage: str
@@ -32,6 +33,7 @@ class TrainJob:
 
     teacher: str = "teacher"
     pseudo: str = ""
+    begun: float = 0.0
 
     @property
     def trains_teacher(self) -> bool:

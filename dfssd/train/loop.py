@@ -256,6 +256,7 @@ def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
         "best": {"step": s.best["step"], **s.best["metrics"]},
         "last": last,
         "steps": s.step,
+        "before_s": s.before_s,
         "seconds_per_step": meter.total_step_s / max(meter.total_steps, 1),
         "data_wait_share": meter.total_data_s / max(meter.total_step_s, 1e-9),
         "precision": str(s.dtype or torch.float32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,7 @@ class Session:
     step: int = 0
     best: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)  # logged numbers, each with its "step"
+    before_s: float = 0.0  # what earlier attempts spent, up to the checkpoint that this one goes on from
 
     @property
     def teacher(self) -> Teacher | None:
@@ -154,6 +156,7 @@ class Session:
             "rng": torch.get_rng_state(),
             "best": self.best,
             "history": self.history,
+            "clock": {"begun": self.job.begun, "at": time.time(), "before_s": self.before_s},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -173,6 +176,10 @@ class Session:
             self.teacher_ema.ema.load_state_dict(state["teacher_ema"])
             self.teacher_ema.updates = state["teacher_ema_updates"]
         torch.set_rng_state(state["rng"])
+        clock = state.get("clock")
+        if clock:  # workers that were started again within one attempt: its own clock never stopped
+            this = clock["begun"] == self.job.begun
+            self.before_s = clock["before_s"] + (0.0 if this else max(0.0, clock["at"] - clock["begun"]))
 
 
 def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
@@ -210,7 +217,6 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         generators=student.projections.generators if student.projections is not None else None,
         teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
     )
-    val = manifest.of_split("val")
     return Session(
         job=job,
         world=world,
@@ -226,15 +232,7 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         teaching=teaching,
         criterion=criterion,
         streams=Streams(_streams(job, manifest, candidates)),
-        val=ManifestDataset(
-            val,
-            [r.boxes for r in val],
-            manifest.names,
-            config.train.imgsz,
-            None,
-            config.train.cache_gib,
-            disk_cache(config.train),
-        ),
+        val=_val(job, manifest),
     )
 
 
@@ -254,6 +252,14 @@ def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCoun
     for image_id in sorted(candidates):
         scores.add(candidates[image_id])
     return scores, labelled_rates(manifest.labelled_rows(), len(manifest.names))
+
+
+def _val(job: TrainJob, manifest: Manifest) -> ManifestDataset:
+    """The val split, not augmented."""
+    rows, own = manifest.of_split("val"), job.config.train
+    return ManifestDataset(
+        rows, [r.boxes for r in rows], manifest.names, own.imgsz, None, own.cache_gib, disk_cache(own)
+    )
 
 
 def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> dict[str, ManifestDataset]:

@@ -1,5 +1,8 @@
 """Interrupt, break and resume the loop itself, in one process."""
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
@@ -18,8 +21,8 @@ class Killed(Exception):
     """Stands for SIGKILL: nothing of the loop runs after it."""
 
 
-def _run(storage, stage, stop_at=None, monkeypatch=None, **changes):
-    job = make_job(stage, str(storage / "r"), tiny_config(storage, **changes))
+def _run(storage, stage, stop_at=None, monkeypatch=None, begun=0.0, **changes):
+    job = replace(make_job(stage, str(storage / "r"), tiny_config(storage, **changes)), begun=begun)
     if stop_at is None:
         return train_in_process(job), job
     lr = loop.learning_rate
@@ -66,6 +69,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
         for j in (job, other_job)
     ]
     assert histories[0] == histories[1]  # no step twice, none missing, same losses
+
+
+def test_the_time_of_earlier_attempts_counts_once(prepared, monkeypatch):
+    """What a trial costs is what all its attempts took: each from its beginning to its last checkpoint."""
+    now, often = time.time(), {"val_every": 1}
+    _run(prepared, "label_only", 2, monkeypatch, begun=now - 1000, **often)
+    _run(prepared, "label_only", 4, monkeypatch, begun=now - 200, **often)
+    _run(prepared, "label_only", 5, monkeypatch, begun=now - 200, **often)  # only its workers were started again
+    result, _ = _run(prepared, "label_only", begun=now, **often)
+    assert 1200 <= result["before_s"] <= 1200 + 2 * (time.time() - now)
 
 
 def test_every_part_of_the_state_matters(prepared):
