@@ -110,7 +110,7 @@ def replays(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
     curves = [[r[metric] for r in record["reports"]] for record in done]
     steps, rng, rows = [int(r["step"]) for r in done[0]["reports"]], np.random.default_rng(0), []
     ends = [curve[-1] for curve in curves]
-    for grace, reduction in itertools.product((0.1, 0.2, 0.3, 0.4), (2, 3, 4)):
+    for grace, reduction in itertools.product((0.1, 0.2, 0.3, 0.4), (2, 3, 4, 6, 8)):
         ran, won = zip(*(
             replay(curves, steps, rng.permutation(len(curves)).tolist(), grace, reduction) for _ in range(ORDERS)
         ), strict=True)  # fmt: skip

@@ -13,8 +13,8 @@ from ray import tune
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.storage import Storage
-from dfssd.sweep.points import make_trial
-from dfssd.sweep.population import Census, explorer, identity, members, take_over, within
+from dfssd.sweep.points import make_trial, within
+from dfssd.sweep.population import Census, explorer, identity, members, take_over
 from dfssd.train import checkpoint
 from dfssd.train.session import build_session
 from dfssd.world import World

@@ -1,13 +1,19 @@
 """What the driver of a sweep remembers of its trials."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+from ray import tune
 from small import tiny_config
 
 from dfssd.storage import Storage
-from dfssd.sweep.driver import Progress, ended, steps_run, trial_of
-from dfssd.sweep.points import make_trial
+from dfssd.sweep.driver import Progress, ended, parameters, steps_run, trial_of, tune_config
+from dfssd.sweep.points import make_trial, own_point
 from dfssd.sweep.population import identity
+from dfssd.sweep.space import load_space
+
+SHIPPED = Path(__file__).parents[1] / "tune_spaces" / "loss_weights.py"
 
 
 def _complete(config, point, steps):
@@ -37,3 +43,41 @@ def test_a_failed_trial_has_neither_ended_nor_been_stopped(tmp_path, capsys):
     _complete(config, point, [10])
     assert "failed: no such layer at step 10" in capsys.readouterr().out
     assert ended(storage, "s", "val/map50") == []
+
+
+def _suggested(config, space, known, count):
+    """Settings of the first points that a search asks for, as Tune does."""
+    search = tune_config(space, config, "s", 1, known).search_alg
+    search.set_search_properties("val/map50", "max", parameters(space, []))
+    return [search.suggest(str(k))["point"]["settings"] for k in range(count)]
+
+
+def test_a_search_begins_at_the_configs_own_values(tmp_path):
+    """What a search finds is only worth something beside what one has without it."""
+    config, space = tiny_config(tmp_path, share_p=0.3, lambda_u=1.5), load_space(str(SHIPPED))
+    own = {"distill.share_p": 0.3, "distill.share_f": 0.5, "distill.lambda_u": 1.5}
+    first, second = _suggested(config, space, [], 2)
+    assert first == own and second != own
+    assert _suggested(config, space, [(own, 0.4)], 1) != [own]  # it has ended: the search knows it
+
+
+@pytest.mark.parametrize(
+    ("axis", "value", "found"),
+    [
+        (tune.uniform(0.25, 2.0), 0.1, None),
+        (tune.loguniform(0.05, 2.0), 0.05, 0.05),
+        ([0.1, 0.5], 0.5, 0.5),
+        ([0.1, 0.2], 0.5, None),
+        (tune.choice([0.1, 0.5]), 0.5, 0.5),
+        (tune.sample_from(lambda: 0.5), 0.5, None),
+    ],
+)
+def test_values_outside_the_space_are_no_point_of_it(tmp_path, axis, value, found):
+    config = tiny_config(tmp_path, share_f=value)
+    expected = None if found is None else {"distill.share_f": found}
+    assert own_point({"distill.share_f": axis}, config) == expected
+
+
+def test_layers_are_found_among_lists_of_layers(tmp_path):
+    config = tiny_config(tmp_path, taps=(4, 6))
+    assert own_point({"distill.taps": [[15, 18], [4, 6]]}, config) == {"distill.taps": [4, 6]}

@@ -19,7 +19,7 @@ from dfssd.progress import clock
 from dfssd.stage import flatten
 from dfssd.storage import Storage
 from dfssd.sweep import population, shared
-from dfssd.sweep.points import Trial, draw, make_trial, name_row
+from dfssd.sweep.points import Trial, draw, make_trial, name_row, own_point
 from dfssd.sweep.space import Space
 from dfssd.sweep.trial import Plan, folder, run_once
 from dfssd.tracking import Runs
@@ -123,8 +123,11 @@ def tune_config(
         scheduler = population.scheduler(space, config, sweep)
     samples = 1
     if space.search == "optuna":
-        points = [{f"point/settings/{k}": v for k, v in settings.items()} for settings, _ in known]
-        seeded = {"points_to_evaluate": points, "evaluated_rewards": [value for _, value in known]} if known else {}
+        first = own_point(space.axes, config)  # so that the table says what the search is better than
+        points = [settings for settings, _ in known] or ([first] if first else [])
+        seeded: dict[str, Any] = {"points_to_evaluate": [_in_tune(settings) for settings in points]} if points else {}
+        if known:
+            seeded["evaluated_rewards"] = [value for _, value in known]
         search = OptunaSearch(metric=space.metric, mode=space.mode, seed=space.seeds[0] + len(known), **seeded)
         samples = space.trials - len(known)
     return tune.TuneConfig(
@@ -137,6 +140,11 @@ def tune_config(
         search_alg=search,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
+
+
+def _in_tune(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names that Tune's parameter space has for them."""
+    return {f"point/settings/{key}": value for key, value in settings.items()}
 
 
 def records(storage: Storage, sweep: str) -> list[dict[str, Any]]:

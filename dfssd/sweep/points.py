@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
-from ray.tune.search.sample import Domain, Sampler
+from ray.tune.search.sample import Domain, Float, Integer, Sampler
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
@@ -76,6 +76,34 @@ def draw(axes: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         else:
             point[key] = axis.sample(random_state=rng) if isinstance(axis, Domain) else axis
     return point
+
+
+def own_point(axes: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
+    """The config's own values on these axes, or None where one lies outside its axis."""
+    tree, point = config.model_dump(), dict[str, Any]()
+    for key, axis in axes.items():
+        own: Any = tree
+        for part in key.split("."):
+            own = own.get(part) if isinstance(own, dict) else None
+        values = values_of(axis) or getattr(axis, "categories", None)
+        if values is not None:
+            same = [v for v in values if v == own or (isinstance(v, list | tuple) and list(v) == list(own or ()))]
+            if not same:
+                return None
+            point[key] = same[0]
+        elif isinstance(axis, Float | Integer) and own is not None and within(axis, own) == own:
+            point[key] = own
+        else:
+            return None
+    return point
+
+
+def within(axis: Any, value: Any) -> Any:
+    """The value, moved into the range it was drawn from: multiplying may have left it."""
+    if isinstance(axis, Float | Integer) and isinstance(axis, Domain):
+        lower, upper = axis.lower, axis.upper - (1 if isinstance(axis, Integer) else 0)
+        return type(value)(min(max(value, lower), upper))
+    return value
 
 
 def name_row(row: str, point: Mapping[str, Any]) -> str:

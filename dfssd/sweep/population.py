@@ -14,11 +14,10 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
-from ray.tune.search.sample import Domain, Float, Integer
 
 from dfssd.config import Config
 from dfssd.storage import Storage
-from dfssd.sweep.points import Trial, make_trial, name_row
+from dfssd.sweep.points import Trial, make_trial, name_row, within
 from dfssd.sweep.space import Space, values_of
 from dfssd.tracking import Runs
 from dfssd.train import checkpoint
@@ -56,14 +55,6 @@ def explorer(axes: Mapping[str, Any], config: Config, sweep: str) -> Callable[[d
         return {"point": {**own, **identity(make_trial(config, sweep, row, own["seed"], settings, origin))}}
 
     return explore
-
-
-def within(axis: Any, value: Any) -> Any:
-    """The value, moved into the range it was drawn from: multiplying may have left it."""
-    if isinstance(axis, Float | Integer) and isinstance(axis, Domain):
-        lower, upper = axis.lower, axis.upper - (1 if isinstance(axis, Integer) else 0)
-        return type(value)(min(max(value, lower), upper))
-    return value
 
 
 def identity(trial: Trial) -> dict[str, Any]:

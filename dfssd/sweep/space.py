@@ -7,7 +7,8 @@ A space is plain Python with upper-case names:
     BASE       dotted key -> value that all trials share; the command line goes before it
     METRIC     what is compared, default "val/map50"; MODE "max" or "min"; with a SCHEDULER one of the val/ ones
     SEEDS      seeds of the whole run (split, teacher, student); every point is run with each
-    SEARCH     "grid", "random" or "optuna" (TPE); TRIALS: how many points the last two draw
+    SEARCH     "grid", "random" or "optuna" (TPE; its first point are the values one has without the search, where the
+               space contains them); TRIALS: how many points the last two draw
     SCHEDULER  "none", "asha" or "pbt"; GRACE: share of the steps that no trial is stopped before; REDUCTION: ASHA's eta;
                PERTURB: share of the steps after which poor trials take over from good ones (PBT, TRIALS: population)
     X          keys that a curve is drawn over, the first one that a trial sets; none: dots
