@@ -3,8 +3,8 @@
     python benchmarks/early_stopping.py --data DIR --storage-path runs/early_stopping
 
 Three sweeps of `jobs/sweep.py` on the same data set, teacher and pseudo-labels: every point of a grid trained to its end;
-the same points under ASHA with the shipped space's GRACE and REDUCTION; and the winners of both with further seeds (another
-split, other labels, another teacher), whose standard deviation says what a difference means. Type it again to go on.
+the same points under ASHA with the shipped space's GRACE and REDUCTION; and the winners of both, and `FIRST`, with further
+seeds (another split, other labels, another teacher), whose spread says what a difference means. Type it again to go on.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ LEVELS = {
     "distill.share_f": (0.1, 0.5, 2.0),
     "distill.lambda_u": (0.5, 2.0),
 }
+FIRST = {"distill.share_p": 0.5, "distill.share_f": 0.5, "distill.lambda_u": 0.5}  # the config's own values under ASHA
 RUNNING, ORDERS = 2, 200  # of the replays: trials at a time, orders of the points
 
 
@@ -54,19 +55,24 @@ class Settings:
     teacher_steps: int = 800
     val_every: int = 50
     seeds: int = 3
-    """Seeds with which the winners are run; 1: none but the first."""
+    """With which the winners are run; 1: none but the grid's."""
 
 
-def sweep(s: Settings, name: str, text: str) -> list[dict[str, Any]]:
-    """Run a space under this name, unless it is finished; return its records."""
+def sweep(s: Settings, name: str, text: str, own: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """Run a space under this name, unless it is finished; return its records.
+
+    Args:
+        own: the config's own values, by dotted key, beside those that all sweeps share.
+    """
     folder = Path(s.storage_path).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.py").write_text(text)
     if name != "full" and not (folder / name / "shared").exists():  # data set, teacher and labels are those of the grid
         shutil.copytree(folder / "full" / "shared", folder / name / "shared")
-    own = {"--label-fraction": s.label_fraction, "--imgsz": s.imgsz, "--batch": s.batch, "--steps": s.steps}
-    own |= {"--teacher-steps": s.teacher_steps, "--val-every": s.val_every, "--data": s.data, "--tta": "none"}
-    flags = [str(part) for pair in own.items() for part in pair]
+    common = {"--label-fraction": s.label_fraction, "--imgsz": s.imgsz, "--batch": s.batch, "--steps": s.steps}
+    common |= {"--teacher-steps": s.teacher_steps, "--val-every": s.val_every, "--data": s.data, "--tta": "none"}
+    common |= {f"--{key.rsplit('.', 1)[-1].replace('_', '-')}": value for key, value in (own or {}).items()}
+    flags = [str(part) for pair in common.items() for part in pair]
     command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), str(folder / f"{name}.py"), *flags]
     subprocess.run([*command, "--storage-path", str(folder), "--run-name", name], check=True)
     return records(Storage(str(folder)), name)
@@ -106,17 +112,37 @@ def replay(
 
 
 def replays(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
-    """Rows of GRACE, REDUCTION, and means over `ORDERS` orders: share of the steps, points below the best, same winner."""
+    """Rows of GRACE, REDUCTION, and means over `ORDERS` orders: share of the steps, points below the best, same winner;
+    the same three where the config's own values come first, as they do in a sweep."""
     curves = [[r[metric] for r in record["reports"]] for record in done]
-    steps, rng, rows = [int(r["step"]) for r in done[0]["reports"]], np.random.default_rng(0), []
-    ends = [curve[-1] for curve in curves]
+    steps, rows = [int(r["step"]) for r in done[0]["reports"]], []
+    ends, own = [curve[-1] for curve in curves], [record["settings"] != FIRST for record in done]
     for grace, reduction in itertools.product((0.1, 0.2, 0.3, 0.4), (2, 3, 4, 6, 8)):
-        ran, won = zip(*(
-            replay(curves, steps, rng.permutation(len(curves)).tolist(), grace, reduction) for _ in range(ORDERS)
-        ), strict=True)  # fmt: skip
-        share, lost = np.mean(ran) / (steps[-1] * len(curves)), max(ends) - np.mean([ends[k] for k in won])
-        same = np.mean([ends[k] == max(ends) for k in won])
-        rows.append([f"{grace}", f"{reduction}", f"{share:.0%}", f"{100 * lost:.1f}", f"{same:.0%}"])
+        row = [f"{grace}", f"{reduction}"]
+        for first in (False, True):
+            rng = np.random.default_rng(0)
+            orders = [rng.permutation(len(curves)).tolist() for _ in range(ORDERS)]
+            orders = [sorted(order, key=lambda k: own[k]) for order in orders] if first else orders
+            ran, won = zip(*(replay(curves, steps, order, grace, reduction) for order in orders), strict=True)
+            share, lost = np.mean(ran) / (steps[-1] * len(curves)), max(ends) - np.mean([ends[k] for k in won])
+            same = np.mean([ends[k] == max(ends) for k in won])
+            row += [f"{share:.0%}", f"{100 * lost:.1f}", f"{same:.0%}"]
+        rows.append(row)
+    return rows
+
+
+def over_seeds(done: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of a point and, for val and test mAP50, mean ± standard deviation and the values by seed."""
+    rows = []
+    for row in dict.fromkeys(r["row"] for r in done):
+        own, cells = sorted((r for r in done if r["row"] == row), key=lambda r: r["seed"]), [row]
+        for key in ("val/map50", "test/map50"):
+            values = [100 * r["result"][key] for r in own]
+            cells += [
+                f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}",
+                " ".join(f"{v:.1f}" for v in values),
+            ]
+        rows.append(cells)
     return rows
 
 
@@ -126,7 +152,7 @@ def main() -> None:
         raise SystemExit(f"LEVELS here and SPACE of {SHIPPED} name different settings")
     grid = f"SPACE = {LEVELS!r}\n"
     stopped_early = f'SCHEDULER = "asha"\nGRACE = {shipped.grace}\nREDUCTION = {shipped.reduction}\n'
-    full, asha = sweep(s, "full", grid), sweep(s, "asha", grid + stopped_early)
+    full, asha = sweep(s, "full", grid), sweep(s, "asha", grid + stopped_early, FIRST)
     metric, storage = shipped.metric, Storage(str(Path(s.storage_path).absolute()))
     points = len(full)
     best = {name: max(done, key=lambda r: r["result"][metric]) for name, done in (("full", full), ("asha", asha))}
@@ -143,19 +169,16 @@ def main() -> None:
     print(f"the winner under ASHA has place {places} of {points} in the full grid")
     found = {"full": full, "asha": asha, "steps": {k: v[0] for k, v in ran.items()}, "place": places}
     print(render("how early the order shows", ["step", "rank correlation"], foresight(full, metric)))
-    header = ["GRACE", "REDUCTION", "steps", "points below the best", "same winner"]
-    print(
-        render(f"ASHA replayed on the curves of the full grid, means of {ORDERS} orders", header, replays(full, metric))
-    )
+    header = ["GRACE", "REDUCTION", *("steps", "points below the best", "same winner") * 2]
+    title = f"ASHA replayed on the curves of the full grid: means of {ORDERS} orders, and with the config's own values first"
+    print(render(title, header, replays(full, metric)))
     if s.seeds > 1:
-        winners = {b["row"]: b["settings"] for b in best.values()}
-        seeded = sweep(s, "seeds", f"ROWS = {winners!r}\nSEEDS = {tuple(range(s.seeds))!r}\n")
+        own = next(r for r in full if r["settings"] == FIRST)
+        rows_of = {r["row"]: r["settings"] for r in (best["full"], best["asha"], own)}
+        seeded = sweep(s, "seeds", f"ROWS = {rows_of!r}\nSEEDS = {tuple(range(1, s.seeds))!r}\n")
+        seeded += [r for r in full if r["row"] in rows_of]  # seed 0
         found["seeds"] = seeded
-        for row in winners:
-            values = [100 * r["result"][metric] for r in seeded if r["row"] == row]
-            print(
-                f"{row}: {metric} {statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} over {s.seeds} seeds"
-            )
+        print(render(f"over {s.seeds} seeds", ["row", metric, "by seed", "test/map50", "by seed"], over_seeds(seeded)))
     (Path(s.storage_path) / "early_stopping.json").write_text(json.dumps(found, indent=1))
 
 

@@ -8,7 +8,7 @@ from ray import tune
 from small import tiny_config
 
 from dfssd.storage import Storage
-from dfssd.sweep.driver import Progress, ended, parameters, steps_run, trial_of, tune_config
+from dfssd.sweep.driver import Progress, ended, for_asha, parameters, steps_run, trial_of, tune_config
 from dfssd.sweep.points import make_trial, own_point
 from dfssd.sweep.population import identity
 from dfssd.sweep.space import load_space
@@ -81,3 +81,13 @@ def test_values_outside_the_space_are_no_point_of_it(tmp_path, axis, value, foun
 def test_layers_are_found_among_lists_of_layers(tmp_path):
     config = tiny_config(tmp_path, taps=(4, 6))
     assert own_point({"distill.taps": [[15, 18], [4, 6]]}, config) == {"distill.taps": [4, 6]}
+
+
+def test_asha_meets_the_configs_own_values_first_and_the_others_in_no_order(tmp_path):
+    values = [round(0.1 * k, 1) for k in range(20)]
+    (tmp_path / "s.py").write_text(f'SPACE = {{"distill.share_f": {values}}}\nSCHEDULER = "asha"\n')
+    space, points = load_space(str(tmp_path / "s.py")), [{"settings": {"distill.share_f": v}} for v in values]
+    own = [p["settings"]["distill.share_f"] for p in for_asha(points, space, tiny_config(tmp_path, share_f=1.3))]
+    assert own[0] == 1.3 and sorted(own) == values and own[1:] != sorted(own[1:])
+    foreign = [p["settings"]["distill.share_f"] for p in for_asha(points, space, tiny_config(tmp_path, share_f=1.25))]
+    assert sorted(foreign) == values and foreign != values

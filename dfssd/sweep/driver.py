@@ -235,8 +235,7 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
     callbacks: list[tune.Callback] = [Progress(config, sweep, wanted, runs, space.metric)]
     points: list[dict[str, Any]] = [{"order": k, **population.identity(trial)} for k, trial in enumerate(trials)]
     if space.scheduler == "asha":
-        # It measures a trial against those before it: sorted by a setting, as a grid is, each could be the best so far.
-        points = [points[k] for k in np.random.default_rng(space.seeds[0]).permutation(len(points))]
+        points = for_asha(points, space, config)
     if space.scheduler == "pbt":
         points = population.members(storage, sweep, points)
         callbacks.append(population.Census(storage, sweep, points, runs))
@@ -257,6 +256,18 @@ def run_trials(config: Config, space: Space, sweep: str, trials: Sequence[Trial]
         ),
     )
     return [line for outcome in tuner.fit() for line in failure(outcome, config, sweep)]
+
+
+def for_asha(points: Sequence[dict[str, Any]], space: Space, config: Config) -> list[dict[str, Any]]:
+    """The points in the order in which ASHA should meet them.
+
+    It measures a trial against those before it: sorted by a setting, as a grid is, each could be the best so far, so they
+    are shuffled. And it never stops the first one: that had better be the config's own values, where they are among them,
+    which are hard to beat and what the others are compared with (docs/results.md has what that saves).
+    """
+    own = own_point(space.axes, config)
+    shuffled = [points[k] for k in np.random.default_rng(space.seeds[0]).permutation(len(points))]
+    return sorted(shuffled, key=lambda p: {k: v for k, v in p["settings"].items() if k in space.axes} != own)
 
 
 def failure(outcome: tune.Result, config: Config, sweep: str) -> list[str]:
