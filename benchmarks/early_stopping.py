@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from ray.tune.schedulers import ASHAScheduler
 from scipy.stats import spearmanr
 
@@ -131,6 +132,24 @@ def replays(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
     return rows
 
 
+def picture(done: list[dict[str, Any]], metric: str, grace: float, file: Path) -> None:
+    """All curves of the full grid, the best and the worst in colour, and where ASHA may first stop one."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    ranked = sorted(done, key=lambda r: r["result"][metric])
+    for k, record in enumerate(ranked):
+        colour = {0: "#c0572b", len(ranked) - 1: "#1f4e79"}.get(k)
+        x, y = zip(*((r["step"], 100 * r[metric]) for r in record["reports"]), strict=True)
+        axes.plot(x, y, color=colour or "#c4c4c4", lw=2 if colour else 1, zorder=2 if colour else 1)
+        if colour:
+            axes.annotate(record["row"], (x[-1], y[-1]), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(grace * ranked[0]["reports"][-1]["step"], color="#888888", ls=":", lw=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("val mAP50 (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130, bbox_inches="tight")
+
+
 def over_seeds(done: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of a point and, for val and test mAP50, mean ± standard deviation and the values by seed."""
     rows = []
@@ -168,6 +187,7 @@ def main() -> None:
     places = [r["row"] for r in order].index(best["asha"]["row"]) + 1
     print(f"the winner under ASHA has place {places} of {points} in the full grid")
     found = {"full": full, "asha": asha, "steps": {k: v[0] for k, v in ran.items()}, "place": places}
+    picture(full, metric, shipped.grace, Path(s.storage_path) / "early_stopping.png")
     print(render("how early the order shows", ["step", "rank correlation"], foresight(full, metric)))
     header = ["GRACE", "REDUCTION", *("steps", "points below the best", "same winner") * 2]
     title = f"ASHA replayed on the curves of the full grid: means of {ORDERS} orders, and with the config's own values first"

@@ -29,6 +29,20 @@ def _batch():
     }
 
 
+@pytest.mark.parametrize(
+    ("reached", "changes", "times"),
+    [(-1.0, {}, 1), (1.0, {}, 0), (None, {}, 0), (-1.0, {"teacher_mode": "online"}, 0)],
+    ids=["passed", "not passed", "unknown", "online"],
+)
+def test_a_student_that_passes_its_teacher_is_told_once(prepared, capsys, reached, changes, times):
+    give_teacher_and_candidates(prepared)
+    if reached is not None:
+        record = {"summary": {"best": {"map50_95": reached}}}
+        Storage(str(prepared / "r")).write_json("teacher/stage.json", record)
+    train_in_process(make_job("student", str(prepared / "r"), tiny_config(prepared, steps=4, val_every=2, **changes)))
+    assert capsys.readouterr().out.count("better than its teacher") == times
+
+
 def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepared):
     give_teacher_and_candidates(prepared)
     job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=3, lambda_u=0.0, **ONLINE))

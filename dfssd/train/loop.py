@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -225,6 +226,7 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
     s.world.average_buffers(s.ema.ema)
     result = validate(s.ema.ema, s.val, s.ema.ema.names, s.world, s.device)
     metrics = {k: v for k, v in result.items() if isinstance(v, float)}
+    before = s.best["metrics"]["map50_95"] if s.best else -math.inf
     if s.best is None or metrics["map50_95"] >= s.best["metrics"]["map50_95"]:
         weights = {k: v.detach().cpu().clone() for k, v in s.ema.ema.state_dict().items()}
         risen = s.best is None or metrics["map50_95"] > s.best["metrics"]["map50_95"]
@@ -236,6 +238,13 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
         f"(best mAP50-95 {s.best['metrics']['map50_95']:.4f} at step {s.best['step']})  "
         f"{time.monotonic() - begun:.1f} s",
     )
+    reached = s.teaching.reached if s.teaching else None
+    if reached is not None and before <= reached < metrics["map50_95"]:
+        say(
+            s.world,
+            f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}), which may hold it back from here "
+            "on: lower --share-p and --share-f may do more, or a better teacher (--teacher-steps, --rounds 2)",
+        )
     return metrics
 
 

@@ -27,12 +27,14 @@ class Teaching:
         teacher: what teaches: the frozen weights, or the weight average of the online ones.
         pairing: how its predictions stand to the student's.
         online: the network that goes on training, and its weight average; None where the teacher is frozen.
+        reached: mAP50-95 on the val split of the run's own frozen teacher; None of any other.
     """
 
     teacher: Teacher
     pairing: Pairing
     online: DetectionModel | None = None
     ema: ModelEMA | None = None
+    reached: float | None = None
 
 
 def build_teaching(
@@ -60,7 +62,9 @@ def build_teaching(
         pairing = pair(teacher, student.model[-1], manifest.names, config.distill.prediction)
     except DfssdError as error:
         raise DfssdError(error.what, where=where, todo=error.todo) from error
-    return Teaching(teacher, pairing, online, ema)
+    known = online is None and not given and store.exists("stage.json")
+    reached = store.read_json("stage.json")["summary"]["best"]["map50_95"] if known else None
+    return Teaching(teacher, pairing, online, ema, reached)
 
 
 def _online(
