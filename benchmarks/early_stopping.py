@@ -125,7 +125,8 @@ def replays(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
             orders = [rng.permutation(len(curves)).tolist() for _ in range(ORDERS)]
             orders = [sorted(order, key=lambda k: own[k]) for order in orders] if first else orders
             ran, won = zip(*(replay(curves, steps, order, grace, reduction) for order in orders), strict=True)
-            share, lost = np.mean(ran) / (steps[-1] * len(curves)), max(ends) - np.mean([ends[k] for k in won])
+            share = np.mean(ran) / (steps[-1] * len(curves))
+            lost = np.mean([max(ends) - ends[k] for k in won])
             same = np.mean([ends[k] == max(ends) for k in won])
             row += [f"{share:.0%}", f"{100 * lost:.1f}", f"{same:.0%}"]
         rows.append(row)
