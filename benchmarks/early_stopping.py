@@ -117,14 +117,13 @@ def replays(done: list[dict[str, Any]], metric: str) -> list[list[str]]:
     the same three where the config's own values come first, as they do in a sweep."""
     curves = [[r[metric] for r in record["reports"]] for record in done]
     steps, rows = [int(r["step"]) for r in done[0]["reports"]], []
-    ends, own = [curve[-1] for curve in curves], [record["settings"] != FIRST for record in done]
+    ends, rng = [curve[-1] for curve in curves], np.random.default_rng(0)
+    orders = [rng.permutation(len(curves)).tolist() for _ in range(ORDERS)]
+    own_first = [sorted(order, key=lambda k: done[k]["settings"] != FIRST) for order in orders]
     for grace, reduction in itertools.product((0.1, 0.2, 0.3, 0.4), (2, 3, 4, 6, 8)):
         row = [f"{grace}", f"{reduction}"]
-        for first in (False, True):
-            rng = np.random.default_rng(0)
-            orders = [rng.permutation(len(curves)).tolist() for _ in range(ORDERS)]
-            orders = [sorted(order, key=lambda k: own[k]) for order in orders] if first else orders
-            ran, won = zip(*(replay(curves, steps, order, grace, reduction) for order in orders), strict=True)
+        for some in (orders, own_first):
+            ran, won = zip(*(replay(curves, steps, order, grace, reduction) for order in some), strict=True)
             share = np.mean(ran) / (steps[-1] * len(curves))
             lost = np.mean([max(ends) - ends[k] for k in won])
             same = np.mean([ends[k] == max(ends) for k in won])

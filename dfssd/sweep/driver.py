@@ -125,10 +125,13 @@ def tune_config(
     if space.search == "optuna":
         first = own_point(space.axes, config)  # so that the table says what the search is better than
         points = [settings for settings, _ in known] or ([first] if first else [])
-        seeded: dict[str, Any] = {"points_to_evaluate": [_in_tune(settings) for settings in points]} if points else {}
-        if known:
-            seeded["evaluated_rewards"] = [value for _, value in known]
-        search = OptunaSearch(metric=space.metric, mode=space.mode, seed=space.seeds[0] + len(known), **seeded)
+        search = OptunaSearch(
+            metric=space.metric,
+            mode=space.mode,
+            points_to_evaluate=[{f"point/settings/{k}": v for k, v in point.items()} for point in points] or None,
+            evaluated_rewards=[value for _, value in known] or None,
+            seed=space.seeds[0] + len(known),
+        )
         samples = space.trials - len(known)
     return tune.TuneConfig(
         metric=space.metric,
@@ -140,11 +143,6 @@ def tune_config(
         search_alg=search,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
-
-
-def _in_tune(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by the names that Tune's parameter space has for them."""
-    return {f"point/settings/{key}": value for key, value in settings.items()}
 
 
 def records(storage: Storage, sweep: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from ray.tune.search.sample import Domain, Float, Integer, Sampler
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
+from dfssd.stage import flatten
 from dfssd.sweep.space import Space, values_of
 
 METHODS = ("distill", "label_only")
@@ -80,11 +81,9 @@ def draw(axes: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
 
 def own_point(axes: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
     """The config's own values on these axes, or None where one lies outside its axis."""
-    tree, point = config.model_dump(), dict[str, Any]()
+    settings, point = flatten(config.model_dump()), dict[str, Any]()
     for key, axis in axes.items():
-        own: Any = tree
-        for part in key.split("."):
-            own = own.get(part) if isinstance(own, dict) else None
+        own = settings.get(key)
         values = values_of(axis) or getattr(axis, "categories", None)
         if values is not None:
             same = [v for v in values if v == own or (isinstance(v, list | tuple) and list(v) == list(own or ()))]

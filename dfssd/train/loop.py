@@ -227,9 +227,9 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
     result = validate(s.ema.ema, s.val, s.ema.ema.names, s.world, s.device)
     metrics = {k: v for k, v in result.items() if isinstance(v, float)}
     before = s.best["metrics"]["map50_95"] if s.best else -math.inf
-    if s.best is None or metrics["map50_95"] >= s.best["metrics"]["map50_95"]:
+    if s.best is None or metrics["map50_95"] >= before:
         weights = {k: v.detach().cpu().clone() for k, v in s.ema.ema.state_dict().items()}
-        risen = s.best is None or metrics["map50_95"] > s.best["metrics"]["map50_95"]
+        risen = s.best is None or metrics["map50_95"] > before
         since = s.step if risen or s.best is None else s.best["since"]  # an equal value is no progress
         s.best = {"step": s.step, "since": since, "metrics": metrics, "ema": weights}
     say(

@@ -217,6 +217,7 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         generators=student.projections.generators if student.projections is not None else None,
         teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
     )
+    val = manifest.of_split("val")
     return Session(
         job=job,
         world=world,
@@ -232,7 +233,7 @@ def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
         teaching=teaching,
         criterion=criterion,
         streams=Streams(_streams(job, manifest, candidates)),
-        val=_val(job, manifest),
+        val=_dataset(job, manifest, val, [r.boxes for r in val], augmented=False),
     )
 
 
@@ -254,34 +255,29 @@ def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCoun
     return scores, labelled_rates(manifest.labelled_rows(), len(manifest.names))
 
 
-def _val(job: TrainJob, manifest: Manifest) -> ManifestDataset:
-    """The val split, not augmented."""
-    rows, own = manifest.of_split("val"), job.config.train
-    return ManifestDataset(
-        rows, [r.boxes for r in rows], manifest.names, own.imgsz, None, own.cache_gib, disk_cache(own)
-    )
+def _dataset(job: TrainJob, manifest: Manifest, rows: list[Any], boxes: list[Any], augmented: bool) -> ManifestDataset:
+    """These images with these boxes, cached as the settings say."""
+    own = job.config.train
+    augment = own if augmented else None
+    return ManifestDataset(rows, boxes, manifest.names, own.imgsz, augment, own.cache_gib, disk_cache(own))
 
 
 def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> dict[str, ManifestDataset]:
     """Labelled images, and where there are candidates the unlabelled ones with them."""
-    config, names = job.config, manifest.names
     labelled = manifest.labelled_rows()
     if not any(r.boxes is not None and len(r.boxes) for r in labelled):
         raise DfssdError("no labelled train image shows a defect", todo="raise --label-fraction, or label more images")
 
-    def dataset(rows: list[Any], boxes: list[Any]) -> ManifestDataset:
-        own = config.train
-        return ManifestDataset(rows, boxes, names, own.imgsz, own, own.cache_gib, disk_cache(own))
-
-    streams = {"labelled": dataset(labelled, [r.boxes for r in labelled])}
-    if job.pseudo and config.unlabelled_batch():
+    streams = {"labelled": _dataset(job, manifest, labelled, [r.boxes for r in labelled], augmented=True)}
+    if job.pseudo and job.config.unlabelled_batch():
         rows = [r for r in manifest.unlabelled_rows() if r.image_id in candidates]
         if not rows:
             raise DfssdError(
                 "there is no unlabelled image to learn from",
                 todo="lower --label-fraction, add --unlabelled DIR, or set --unlabelled-ratio 0",
             )
-        streams["unlabelled"] = dataset(rows, [_or_silent(candidates[r.image_id]) for r in rows])
+        boxes = [_or_silent(candidates[r.image_id]) for r in rows]
+        streams["unlabelled"] = _dataset(job, manifest, rows, boxes, augmented=True)
     return streams
 
 
