@@ -27,7 +27,7 @@ from ray.tune.schedulers import ASHAScheduler
 from scipy.stats import spearmanr
 
 from dfssd.report.tables import render
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.sweep.driver import records, steps_run
 from dfssd.sweep.space import load_space
 

@@ -23,7 +23,7 @@ from dfssd.data.manifest import Manifest, Row, read_manifest, write_manifest
 from dfssd.data.sampling import StepSampler
 from dfssd.data.splits import assign_splits, class_counts, labelling_order
 from dfssd.report.tables import render
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 CLASSES = 7
 SPLITS = ("train", "val", "test")

@@ -11,8 +11,8 @@ import numpy as np
 import tyro
 
 from dfssd.data.manifest import pseudo_table, read_manifest, read_withheld, write_table
-from dfssd.stage import Stage
-from dfssd.storage import Storage
+from dfssd.runtime.artefact import Stage
+from dfssd.runtime.storage import Storage
 
 
 @dataclass

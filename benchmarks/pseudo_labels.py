@@ -21,8 +21,8 @@ from pathlib import Path
 import tyro
 
 from dfssd.config import Config, Run, Train
-from dfssd.evaluate import measure
-from dfssd.storage import Storage
+from dfssd.evaluate.measure import measure
+from dfssd.runtime.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 HARD = ["--score-power", "0", "--uncertain", "background"]

@@ -25,9 +25,9 @@ from step import Settings as StepSettings
 from dfssd.config import Config, Distill, Models, Run, Train
 from dfssd.models.batch_norm import GlobalBatchNorm
 from dfssd.report.tables import render
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
 from dfssd.train.session import build_session
-from dfssd.world import World
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Settings:
     amp: str = "auto"
 
 
-def session(s: Settings, folder: str, world: World, batch_norm: str) -> Any:
+def session(s: Settings, folder: str, world: WorkerGroup, batch_norm: str) -> Any:
     config = Config(
         run=Run(storage_path=folder, run_name="r"),
         models=Models(teacher="yolov8s.yaml", student="yolov8n.yaml"),
@@ -65,9 +65,9 @@ def rank(index: int, s: Settings, folder: str) -> None:
     """One of two processes; process 0 also runs the single worker's blocks, while the other waits."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
-    sessions = {k: session(s, folder, World(index, 2), k) for k in ("local", "global")}
+    sessions = {k: session(s, folder, WorkerGroup(index, 2), k) for k in ("local", "global")}
     batches = {k: next(iter(one.loader())) for k, one in sessions.items()}
-    alone = session(s, folder, World(), "local") if index == 0 else None
+    alone = session(s, folder, WorkerGroup(), "local") if index == 0 else None
     whole = next(iter(alone.loader())) if alone else None
     gradient = torch.zeros(sum(p.numel() for p in sessions["local"].student.parameters() if p.requires_grad))
     moments = torch.zeros(3, 64, dtype=torch.float64)

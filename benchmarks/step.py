@@ -41,11 +41,11 @@ from dfssd.data.synthetic import make_dataset
 from dfssd.distill.features import KINDS
 from dfssd.models.detector import Teacher, branches, build_detector, detector_bytes
 from dfssd.report.tables import render
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
 from dfssd.train.loop import clip, forward, to_device, update
 from dfssd.train.session import Session, build_session
-from dfssd.world import World
 
 ALL_FP32 = "ours, full, teacher fp32"
 COMPILED = "ours, full, --compile"
@@ -113,7 +113,7 @@ class Bench:
             distill=Distill(**distill),
         )
         inputs = {"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {}
-        return build_session(TrainJob(stage, self.run.uri, config, **inputs), World(), self.device)
+        return build_session(TrainJob(stage, self.run.uri, config, **inputs), WorkerGroup(), self.device)
 
     def model(self, spec: str) -> Any:
         return build_detector(spec, self.manifest.names, self.s.imgsz).to(self.device)

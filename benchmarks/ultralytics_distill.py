@@ -18,7 +18,7 @@ from ultralytics import YOLO, settings
 from dfssd.config import Thresholds, Train
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.pseudo.thresholds import ScoreCounts, labelled_rates, make_policy
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.train.teaching import EMA_TAU
 
 EPOCHS = {False: 10, True: 4}  # with pseudo-labels an epoch is long

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -12,7 +11,6 @@ from pydantic import ValidationError, create_model
 
 from dfssd.config import Config, Section
 from dfssd.errors import DfssdError, find_user_error
-from dfssd.hints import check_weights, settings_without_effect
 
 
 def parse(
@@ -73,51 +71,3 @@ def main(job: Callable[[], None]) -> None:
             raise
         print(f"\nerror: {user_error}", file=sys.stderr)
         sys.exit(2)
-
-
-def refuse_relative_paths_in_a_job(config: Config) -> None:
-    """A submitted job runs in an unpacked copy of the working directory: what it writes there is lost with the job.
-
-    Raises:
-        DfssdError: a path of this config would lie in that copy.
-    """
-    if "working_dir_files" not in str(Path.cwd()):
-        return
-    paths = [("--storage-path", config.run.storage_path), ("--data", config.data.data)]
-    paths += [("--labelled-list", config.data.labelled_list), *(("--unlabelled", p) for p in config.data.unlabelled)]
-    for flag, path in paths:
-        if path and "://" not in path and not Path(path).is_absolute():
-            raise DfssdError(
-                f"{flag} {path} is relative, and this job runs in a copy of the working directory",
-                where=str(Path.cwd()),
-                todo=f"give {flag} an absolute path that all nodes see, or a URI",
-            )
-
-
-def run_stages(config: Config, stages: Sequence[str]) -> None:
-    """Run stages in order, or show the plan."""
-    from dfssd.plan import dry_run
-    from dfssd.stages import Context, later_rounds, run_stage
-
-    if "student" in stages:
-        check_weights(config.distill)
-    for note in settings_without_effect(config):
-        print(f"WARNING: {note}", flush=True)
-    refuse_relative_paths_in_a_job(config)
-    context = Context(config)
-    if config.run.dry_run:
-        dry_run(context, stages)
-        return
-    context.run.check_writable()
-    status = "FAILED"
-    try:
-        for name in stages:
-            run_stage(context, name)
-            if name == "quality":
-                later_rounds(context)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        context.runs.end_parent(status)

@@ -1,6 +1,7 @@
 """Train the student on labels, pseudo-labels and the teacher's features and predictions; leaves <run>/student."""
 
-from dfssd.cli import main, parse, run_stages
+from dfssd.cli import main, parse
+from dfssd.pipeline.run import run_stages
 
 
 def job() -> None:

@@ -1,7 +1,8 @@
 """Measure teacher, label-only student and distilled student on the test split; leaves <run>/report."""
 
-from dfssd.cli import main, parse, run_stages
-from dfssd.closing import print_results
+from dfssd.cli import main, parse
+from dfssd.pipeline.run import run_stages
+from dfssd.report.terminal import print_results
 
 
 def job() -> None:

@@ -3,10 +3,11 @@
 Interrupt it anywhere and type the same command again: finished stages are skipped, the interrupted one goes on.
 """
 
-from dfssd.cli import main, parse, run_stages
-from dfssd.closing import print_results
+from dfssd.cli import main, parse
 from dfssd.config import Config
-from dfssd.stages import ORDER
+from dfssd.pipeline.run import run_stages
+from dfssd.pipeline.stages import ORDER
+from dfssd.report.terminal import print_results
 
 OWN = ("baseline", "publish_best", "rounds")
 SECTIONS = [name for name in Config.model_fields if name not in OWN]

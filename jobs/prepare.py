@@ -1,6 +1,7 @@
 """Check images and labels, group near-duplicates, split, choose the labelled subset; leaves <run>/dataset."""
 
-from dfssd.cli import main, parse, run_stages
+from dfssd.cli import main, parse
+from dfssd.pipeline.run import run_stages
 
 
 def job() -> None:

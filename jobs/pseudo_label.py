@@ -9,8 +9,9 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from dfssd.cli import main, parse, run_stages
+from dfssd.cli import main, parse
 from dfssd.config import Pseudo
+from dfssd.pipeline.run import run_stages
 
 
 class Labelling(Pseudo):

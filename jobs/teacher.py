@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from dfssd.cli import main, parse, run_stages
+from dfssd.cli import main, parse
+from dfssd.pipeline.run import run_stages
 
 ROLE = (
     Literal["teacher", "label_only"],

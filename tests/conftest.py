@@ -32,7 +32,7 @@ import torch
 from dfssd.config import Data
 from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 CR7 = Path(__file__).parents[2] / "shared" / "data" / "cr7-det"
 

@@ -10,7 +10,7 @@ import torch
 from dfssd.config import Config, Data, Distill, Models, Pseudo, Run, Thresholds, Train
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
 from dfssd.models.detector import build_detector, detector_bytes
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
 
 SWEEP_BASE = """

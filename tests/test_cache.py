@@ -8,7 +8,7 @@ import pytest
 from dfssd.data import cache as module
 from dfssd.data.cache import DiskCache
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dfssd.cli import parse, refuse_relative_paths_in_a_job
+from dfssd.cli import parse
 from dfssd.config import Config, Data, Distill, Pseudo, Run, Section, Thresholds, Train
+from dfssd.config_checks import refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.errors import DfssdError
-from dfssd.hints import settings_without_effect
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py"))

@@ -10,8 +10,8 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, build_detector
 from dfssd.models.pairing import pair
 from dfssd.pseudo.thresholds import EmaThreshold, FixedThreshold
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.session import Student
-from dfssd.world import World
 
 NAMES = ["a", "b", "c"]
 
@@ -24,7 +24,7 @@ def _parts(**settings):
     student = Student(detector, teacher.channels, generators=config.divergence == "mgd").train()
     policy, pairing = FixedThreshold(torch.full((3,), 0.5)), pair(teacher, detector.model[-1], NAMES, config.prediction)
     generators = student.projections.generators
-    criterion = Criterion(DetectionLoss(detector), config, policy, 2, World(), pairing, generators)
+    criterion = Criterion(DetectionLoss(detector), config, policy, 2, WorkerGroup(), pairing, generators)
     return student, teacher, criterion
 
 
@@ -175,7 +175,7 @@ def test_schedule_of_the_feature_term():
     assert "feat" in paused.silent and not [k for k in paused.losses if k.startswith("feat")]
 
 
-class _FakeWorld(World):
+class _FakeWorld(WorkerGroup):
     """Stands for two workers: adds what the other one would have sent, recorded beforehand."""
 
     def __init__(self, others):
@@ -187,7 +187,7 @@ class _FakeWorld(World):
         return tensor + self.others.pop(0)
 
 
-class _Recorder(World):
+class _Recorder(WorkerGroup):
     def __init__(self):
         object.__setattr__(self, "rank", 0)
         object.__setattr__(self, "size", 2)
@@ -237,7 +237,7 @@ def test_two_workers_add_up_to_one(settings, monkeypatch):
         criterion = Criterion(detection, config, policy, labelled, world, one.pairing)
         return criterion(student(images[rows]), teacher(images[rows]), sub, 0.0)
 
-    alone = terms(World(), [0, 1, 2, 3], batch, 2)
+    alone = terms(WorkerGroup(), [0, 1, 2, 3], batch, 2)
     shards = []
     for rank in (0, 1):  # worker 0: labelled 0, unlabelled 2; worker 1: labelled 1, unlabelled 3
         keep = (image == rank) | (image == rank + 2)

@@ -12,7 +12,7 @@ from dfssd.data import dataset as dataset_module
 from dfssd.data.dataset import ManifestDataset, Streams, collate, validation_batches
 from dfssd.data.manifest import read_manifest
 from dfssd.data.sampling import Draw
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def _dataset(prepared, cache_gib=1.0, boxes=None, **settings):

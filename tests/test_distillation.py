@@ -15,10 +15,10 @@ from dfssd.models.detector import Teacher, build_detector, detector_bytes, read_
 from dfssd.models.pairing import pair
 from dfssd.models.taps import Taps
 from dfssd.pseudo.thresholds import FixedThreshold
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
 from dfssd.train.session import Student, build_session
 from dfssd.train.worker import train_in_process
-from dfssd.world import World
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES,
     pairing = pair(teacher, detector.model[-1], names, config.prediction)
     student = Student(detector, teacher.channels, taps, config.divergence == "mgd").train()
     criterion = Criterion(
-        DetectionLoss(detector), config, FixedThreshold(torch.full((len(names),), 0.5)), 2, World(), pairing,
+        DetectionLoss(detector), config, FixedThreshold(torch.full((len(names),), 0.5)), 2, WorkerGroup(), pairing,
         student.projections.generators,
     )  # fmt: skip
     return student, teacher, criterion, pairing
@@ -192,7 +192,7 @@ def test_balance_keeps_each_term_at_its_share():
         grads = torch.autograd.grad(term, neck, allow_unused=True, retain_graph=True)
         return torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt().item()
 
-    balance = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0), World())
+    balance = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0), WorkerGroup())
     first = terms()
     balance.update(first, neck)
     assert "pse" not in balance.factors  # no pseudo-label, nothing to measure
@@ -207,14 +207,14 @@ def test_balance_keeps_each_term_at_its_share():
     balance.update(later, neck)
     wanted = 0.5 * norm(later["sup"]) / norm(later["pred"])
     assert balance.factors["pred"] == pytest.approx(before["pred"] ** 0.7 * wanted**0.3, rel=1e-5)
-    other = Balance(Distill(balance="gradnorm"), World())
+    other = Balance(Distill(balance="gradnorm"), WorkerGroup())
     other.load_state_dict(balance.state_dict())
     assert other.factors == balance.factors and other.calls == balance.calls
 
 
 def test_balance_of_pseudo_labels_is_limited_and_a_share_of_zero_is_off():
     x = torch.ones(3, requires_grad=True)
-    balance = Balance(Distill(balance="gradnorm", share_u=1.0, share_p=0.0), World())
+    balance = Balance(Distill(balance="gradnorm", share_u=1.0, share_p=0.0), WorkerGroup())
     balance.update({"sup": x.sum(), "pse": 1e-6 * x.sum(), "pred": 1e-6 * x.sum()}, [x])
     assert balance.factors == {"pse": 10.0}
 
@@ -224,7 +224,7 @@ def test_balance_changes_the_losses_and_nothing_else():
     images = torch.rand(4, 3, 64, 64)
     out, said = student(images), teacher(images)
     plain = criterion(out, said, _batch(), 0.0).losses
-    criterion.balance = Balance(Distill(balance="gradnorm"), World())
+    criterion.balance = Balance(Distill(balance="gradnorm"), WorkerGroup())
     scaled = criterion(out, said, _batch(), 0.0).losses
     for name, value in scaled.items():
         factor = criterion.balance.factors.get(name.split("/")[0], 1.0)
@@ -254,7 +254,7 @@ def test_compiled_networks_give_the_same_losses(prepared):
     for compiled in (False, True):
         config = tiny_config(prepared, steps=1, compile=compiled, unlabelled_ratio=0.5)
         job = make_job("student", str(prepared / "r"), config)
-        s = build_session(job, World(), CPU)
+        s = build_session(job, WorkerGroup(), CPU)
         images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             histories.append(s.criterion(s.wrapped(images), s.teacher(images), _batch(), 0.0).losses)

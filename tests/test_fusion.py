@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dfssd.pseudo.fusion import FLIPS, corners, fuse, iou, unflip
+from dfssd.data.boxes import corners, iou, unflip
+from dfssd.pseudo.fusion import FLIPS, fuse
 
 
 def _box(cls, x1, y1, x2, y2, score):

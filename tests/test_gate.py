@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dfssd import gate
-from dfssd.storage import Storage
-from dfssd.train.validation import summarise
+from dfssd.evaluate import gate
+from dfssd.evaluate.validation import summarise
+from dfssd.runtime.storage import Storage
 
 
 def _stats(images=80, skill=0.7, seed=0, classes=3):

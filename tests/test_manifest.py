@@ -14,7 +14,7 @@ from dfssd.data.manifest import (
     write_table,
 )
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def _rows() -> list[Row]:

@@ -14,7 +14,7 @@ from dfssd.data.manifest import read_manifest
 from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.models.detector import build_detector, detector_bytes
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 

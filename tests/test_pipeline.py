@@ -166,7 +166,7 @@ def test_pseudo_labels_are_whole_and_resumable(finished, local_ray):
 
     from dfssd.data.manifest import read_manifest, read_pseudo
     from dfssd.pseudo import labeller
-    from dfssd.storage import Storage
+    from dfssd.runtime.storage import Storage
 
     storage, _ = finished
     run = Storage(str(storage / "p"))

@@ -12,12 +12,12 @@ import torch
 from ray import tune
 from small import give_teacher_and_candidates, make_job, tiny_config
 
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.sweep.points import make_trial, within
 from dfssd.sweep.population import Census, explorer, identity, members, take_over
 from dfssd.train import checkpoint
 from dfssd.train.session import build_session
-from dfssd.world import World
 
 ROOT = Path(__file__).parents[1]
 AXES = {"distill.share_f": tune.uniform(0.1, 1.0), "distill.share_p": [0.1, 0.5]}
@@ -64,7 +64,9 @@ def test_weights_are_taken_over_once_with_settings_of_the_new_trial(prepared):
     config = tiny_config(prepared, steps=6)
     give_teacher_and_candidates(prepared)
     good = make_trial(config, "s", "m", 0, {"distill.share_f": 0.9})
-    s = build_session(make_job("student", str(prepared / "r"), good.config.model_copy()), World(), torch.device("cpu"))
+    s = build_session(
+        make_job("student", str(prepared / "r"), good.config.model_copy()), WorkerGroup(), torch.device("cpu")
+    )
     s.step = 3
     storage = Storage(str(prepared))
     checkpoint.store_newest(storage.at(f"s/trials/{good.id}/student/train"), 3, s.state(), 2)
@@ -86,7 +88,7 @@ def test_the_optimiser_keeps_the_runs_own_settings(prepared):
     jobs = [
         make_job("student", str(prepared / "r"), tiny_config(prepared, weight_decay=decay)) for decay in (0.01, 0.03)
     ]
-    one, two = (build_session(job, World(), torch.device("cpu")) for job in jobs)
+    one, two = (build_session(job, WorkerGroup(), torch.device("cpu")) for job in jobs)
     two.load_state(one.state())
     assert {g["weight_decay"] for g in two.optimiser.param_groups} == {0.0, 0.03}
 

@@ -10,7 +10,7 @@ from dfssd.config import Data
 from dfssd.data.manifest import read_manifest, read_table
 from dfssd.data.prepare import prepare
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def _run(folder, out, **settings):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from small import give_teacher_and_candidates, make_job, tiny_config
 
-import dfssd.stages as stages
+import dfssd.pipeline.stages as stages
 from dfssd.config import Distill
 from dfssd.data.manifest import read_table
 from dfssd.errors import DfssdError
-from dfssd.rounds import finished_models, improved, in_round, newest_round, split_round
-from dfssd.storage import Storage
+from dfssd.runtime.artefact_names import finished_models, improved, in_round, newest_round, split_round
+from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob, stage_config
 from dfssd.train.worker import train_in_process
 
@@ -121,7 +121,7 @@ def test_label_teachers_are_part_of_what_a_labelling_depends_on(tmp_path):
 
 WITH_BETTER_TEACHERS = """
 import sys
-import dfssd.stages as stages
+import dfssd.pipeline.stages as stages
 stages.improved = lambda run, number: True  # eight steps teach nothing: pretend that they did
 from dfssd.cli import main
 sys.path.insert(0, "jobs")

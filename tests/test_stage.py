@@ -1,8 +1,8 @@
 import pytest
 
 from dfssd.errors import DfssdError, find_user_error, nearest
-from dfssd.stage import Stage, code_version, differences
-from dfssd.storage import Storage
+from dfssd.runtime.artefact import Stage, code_version, differences
+from dfssd.runtime.storage import Storage
 
 
 def _stage(tmp_path, name="b", inputs=(), **config):

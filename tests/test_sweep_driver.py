@@ -7,7 +7,7 @@ import pytest
 from ray import tune
 from small import tiny_config
 
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.sweep.driver import Progress, ended, for_asha, parameters, steps_run, trial_of, tune_config
 from dfssd.sweep.points import make_trial, own_point
 from dfssd.sweep.population import identity

@@ -8,7 +8,7 @@ from small import give_teacher_and_candidates
 
 from dfssd.config import Config, Data
 from dfssd.data.prepare import prepare
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial, apply, draw, make_trial, trials
 from dfssd.sweep.space import load_space
 from dfssd.train.job import TrainJob

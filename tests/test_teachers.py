@@ -6,12 +6,14 @@ import pytest
 import torch
 from small import tiny_config
 
+from dfssd.data.boxes import corners, iou, unflip
+from dfssd.data.letterbox import decode_shard, out_of_letterbox
 from dfssd.data.manifest import read_pseudo
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes
-from dfssd.pseudo.fusion import FLIPS, corners, iou, unflip
-from dfssd.pseudo.teachers import TeacherActor, class_map, decode_shard, digest, out_of_letterbox
-from dfssd.storage import Storage
+from dfssd.pseudo.fusion import FLIPS
+from dfssd.pseudo.teachers import TeacherActor, class_map, digest
+from dfssd.runtime.storage import Storage
 
 NAMES = ["pit", "scratch", "patch"]
 

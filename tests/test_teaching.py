@@ -8,11 +8,11 @@ from dfssd.data.dataset import network_input
 from dfssd.distill.criterion import Terms
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.loop import clip, forward
 from dfssd.train.session import build_session
 from dfssd.train.worker import train_in_process
-from dfssd.world import World
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_a_student_that_passes_its_teacher_is_told_once(prepared, capsys, reache
 def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepared):
     give_teacher_and_candidates(prepared)
     job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=3, lambda_u=0.0, **ONLINE))
-    s = build_session(job, World(), CPU)
+    s = build_session(job, WorkerGroup(), CPU)
     start = {k: v.clone() for k, v in s.student.online.state_dict().items()}
     images = torch.rand(8, 3, 64, 64)
     out, said = s.student(images), s.teacher(images)
@@ -79,7 +79,7 @@ def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepar
 
 def test_the_gradient_of_an_online_teacher_does_not_shrink_the_students(prepared):
     give_teacher_and_candidates(prepared)
-    s = build_session(make_job("student", str(prepared / "r"), tiny_config(prepared, **ONLINE)), World(), CPU)
+    s = build_session(make_job("student", str(prepared / "r"), tiny_config(prepared, **ONLINE)), WorkerGroup(), CPU)
     taught = [p for p in s.student.online.parameters() if p.requires_grad]
     own = [p for p in s.student.detector.parameters() if p.requires_grad]
     own[0].grad, taught[0].grad = torch.full_like(own[0], 1e-3), torch.full_like(taught[0], 1e3)
@@ -94,11 +94,11 @@ def test_an_online_teacher_must_know_exactly_the_classes(prepared):
     job = make_job("student", str(prepared / "r"), tiny_config(prepared, **ONLINE))
     Storage(str(prepared / "r")).write("teacher/best.pt", detector_bytes(build_detector("yolov8s.yaml", names, 64), {}))
     with pytest.raises(DfssdError, match="an online teacher trains on the labels"):
-        build_session(job, World(), CPU)
+        build_session(job, WorkerGroup(), CPU)
 
 
 def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
-    from dfssd.stages import make_stage
+    from dfssd.pipeline.stages import make_stage
 
     give_teacher_and_candidates(prepared)
     run = Storage(str(prepared / "r"))
@@ -116,7 +116,11 @@ def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
     job = make_job("student", str(prepared / "r"), config)
     names = list(read_detector(run.read("teacher/best.pt"), "t").names.values())
     job.store.write("teacher.pt", detector_bytes(build_detector("yolo11n.yaml", names, 64), {}))
-    assert build_session(job, World(), CPU).teacher.channels == [64, 128, 256]  # not the run's YOLOv8s: 128, 256, 512
+    assert build_session(job, WorkerGroup(), CPU).teacher.channels == [
+        64,
+        128,
+        256,
+    ]  # not the run's YOLOv8s: 128, 256, 512
     with pytest.raises(DfssdError, match="could not be fetched"):
         make_stage(tiny_config(prepared, distill_teacher="gone.pt"), run, "student")
 
@@ -126,7 +130,7 @@ def test_a_teacher_in_bf16_teaches_a_student_in_fp32_nearly_the_same(prepared):
     found = {}
     for amp in ("fp32", "bf16"):
         s = build_session(
-            make_job("student", str(prepared / "r"), tiny_config(prepared, teacher_amp=amp)), World(), CPU
+            make_job("student", str(prepared / "r"), tiny_config(prepared, teacher_amp=amp)), WorkerGroup(), CPU
         )
         batch = next(iter(s.loader()))
         out, said = forward(s, network_input(batch["img"], CPU))

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dfssd.storage import Storage
-from dfssd.tracking import Runs, Tracker, _metric_name, tracking_uri
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.tracking import Runs, Tracker, _metric_name, tracking_uri
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import read_manifest
 from dfssd.data.prepare import prepare
 from dfssd.errors import DfssdError
+from dfssd.evaluate.validation import summarise, validate
 from dfssd.models.detector import load_detector
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
-from dfssd.train.validation import summarise, validate
 from dfssd.train.worker import train_in_process
-from dfssd.world import World
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def _measure(storage, split, world=None):
     rows = manifest.of_split(split)
     model = load_detector(run.read("label_only/best.pt"), "best.pt", 64)
     dataset = ManifestDataset(rows, [r.boxes for r in rows], manifest.names, 64)
-    return validate(model, dataset, model.names, world or World(), torch.device("cpu")), rows, manifest
+    return validate(model, dataset, model.names, world or WorkerGroup(), torch.device("cpu")), rows, manifest
 
 
 def test_equal_to_yolo_val(trained, tmp_path):
@@ -78,7 +78,7 @@ def test_workers_share_the_images_and_agree(trained):
     alone, rows, _ = _measure(storage, "train")
     assert len(rows) > 16
 
-    class Pair(World):
+    class Pair(WorkerGroup):
         """Runs as one of two workers; gather() is replaced by both workers' real parts."""
 
         parts: list = []  # noqa: RUF012

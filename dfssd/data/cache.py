@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from dfssd.errors import DfssdError
-from dfssd.storage import read_uri
+from dfssd.runtime.storage import read_uri
 
 SLACK = 0.05  # share of the limit that is freed beyond what is needed, and after which a process looks again
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dfssd.data.checks import Label, Problem
 from dfssd.data.source import Item, Source, closest, given_split, is_image
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def is_coco(store: Storage, name: str) -> bool:

@@ -25,7 +25,7 @@ from dfssd.data.cache import DiskCache
 from dfssd.data.manifest import Boxes, Row
 from dfssd.data.sampling import Draw
 from dfssd.errors import DfssdError
-from dfssd.storage import is_remote, read_uri, side_by_side
+from dfssd.runtime.storage import is_remote, read_uri, side_by_side
 
 Sample = dict[str, Any]
 VAL_BATCH = 16  # as in `yolo val`: with rectangular batches the batch size is part of the measurement

@@ -13,7 +13,7 @@ from dfssd.data.source import IMAGE_SUFFIXES, Source, is_image
 from dfssd.data.voc import read_voc
 from dfssd.data.yolo import read_cr7, read_yolo
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def read_source(data: str, fmt: str, names: tuple[str, ...]) -> Source:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test", "unlabelled-only")

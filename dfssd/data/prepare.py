@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from dfssd.config import Data
 from dfssd.data import checks, grouping, splits
+from dfssd.data.bad_files import Bad, write_bad
 from dfssd.data.formats import read_source
-from dfssd.data.manifest import BAD_SCHEMA, SPLITS, Boxes, Manifest, Row, write_manifest, write_table, write_withheld
+from dfssd.data.manifest import SPLITS, Boxes, Manifest, Row, write_manifest, write_withheld
 from dfssd.data.source import Item, Source, unlabelled_uris
 from dfssd.data.summary import contact_sheet, summarise
 from dfssd.errors import DfssdError
-from dfssd.progress import Progress
-from dfssd.storage import Storage, is_remote, read_uri, side_by_side
+from dfssd.runtime.progress import Progress
+from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side
 
 
 @dataclass
@@ -34,9 +34,6 @@ class Checked:
     @property
     def image_id(self) -> str:
         return self.facts.sha256[:16]
-
-
-Bad = tuple[str, checks.Problem]
 
 
 def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
@@ -224,12 +221,6 @@ def make_rows(
         facts = image.facts
         rows.append(Row(key, image.uri, facts.width, facts.height, split, key in labelled, group, boxes))
     return rows, withheld
-
-
-def write_bad(store: Storage, bad: list[Bad]) -> None:
-    columns = zip(*sorted((uri, p.reason, p.detail) for uri, p in bad), strict=True) if bad else ([], [], [])
-    arrays = [pa.array(list(column), pa.string()) for column in columns]
-    write_table(store, "bad_files.parquet", pa.Table.from_arrays(arrays, schema=BAD_SCHEMA))
 
 
 def write_split_list(store: Storage, images: list[Checked], split_names: list[str], labelled: set[str]) -> None:

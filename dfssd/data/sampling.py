@@ -2,7 +2,7 @@
 
 A stream (labelled or unlabelled) is an endless row of positions; epoch e covers the positions e*n .. (e+1)*n-1 in an
 order drawn from (seed, stream, e); with repeat factors n is their sum, and an image comes that often, rounded up or down
-anew in each epoch. Step s uses the positions s*B .. (s+1)*B-1. World size only slices a step's positions,
+anew in each epoch. Step s uses the positions s*B .. (s+1)*B-1. WorkerGroup size only slices a step's positions,
 and a resumed run needs nothing but the step it stopped at.
 """
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 from dfssd.config import Data
 from dfssd.data.checks import Label
 from dfssd.errors import DfssdError
-from dfssd.progress import Progress
-from dfssd.storage import Storage, side_by_side
+from dfssd.runtime.progress import Progress
+from dfssd.runtime.storage import Storage, side_by_side
 
 T = TypeVar("T")
 

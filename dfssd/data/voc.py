@@ -10,7 +10,7 @@ import numpy as np
 
 from dfssd.data.checks import Label, Problem
 from dfssd.data.source import Item, Source, closest, given_split, is_image, read_labels
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def read_voc(store: Storage, files: list[str]) -> Source:

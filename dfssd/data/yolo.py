@@ -12,7 +12,7 @@ import yaml
 from dfssd.data.checks import Label, Problem
 from dfssd.data.source import Item, Source, given_split, is_image, read_labels
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 CR7_NAMES = ("inclusion", "dent", "oil_spot", "pit", "punching", "linear", "macular")
 

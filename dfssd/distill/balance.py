@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfssd.config import Distill
-from dfssd.world import World
+from dfssd.runtime.worker_group import WorkerGroup
 
 EVERY = 20  # steps between two measurements
 SMOOTHING = 0.3  # weight of a new measurement, in the logarithm
@@ -28,7 +28,7 @@ class Balance:
         config: `share_u`, `share_p`, `share_f`; a share of 0 leaves a term as it is.
     """
 
-    def __init__(self, config: Distill, world: World) -> None:
+    def __init__(self, config: Distill, world: WorkerGroup) -> None:
         shares = {"pse": config.share_u, "pred": config.share_p, "feat": config.share_f}
         self.shares = {k: v for k, v in shares.items() if v > 0}
         self.world = world

@@ -22,7 +22,7 @@ from dfssd.models.detection_loss import COMPONENTS, DetectionLoss, Targets
 from dfssd.models.detector import Branch, TeacherOutput
 from dfssd.models.pairing import Pairing
 from dfssd.pseudo.thresholds import Policy, class_sums
-from dfssd.world import World
+from dfssd.runtime.worker_group import WorkerGroup
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (K,...) sums and their (K,) normalisers
 
@@ -85,7 +85,7 @@ class Criterion:
         config: Distill | None,
         policy: Policy | None,
         labelled: int,
-        world: World,
+        world: WorkerGroup,
         pairing: Pairing | None = None,
         generators: nn.ModuleList | None = None,
         teacher_detection: DetectionLoss | None = None,

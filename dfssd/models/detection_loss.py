@@ -46,7 +46,7 @@ class Targets:
         return Targets(self.cls[keep], self.boxes[keep], self.image[keep], self.weight[keep], self.box_weight[keep])
 
 
-class _Tap:
+class _WeightedAssigner:
     """Stands in for the assigner and for the element-wise class loss of one Ultralytics criterion.
 
     Box and DFL terms are weighted through the target scores. The class term keeps the unweighted target (a target
@@ -101,7 +101,7 @@ class DetectionLoss:
         if box_loss == "inner_focaler_eiou":
             for part in parts.values():
                 part.bbox_loss = InnerFocalerEiouLoss(part.reg_max)
-        self.parts = {name: (part, _Tap(part)) for name, part in parts.items()}
+        self.parts = {name: (part, _WeightedAssigner(part)) for name, part in parts.items()}
         self.stride = model.stride
 
     def set_progress(self, share: float) -> None:

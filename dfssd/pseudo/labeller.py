@@ -16,16 +16,17 @@ from typing import Any
 import ray
 import ray.data
 
-from dfssd.cluster import alive_nodes
 from dfssd.config import Config
+from dfssd.data.bad_files import write_bad
 from dfssd.data.checks import Problem
+from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, read_table
-from dfssd.data.prepare import write_bad
 from dfssd.errors import DfssdError
-from dfssd.progress import Progress
-from dfssd.pseudo.teachers import TeacherActor, decode_shard
+from dfssd.pseudo.teachers import TeacherActor
 from dfssd.pseudo.thresholds import ScoreCounts, score_bin
-from dfssd.storage import Storage
+from dfssd.runtime.cluster import alive_nodes
+from dfssd.runtime.progress import Progress
+from dfssd.runtime.storage import Storage
 
 SHARD = 64  # images
 DECODE_CPUS = 0.25  # several decode tasks share a core, so that they also start where an actor holds the other one

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from dfssd.config import Config
+from dfssd.data.boxes import corners, iou
 from dfssd.data.manifest import Boxes, read_manifest, read_withheld
-from dfssd.pseudo.fusion import corners, iou
 from dfssd.pseudo.labeller import read_shards
 from dfssd.pseudo.thresholds import BINS, POLICIES, ScoreCounts, labelled_rates, policy_thresholds, score_bin
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 HIT_IOU = 0.5
 DOUBTFUL = 24  # images drawn

@@ -9,12 +9,12 @@ from typing import Any
 
 from dfssd.config import Config
 from dfssd.data.manifest import read_manifest
-from dfssd.gate import verdict
+from dfssd.evaluate.gate import verdict
 from dfssd.report import tables
 from dfssd.report.quality import rows as quality_rows
-from dfssd.rounds import finished_models, in_round, newest_round
-from dfssd.stage import code_version
-from dfssd.storage import Storage
+from dfssd.runtime.artefact import code_version
+from dfssd.runtime.artefact_names import finished_models, in_round, newest_round
+from dfssd.runtime.storage import Storage
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem;color:#222}

@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw
 
 from dfssd.config import Config
 from dfssd.data.dataset import decode, network_input, shrink
+from dfssd.data.letterbox import decode_shard, in_shares, out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row
 from dfssd.errors import DfssdError
 from dfssd.models.predict import NMS_IOU, predict
-from dfssd.pseudo.teachers import decode_shard, in_shares, out_of_letterbox
 
 SIDE = 240  # px of one picture
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")

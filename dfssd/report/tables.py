@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import repeat_factors
-from dfssd.rounds import split_round
+from dfssd.runtime.artefact_names import split_round
 
 LABELS = {"label_only": "student, labels alone", "student": "student, distilled"}
 

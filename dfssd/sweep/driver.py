@@ -12,17 +12,17 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from dfssd.cluster import Resources
 from dfssd.config import Config
 from dfssd.errors import DfssdError
-from dfssd.progress import clock
-from dfssd.stage import flatten
-from dfssd.storage import Storage
+from dfssd.runtime.artefact import flatten
+from dfssd.runtime.cluster import Resources
+from dfssd.runtime.progress import clock
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.tracking import Runs
 from dfssd.sweep import population, shared
 from dfssd.sweep.points import Trial, draw, make_trial, name_row, own_point
 from dfssd.sweep.space import Space
 from dfssd.sweep.trial import Plan, folder, run_once
-from dfssd.tracking import Runs
 
 TRIAL_MEMORY_GIB = 2.0  # one worker with its loader and cache at 640 px, seen
 RETRIES = 2  # of a trial whose process died; it goes on from its newest checkpoint
@@ -35,7 +35,7 @@ def share(config: Config, trials: int, max_concurrent: int) -> tuple[int, Resour
     Raises:
         DfssdError: not even one fits.
     """
-    from dfssd.cluster import worker_resources
+    from dfssd.runtime.cluster import worker_resources
 
     total, run = ray.cluster_resources(), config.run
     workers = run.workers[0]

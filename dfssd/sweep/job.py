@@ -6,21 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfssd.cli import refuse_relative_paths_in_a_job
 from dfssd.config import Config
+from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job
 from dfssd.data.formats import read_source
 from dfssd.errors import DfssdError
-from dfssd.hints import check_weights
-from dfssd.plan import time_step
-from dfssd.progress import clock
+from dfssd.pipeline.dry_run import time_step
 from dfssd.report.tables import render
-from dfssd.stage import differences, flatten
-from dfssd.storage import Storage
+from dfssd.runtime.artefact import differences, flatten
+from dfssd.runtime.progress import clock
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.tracking import Runs
 from dfssd.sweep import ablation, shared
 from dfssd.sweep.figure import draw
 from dfssd.sweep.points import Trial, in_words, short, trials
 from dfssd.sweep.space import Space
-from dfssd.tracking import Runs
 
 SYNTHETIC = {"images": 240, "side": 128}
 
@@ -94,7 +93,7 @@ def _planned(config: Config, space: Space) -> list[Trial]:
 
 def describe(config: Config, space: Space, options: Options) -> None:
     """Print trials, what they share, resources and expected time; change nothing but a synthetic data set."""
-    from dfssd.cluster import connect, describe
+    from dfssd.runtime.cluster import connect, describe
     from dfssd.sweep.driver import check_shareable, probes, share
 
     Storage(config.run.storage_path).check_writable()
@@ -133,7 +132,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
         DfssdError: settings that cannot be, a cluster that cannot hold a trial, or trials that failed (after the others
             have run and the table is written).
     """
-    from dfssd.cluster import connect
+    from dfssd.runtime.cluster import connect
     from dfssd.sweep.driver import check_shareable, records, run_trials, steps_run
 
     refuse_relative_paths_in_a_job(config)
@@ -255,7 +254,7 @@ def table_of(config: Config, sweep: str) -> None:
     runs = Runs(storage, config.run.experiment, sweep)
     if not runs.uri:
         raise DfssdError("no MLflow to read from", todo="set MLFLOW_TRACKING_URI")
-    from dfssd.tracking import client
+    from dfssd.runtime.tracking import client
 
     done = ablation.from_mlflow(client(runs.uri), config.run.experiment, sweep)
     write_table(storage.at(sweep), done, sweep)

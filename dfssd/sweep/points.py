@@ -15,7 +15,7 @@ from ray.tune.search.sample import Domain, Float, Integer, Sampler
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
-from dfssd.stage import flatten
+from dfssd.runtime.artefact import flatten
 from dfssd.sweep.space import Space, values_of
 
 METHODS = ("distill", "label_only")

@@ -16,10 +16,10 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
 from dfssd.config import Config
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.tracking import Runs
 from dfssd.sweep.points import Trial, make_trial, name_row, within
 from dfssd.sweep.space import Space, values_of
-from dfssd.tracking import Runs
 from dfssd.train import checkpoint
 from dfssd.train.job import TrainJob
 

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable
 
 from dfssd.config import Config
-from dfssd.stages import Context, make_stage, run_stage
-from dfssd.storage import Storage
+from dfssd.pipeline.stages import Context, make_stage, run_stage
+from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial
 
 KEY_CHARACTERS = 10
@@ -21,7 +21,7 @@ def chain(config: Config, name: str, run: Storage) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_CHARACTERS]
 
 
-def home(config: Config, sweep: str, name: str) -> str:
+def folder_of(config: Config, sweep: str, name: str) -> str:
     """Run name of the folder in which a sweep makes the stage."""
     nowhere = Storage(config.run.storage_path).at(sweep)
     return f"{sweep}/shared/{name}-{chain(config, name, nowhere)}"
@@ -37,7 +37,7 @@ def needed(trials: Iterable[Trial], sweep: str) -> dict[str, tuple[Trial, str]]:
     found: dict[str, tuple[Trial, str]] = {}
 
     def add(trial: Trial, name: str) -> None:
-        place = home(trial.config, sweep, name)
+        place = folder_of(trial.config, sweep, name)
         if place in found:
             return
         for own in make_stage(trial.config, Storage(trial.config.run.storage_path).at(sweep), name).inputs:
@@ -56,19 +56,19 @@ def make(config: Config, sweep: str, name: str, parent: str, experiment_tags: di
     Args:
         parent: MLflow run of the sweep, that of the stage is nested in.
     """
-    place = home(config, sweep, name)
+    place = folder_of(config, sweep, name)
     own = config.model_copy(update={"run": config.run.model_copy(update={"run_name": place})})
-    bring(own, sweep, name)
+    copy_inputs(own, sweep, name)
     adopt(own, parent)
     run_stage(Context(own, title=f"{sweep}/{name}", tags=experiment_tags), name)
 
 
-def bring(config: Config, sweep: str, name: str) -> None:
+def copy_inputs(config: Config, sweep: str, name: str) -> None:
     """Copy the inputs of a stage into the run from where the sweep has made them."""
     storage = Storage(config.run.storage_path)
     run = storage.at(config.run.run_name)
     for own in make_stage(config, run, name).inputs:
-        copy(storage.at(home(config, sweep, own)), run, own)
+        copy(storage.at(folder_of(config, sweep, own)), run, own)
 
 
 def copy(source: Storage, target: Storage, name: str) -> None:

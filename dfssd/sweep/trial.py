@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from ray import tune
 
-from dfssd.cluster import Resources
 from dfssd.errors import find_user_error
-from dfssd.evaluate import measure
-from dfssd.stage import flatten
-from dfssd.stages import Context, make_stage, run_stage
-from dfssd.storage import Storage
+from dfssd.evaluate.measure import measure
+from dfssd.pipeline.stages import Context, make_stage, run_stage
+from dfssd.runtime.artefact import flatten
+from dfssd.runtime.cluster import Resources
+from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial
 from dfssd.sweep.population import CLOCK, take_over
-from dfssd.sweep.shared import adopt, bring
+from dfssd.sweep.shared import adopt, copy_inputs
 from dfssd.sweep.space import MEASURES, Space
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
@@ -105,7 +105,7 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
                 tune.report({**row, CLOCK: 0})
             return record
     take_over(trial, plan.sweep)
-    bring(trial.config, plan.sweep, trial.stage)
+    copy_inputs(trial.config, plan.sweep, trial.stage)
     adopt(trial.config, plan.parent)
     digest = store.read_json("dataset/stage.json")["digest"]
     own_tags, reports = tags(plan, trial, order, digest), Reports(trial.config.train.steps, plan.population)

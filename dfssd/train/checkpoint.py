@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 State = dict[str, Any]
 

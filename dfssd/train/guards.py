@@ -13,7 +13,7 @@ from torch import Tensor
 from dfssd.distill.criterion import StudentOutput, grouped
 from dfssd.errors import DfssdError
 from dfssd.models.detector import TeacherOutput
-from dfssd.world import World
+from dfssd.runtime.worker_group import WorkerGroup
 
 REMEDY = {
     "sup": "check the labels of the images named, lower --lr, or try --amp fp32",
@@ -65,7 +65,7 @@ def check_reach(
     out: StudentOutput,
     first_layer: Tensor | None,
     silent: set[str],
-    world: World | None = None,
+    world: WorkerGroup | None = None,
 ) -> dict[str, float]:
     """Gradient norm of each term at the student, which must be finite, above 0 and not negligible.
 
@@ -98,7 +98,7 @@ def check_reach(
         squares.append(
             torch.stack([g.float().square().sum() for g in grads if g is not None] or [term.new_zeros(())]).sum()
         )
-    norms = dict(zip(terms, (world or World()).sum(torch.stack(squares)).sqrt().tolist(), strict=True))
+    norms = dict(zip(terms, (world or WorkerGroup()).sum(torch.stack(squares)).sqrt().tolist(), strict=True))
     for name, norm in norms.items():
         _judge(name, norm, norms.get("sup", 0.0) if first_layer is not None else 0.0, name in silent)
     return norms

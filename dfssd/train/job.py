@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfssd.config import Config, Distill, as_dict
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TrainJob:
         """Validations without a better one after which training stops; 0: never."""
         return self.config.train.teacher_patience if self.trains_teacher else 0
 
-    def method(self) -> Distill | None:
+    def distill_settings(self) -> Distill | None:
         """Settings of the terms beside L_sup. A teacher of a later round has no teacher, and so L_pse alone of them."""
         return self.config.distill if self.distills or self.pseudo else None
 

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from dfssd.data.dataset import network_input
 from dfssd.distill.criterion import StudentOutput, Terms
 from dfssd.errors import DfssdError
+from dfssd.evaluate.validation import validate
 from dfssd.models.detector import TeacherOutput, detector_bytes
-from dfssd.progress import clock
+from dfssd.runtime.progress import clock
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
 from dfssd.train.guards import check_finite, check_reach, check_teacher
 from dfssd.train.job import TrainJob
 from dfssd.train.optim import learning_rate
 from dfssd.train.session import Session, build_session
-from dfssd.train.validation import validate
-from dfssd.world import World
 
 Log = Callable[[dict[str, float], int], None]
 Save = Callable[[dict[str, Any], Session], None]
 
 
-def train(job: TrainJob, world: World, device: torch.device, log: Log, save: Save) -> dict[str, Any]:
+def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, save: Save) -> dict[str, Any]:
     """Train to the last step, from the newest whole checkpoint if there is one; leave `best.pt` and `last.pt`.
 
     Args:
@@ -282,6 +282,6 @@ def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
     return result
 
 
-def say(world: World, text: str) -> None:
+def say(world: WorkerGroup, text: str) -> None:
     if world.rank == 0:
         print(text, flush=True)

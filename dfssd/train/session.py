@@ -15,23 +15,23 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
+from dfssd.config_checks import check_weights
 from dfssd.data.dataset import ManifestDataset, Streams, collate, disk_cache
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion, StudentOutput
 from dfssd.distill.features import Projections
 from dfssd.errors import DfssdError
-from dfssd.hints import check_weights
 from dfssd.models.batch_norm import share_statistics
 from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
 from dfssd.models.taps import Taps
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
 from dfssd.train.optim import make_optimiser
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
-from dfssd.world import World
 
 MAX_LOADERS = 8  # processes that load images for one GPU
 
@@ -76,7 +76,7 @@ class Session:
     """The parts of one training run on one worker."""
 
     job: TrainJob
-    world: World
+    world: WorkerGroup
     device: torch.device
     dtype: torch.dtype | None  # of the student's pass under autocast; None: float32
     teacher_dtype: torch.dtype | None
@@ -182,9 +182,9 @@ class Session:
             self.before_s = clock["before_s"] + (0.0 if this else max(0.0, clock["at"] - clock["begun"]))
 
 
-def build_session(job: TrainJob, world: World, device: torch.device) -> Session:
+def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Session:
     """Build all parts of a training run; nothing is restored yet."""
-    config, method = job.config, job.method()
+    config, method = job.config, job.distill_settings()
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
     manifest = read_manifest(run.at("dataset"))

@@ -13,7 +13,7 @@ from dfssd.data.manifest import Manifest
 from dfssd.errors import DfssdError
 from dfssd.models.detector import Teacher, build_detector, load_detector
 from dfssd.models.pairing import Pairing, pair
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
 
 EMA_TAU = 100  # updates over which the decay of a weight average builds up

@@ -13,13 +13,13 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from dfssd.cluster import Resources
 from dfssd.errors import DfssdError, find_user_error
-from dfssd.tracking import Tracker
+from dfssd.runtime.cluster import Resources
+from dfssd.runtime.tracking import Tracker
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
-from dfssd.world import World
 
 KEEP = 2  # checkpoints; the newest may be the one that was being written
 RESIZE_S = 30.0  # between looks at whether the cluster can hold more workers; a resize restarts from the checkpoint
@@ -83,7 +83,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     from dfssd.train.loop import train  # imports Ultralytics, which must happen in the worker
 
     context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size())
+    world = WorkerGroup(context.get_world_rank(), context.get_world_size())
     job: TrainJob = settings["job"]
     torch.set_num_threads(settings["threads"])
     logging.getLogger().setLevel(logging.WARNING)  # Ray's session logs every report through the root logger
@@ -130,6 +130,6 @@ def train_in_process(
             on_validation(session)
 
     try:
-        return train(job, World(), device or torch.device("cpu"), tracker.log, save)
+        return train(job, WorkerGroup(), device or torch.device("cpu"), tracker.log, save)
     finally:
         tracker.close()

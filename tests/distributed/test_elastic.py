@@ -10,11 +10,11 @@ import ray
 from pydantic import ValidationError
 from small import give_teacher_and_candidates, make_job, tiny_config
 
-from dfssd.cluster import Resources, lacking, with_workers, worker_resources
 from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
+from dfssd.runtime.cluster import Resources, lacking, with_workers, worker_resources
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.worker import fit
-from dfssd.world import World
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_what_cannot_be_is_refused(given, said):
 
 def test_shares_add_up_to_the_batch():
     for size in range(1, 8):
-        shares = [World(rank, size).share_of(16) for rank in range(size)]
+        shares = [WorkerGroup(rank, size).share_of(16) for rank in range(size)]
         assert sum(shares) == 16 and max(shares) - min(shares) <= 1
 
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from small import give_teacher_and_candidates, make_job, tiny_config
 from torch import nn
 
-from dfssd.cluster import Resources
 from dfssd.config import Data
 from dfssd.data.prepare import prepare
 from dfssd.models.batch_norm import GlobalBatchNorm, share_statistics
-from dfssd.storage import Storage
+from dfssd.runtime.cluster import Resources
+from dfssd.runtime.storage import Storage
 from dfssd.train.worker import fit, train_in_process
 
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)

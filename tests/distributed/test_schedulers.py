@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small import SWEEP_BASE
 
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.sweep.driver import records, stopped
 
 ROOT = Path(__file__).parents[2]

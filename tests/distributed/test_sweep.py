@@ -12,7 +12,7 @@ import psutil
 import pytest
 from small import SWEEP_BASE
 
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.sweep.driver import records
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import psutil
 import pytest
 from small import give_teacher_and_candidates, make_job, tiny_config
 
-from dfssd.cluster import Resources, worker_resources
 from dfssd.config import Run
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.cluster import Resources, worker_resources
+from dfssd.runtime.storage import Storage
 from dfssd.train.worker import fit
 
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.train import checkpoint
 
 

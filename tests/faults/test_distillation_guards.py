@@ -9,7 +9,7 @@ from dfssd.errors import DfssdError
 from dfssd.models import taps as taps_module
 from dfssd.models.detector import detector_bytes, load_detector
 from dfssd.models.taps import Taps
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 from dfssd.train import loop
 from dfssd.train.worker import train_in_process
 
@@ -90,7 +90,7 @@ def test_a_weight_of_zero_with_settings_of_its_term(prepared, monkeypatch, setti
 
 
 def test_the_command_line_refuses_it_before_anything_starts(tmp_path):
-    from dfssd.cli import run_stages
+    from dfssd.pipeline.run import run_stages
 
     config = Config(run={"storage_path": str(tmp_path)}, distill=Distill(lambda_f=0.0, divergence="cwd"))
     with pytest.raises(DfssdError, match=r"switched off, but --divergence was set"):

@@ -5,8 +5,8 @@ import torch
 
 from dfssd.distill.criterion import StudentOutput
 from dfssd.errors import DfssdError
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
-from dfssd.world import World
 
 
 def _outputs():
@@ -49,7 +49,7 @@ def test_silent_zero_is_caught_unless_it_is_allowed():
     guards.check_reach(losses, out, first, {"pse"})
 
 
-class _OtherWorker(World):
+class _OtherWorker(WorkerGroup):
     """Stands for a group whose other worker has a gradient where this one has none."""
 
     def sum(self, tensor):

@@ -22,7 +22,7 @@ from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.pseudo import labeller
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 420  # some six shards

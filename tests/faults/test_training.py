@@ -10,11 +10,11 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards, loop
 from dfssd.train.session import build_session
 from dfssd.train.worker import train_in_process
-from dfssd.world import World
 
 
 class Killed(Exception):
@@ -85,7 +85,7 @@ def test_every_part_of_the_state_matters(prepared):
     """Leaving any part out of a checkpoint must be noticed: each one changes after three steps."""
     give_teacher_and_candidates(prepared)
     job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=3))
-    fresh = build_session(job, World(), torch.device("cpu")).state()
+    fresh = build_session(job, WorkerGroup(), torch.device("cpu")).state()
     train_in_process(job)
     from dfssd.train import checkpoint
 
@@ -103,7 +103,7 @@ def test_training_changes_only_what_it_should(prepared):
     give_teacher_and_candidates(prepared)
     job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=2))
     teacher = read_detector(Storage(str(prepared / "r")).read("teacher/best.pt"), "t").state_dict()
-    before = build_session(job, World(), torch.device("cpu"))
+    before = build_session(job, WorkerGroup(), torch.device("cpu"))
     start = {k: v.clone() for k, v in before.student.state_dict().items()}
     train_in_process(job)
     after = read_detector(job.store.read("last.pt"), "x").state_dict()
@@ -117,7 +117,7 @@ def test_training_changes_only_what_it_should(prepared):
 def test_label_only_and_student_start_from_the_same_weights(prepared):
     give_teacher_and_candidates(prepared)
     sessions = [
-        build_session(make_job(s, str(prepared / "r"), tiny_config(prepared)), World(), torch.device("cpu"))
+        build_session(make_job(s, str(prepared / "r"), tiny_config(prepared)), WorkerGroup(), torch.device("cpu"))
         for s in ("label_only", "student")
     ]
     a, b = (s.student.detector.state_dict() for s in sessions)

@@ -6,7 +6,7 @@ Round 1 is `teacher`, `pseudo`, `quality`; round 2 `teacher_2` (trained on label
 
 from __future__ import annotations
 
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def in_round(kind: str, number: int) -> str:

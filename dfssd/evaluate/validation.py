@@ -18,7 +18,7 @@ from ultralytics.utils.metrics import DetMetrics, box_iou
 from dfssd.data.dataset import ManifestDataset, network_input, validation_batches
 from dfssd.errors import DfssdError
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
-from dfssd.world import World
+from dfssd.runtime.worker_group import WorkerGroup
 
 IOU_LEVELS = torch.linspace(0.5, 0.95, 10)
 
@@ -27,7 +27,7 @@ def validate(
     model: nn.Module,
     dataset: ManifestDataset,
     names: dict[int, str],
-    world: World,
+    world: WorkerGroup,
     device: torch.device,
 ) -> dict[str, Any]:
     """Metrics of a detector in eval mode; every worker measures its share and all get the result.
@@ -45,7 +45,9 @@ def validate(
 
 
 @torch.no_grad()
-def collect(model: nn.Module, dataset: ManifestDataset, world: World, device: torch.device) -> list[dict[str, Any]]:
+def collect(
+    model: nn.Module, dataset: ManifestDataset, world: WorkerGroup, device: torch.device
+) -> list[dict[str, Any]]:
     """What matched what on each image, of all workers: scores, classes and hits at ten IoU levels."""
     stats: list[dict[str, Any]] = []
     for batch in validation_batches(dataset, world.rank, world.size):

@@ -11,9 +11,9 @@ from typing import Any
 import ray
 
 from dfssd.config import Config, Run
-from dfssd.environment import WORKER_ENV, set_driver_environment
 from dfssd.errors import DfssdError
-from dfssd.progress import clock
+from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
+from dfssd.runtime.progress import clock
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dfssd.config import Config, as_dict
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
-from dfssd.rounds import finished_models, improved, in_round, newest_round, split_round
-from dfssd.stage import Stage, flatten
-from dfssd.storage import Storage
-from dfssd.tracking import Runs, Tracker
+from dfssd.runtime.artefact import Stage, flatten
+from dfssd.runtime.artefact_names import finished_models, improved, in_round, newest_round, split_round
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.tracking import Runs, Tracker
 
 if TYPE_CHECKING:
     from dfssd.train.job import TrainJob
@@ -140,9 +140,9 @@ def _prepare(context: Context, stage: Stage, run_id: str) -> Body:
 
 
 def _train(context: Context, stage: Stage, run_id: str) -> Body:
-    from dfssd.cluster import connect, with_workers, worker_resources
     from dfssd.models.detector import resolve_weights
     from dfssd.report.plots import training_curves
+    from dfssd.runtime.cluster import connect, with_workers, worker_resources
     from dfssd.train.job import TrainJob
     from dfssd.train.worker import fit
 
@@ -214,8 +214,8 @@ def log_dataset(context: Context, run_id: str) -> None:
 
 
 def _pseudo(context: Context, stage: Stage, run_id: str) -> Body:
-    from dfssd.cluster import connect
     from dfssd.pseudo.labeller import label
+    from dfssd.runtime.cluster import connect
 
     teachers = [name for name in stage.inputs if name != "dataset"]
     weights = [f"{name}/best.pt" for name in teachers]
@@ -256,9 +256,9 @@ def _quality(context: Context, stage: Stage, run_id: str) -> Body:
 def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
     import ray
 
-    from dfssd.cluster import connect, worker_resources
-    from dfssd.evaluate import measure
+    from dfssd.evaluate.measure import measure
     from dfssd.report.html import write_report
+    from dfssd.runtime.cluster import connect, worker_resources
 
     models = finished_models(context.run)
     if not models:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 T = TypeVar("T")
 BATCH = 500  # metrics in one call; MLflow accepts 1000
@@ -176,7 +176,7 @@ class Runs:
             experiment_id = client.create_experiment(self.experiment, artifact_location=place)
         else:
             experiment_id = found.experiment_id
-        from dfssd.stage import code_version
+        from dfssd.runtime.artefact import code_version
 
         tags = {**self.tags, **tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
         return str(client.create_run(experiment_id, tags=tags).info.run_id)

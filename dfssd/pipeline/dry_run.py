@@ -12,10 +12,10 @@ from dfssd.config import Config
 from dfssd.data.formats import read_source
 from dfssd.data.source import unlabelled_uris
 from dfssd.errors import DfssdError
-from dfssd.progress import clock
+from dfssd.pipeline.stages import Context, make_stage
 from dfssd.report.tables import render
-from dfssd.rounds import in_round, split_round
-from dfssd.stages import Context, make_stage
+from dfssd.runtime.artefact_names import in_round, split_round
+from dfssd.runtime.progress import clock
 
 RAY_START_S = 20  # seconds until a worker group runs its first step, seen on two cores
 
@@ -102,7 +102,7 @@ def _check_weights(config: Config, stages: Sequence[str]) -> None:
 def _check_resources(config: Config) -> int:
     """Threads a worker will have; joins the cluster only where one is named."""
     if os.environ.get("RAY_ADDRESS"):
-        from dfssd.cluster import connect, describe, with_workers, worker_resources
+        from dfssd.runtime.cluster import connect, describe, with_workers, worker_resources
 
         connect()
         run = with_workers(config).run

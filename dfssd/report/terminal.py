@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dfssd.config import Config
-from dfssd.gate import publish_best, verdict
+from dfssd.evaluate.gate import publish_best, verdict
 from dfssd.report.tables import result_table
-from dfssd.storage import Storage
-from dfssd.tracking import tracking_uri
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.tracking import tracking_uri
 
 
 def print_results(config: Config) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ultralytics.utils.metrics import compute_ap
 
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 RESAMPLES = 300
 LEVEL = 95  # percent
@@ -23,7 +23,7 @@ class Ranked:
     """Predictions of one model, sorted by score within each class, ready to be weighted image by image.
 
     Args:
-        stats: matches of each image, as `dfssd.train.validation.collect` returns them.
+        stats: matches of each image, as `dfssd.evaluate.validation.collect` returns them.
     """
 
     def __init__(self, stats: list[dict[str, Any]]) -> None:

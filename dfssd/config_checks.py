@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dfssd.config import Config, Data, Distill, Thresholds, Train
 from dfssd.errors import DfssdError
 
@@ -78,4 +80,23 @@ def check_weights(config: Distill) -> None:
             raise DfssdError(
                 f"{term} is switched off, but {', '.join(changed)} was set",
                 todo="give the term a weight above 0, or leave its settings at their defaults",
+            )
+
+
+def refuse_relative_paths_in_a_job(config: Config) -> None:
+    """A submitted job runs in an unpacked copy of the working directory: what it writes there is lost with the job.
+
+    Raises:
+        DfssdError: a path of this config would lie in that copy.
+    """
+    if "working_dir_files" not in str(Path.cwd()):
+        return
+    paths = [("--storage-path", config.run.storage_path), ("--data", config.data.data)]
+    paths += [("--labelled-list", config.data.labelled_list), *(("--unlabelled", p) for p in config.data.unlabelled)]
+    for flag, path in paths:
+        if path and "://" not in path and not Path(path).is_absolute():
+            raise DfssdError(
+                f"{flag} {path} is relative, and this job runs in a copy of the working directory",
+                where=str(Path.cwd()),
+                todo=f"give {flag} an absolute path that all nodes see, or a URI",
             )

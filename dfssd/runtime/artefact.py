@@ -15,7 +15,7 @@ from typing import Any
 
 from dfssd import __version__
 from dfssd.errors import DfssdError
-from dfssd.storage import Storage
+from dfssd.runtime.storage import Storage
 
 
 def code_version() -> str:

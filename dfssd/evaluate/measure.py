@@ -12,13 +12,13 @@ import torch
 from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import Manifest, read_manifest
-from dfssd.gate import compare
+from dfssd.evaluate.gate import compare
+from dfssd.evaluate.validation import collect, validate
 from dfssd.models.detector import count_parameters, load_detector
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.report import pictures
-from dfssd.storage import Storage
-from dfssd.train.validation import collect, validate
-from dfssd.world import World
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
 
 
 def measure(config: Config, run_uri: str, models: list[str], threads: int) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
 
     Returns:
         by model (teacher, teacher_2, label_only, student): test {map50, map50_95, precision, recall, by_class}, params,
-        latency_ms, weights_bytes; `gate` (see `dfssd.gate.compare`) where both students are there; and `environment`.
+        latency_ms, weights_bytes; `gate` (see `gate.compare`) where both students are there; and `environment`.
     """
     torch.set_num_threads(threads)
     run = Storage(run_uri)
@@ -46,13 +46,13 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
         parameters = count_parameters(model)
         model = model.fuse(verbose=False)
         results[name] = {
-            "test": validate(model, _images(config, manifest, "test"), model.names, World(), torch.device("cpu")),
+            "test": validate(model, _images(config, manifest, "test"), model.names, WorkerGroup(), torch.device("cpu")),
             "params": parameters,
             "latency_ms": latency_ms(model, config.train.imgsz, config.evaluate.latency_repeats),
             "weights_bytes": len(data),
         }
         if name in ("label_only", "student") and {"label_only", "student"} <= set(models):
-            gate[name] = collect(model, _images(config, manifest, "val"), World(), torch.device("cpu"))
+            gate[name] = collect(model, _images(config, manifest, "val"), WorkerGroup(), torch.device("cpu"))
         detections[name] = pictures.detect_samples(model, manifest, config)
         test = results[name]["test"]
         print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)

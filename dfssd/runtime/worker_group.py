@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class World:
+class WorkerGroup:
     """Rank and size of the worker group; a size of 1 needs no process group."""
 
     rank: int = 0

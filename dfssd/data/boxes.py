@@ -1,0 +1,34 @@
+"""Boxes as arrays: columns by name, corners, overlap, mirroring.
+
+Legend: labels are (n,5) [cls, cx, cy, w, h], candidates (n,7) [cls, cx, cy, w, h, score, agreement]; coordinates 0..1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dfssd.data.manifest import Boxes
+
+
+def unflip(boxes: Boxes, left_right: bool, up_down: bool) -> Boxes:
+    """Candidates found in a mirrored image, where they lie in the image itself (and the other way round)."""
+    turned: Boxes = boxes.copy()
+    if left_right:
+        turned[:, 1] = 1 - turned[:, 1]
+    if up_down:
+        turned[:, 2] = 1 - turned[:, 2]
+    return turned
+
+
+def corners(boxes: Boxes) -> np.ndarray:
+    """(n,4) x1, y1, x2, y2 of boxes whose columns 1..4 are cx, cy, w, h."""
+    return np.concatenate([boxes[:, 1:3] - boxes[:, 3:5] / 2, boxes[:, 1:3] + boxes[:, 3:5] / 2], 1)
+
+
+def iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
+    """(n,m) intersection over union of two sets of boxes."""
+    low = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
+    high = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
+    both = (high - low).clip(0).prod(-1)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a_xyxy, b_xyxy))
+    return np.asarray(both / np.maximum(area_a[:, None] + area_b[None] - both, 1e-12))

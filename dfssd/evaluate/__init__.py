@@ -1,0 +1,1 @@
+"""Measuring finished detectors: metrics, the gate. Returns numbers, draws nothing."""

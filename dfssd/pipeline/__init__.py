@@ -1,0 +1,1 @@
+"""The stages of a run: what each depends on and does, in which order, and the dry run."""

@@ -1,0 +1,1 @@
+"""What every stage stands on: storage, artefacts, tracking, progress, Ray, the worker group."""
