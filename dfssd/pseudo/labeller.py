@@ -1,6 +1,6 @@
 """The labelling job: Ray Data streams images through the teachers into shards of candidates.
 
-    shards of image uris -> decode (CPU tasks) -> teachers (actor pool) -> fuse and write (CPU tasks) -> pseudo/shard-00007.parquet
+    shards of uris -> decode (CPU tasks) -> teachers (actors) -> fuse and write (CPU tasks) -> pseudo/shard-00007.parquet
 
 An actor only runs networks, so that a GPU waits for neither a decoder nor Python. A shard is written whole or not at all; a
 resumed job labels only the shards that are missing. Memory holds the shards in flight, whatever the number of images. The

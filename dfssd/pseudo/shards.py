@@ -1,4 +1,4 @@
-"""Shards of the labelling job: the images that are labelled together, and the parquet file that comes of them. No Ray, no torch.
+"""Shards of the labelling job: images that are labelled together, and the parquet file that comes of them.
 
 A shard passes three stages, each a function from row to row, wherever it runs (Ray Data tasks and actors, or threads of one
 process): decode (`data.letterbox.decode_shard`), networks (`pseudo.teachers.Teachers`), and fusion and writing (here).
@@ -10,6 +10,7 @@ leave them, are (N,8) float32 arrays [image, view, x1, y1, x2, y2 px of the netw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from dfssd.config import Config, Pseudo
 from dfssd.data.bad_files import write_bad
 from dfssd.data.boxes import unflip
 from dfssd.data.checks import Problem
+from dfssd.data.letterbox import out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
 from dfssd.errors import DfssdError
 from dfssd.pseudo.fusion import FLIPS, fuse
 from dfssd.pseudo.thresholds import ScoreCounts, score_bin
+from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage
 
 SHARD = 64  # images of up to 640 px; fewer of larger ones, so that a decoded shard never holds more than 80 MB
@@ -82,14 +85,12 @@ def fuse_views(row: Shard, settings: Pseudo, side: int) -> list[Boxes | None]:
         row: found, views (how many looked at each image), and geometry and sizes as `decode_shard` gives them.
         side: of the network's input (px).
     """
-    from dfssd.data.letterbox import out_of_letterbox
-
     found, views = np.asarray(row["found"], np.float32).reshape(-1, 8), int(row["views"])
     boxes = _in_shares(found, side)
     key = found[:, 0].astype(np.int64) * views + found[:, 1].astype(np.int64)
     order = np.argsort(key, kind="stable")
     edges = np.searchsorted(key[order], np.arange(len(row["ids"]) * views + 1))
-    own = [boxes[order[a:b]] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    own = [boxes[order[a:b]] for a, b in pairwise(edges)]
     result: list[Boxes | None] = []
     for k, (scale, left, top) in enumerate(np.asarray(row["geometry"]).tolist()):
         if scale == 0:
@@ -129,8 +130,6 @@ class Tally:
     """Counts what has been labelled, and stops when too many images cannot be read."""
 
     def __init__(self, config: Config, folder: str, todo: Sequence[Shard], images: int, log: Log) -> None:
-        from dfssd.runtime.progress import Progress
-
         self.config, self.log, self.bad = config, log, list[str]()
         self.limit = config.pseudo.unreadable_limit * images
         self.progress = Progress(folder, sum(len(t["ids"]) for t in todo), "img")

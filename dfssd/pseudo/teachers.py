@@ -82,6 +82,7 @@ class Teachers:
             model = load_detector(data, path, config.train.imgsz)
             self.maps.append(class_map(model.names, names, path))
             model = model.fuse(verbose=False).to(device, self.dtype, memory_format=torch.channels_last)
+            model.model[-1].dfl.float()  # boxes are decoded in float32
             self.models.append(model)
         self.batch = config.pseudo.label_batch or AUTO_BATCH[device.type]
 
@@ -140,8 +141,7 @@ class Teachers:
                 where=where,
                 todo="run the same command again, which goes on from here; if the same images fail again, look at them",
             ) from error
-        error.add_note(f"while labelling {where}")
-        raise error
+        raise RuntimeError(f"{said} (while labelling {where})") from error
 
     @torch.no_grad()
     def find(self, images_bhwc: np.ndarray) -> np.ndarray:
@@ -155,7 +155,7 @@ class Teachers:
                 found += predict(model, few, settings.floor, settings.nms_iou, settings.max_candidates)
         counts = np.array([len(f) for f in found])
         boxes = torch.cat(found).float().cpu().numpy()  # the one wait for the device
-        place = np.repeat(np.arange(len(found)), counts)  # forms of the first image list after forms of ...: (view, image)
+        place = np.repeat(np.arange(len(found)), counts)  # (teacher, form, image), image fastest
         teacher = place // (b * len(self.flips))
         classes = np.concatenate([self.maps[t][boxes[teacher == t, 5].astype(int)] for t in range(len(self.models))])
         columns = [place % b, place // b, boxes[:, :4], boxes[:, 4], classes]
