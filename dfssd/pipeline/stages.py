@@ -258,7 +258,7 @@ def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
 
     from dfssd.evaluate.measure import measure
     from dfssd.report.html import write_report
-    from dfssd.runtime.cluster import connect, worker_resources
+    from dfssd.runtime.cluster import connect, result, task_resources
 
     models = finished_models(context.run)
     if not models:
@@ -268,9 +268,11 @@ def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
             todo="run jobs/teacher.py or jobs/distill.py first, or jobs/pipeline.py, which runs all in order",
         )
     connect()
-    resources = worker_resources(context.config.run.model_copy(update={"num_workers": "1"}))
+    run = context.config.run
+    resources = task_resources(run)
     task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
-    results = ray.get(task.remote(context.config, context.run.uri, models, resources.threads))
+    ref = task.remote(context.config, context.run.uri, models, resources.threads)
+    results = result(ref, stage.name, run, f"{resources.cpus:g} CPUs on one node")
     stage.store.write_json("metrics.json", results)
     write_report(context.config, context.run, results)
     for name in [*models, *(["gate"] if "gate" in results else [])]:

@@ -21,7 +21,7 @@ from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest
 from dfssd.pseudo.shards import Log, Shard, Tally, decoded_bytes, fuse_and_write, summarise, unfinished
 from dfssd.pseudo.teachers import TeacherActor
-from dfssd.runtime.cluster import alive_nodes
+from dfssd.runtime.cluster import actor_resources
 from dfssd.runtime.storage import Storage
 
 DECODE_CPUS = 0.25  # several decode tasks share a core, so that they also start where an actor holds the other one
@@ -52,16 +52,6 @@ def label(
     return summarise(config, store, manifest)
 
 
-def _actors(config: Config) -> tuple[int, float, bool]:
-    """Number of actors, CPUs for each, and whether each has a GPU."""
-    total = float(ray.cluster_resources().get("CPU", 1))
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if config.run.gpu != "never" else 0
-    count = config.pseudo.num_actors or gpus or max(1, int(total // 8))
-    # Actors start first and hold their CPUs; what is left must take the decode tasks, or nothing ever runs.
-    cpus = 1.0 if total - count >= 4 * DECODE_CPUS else max(0.1, total / 2 / count)
-    return count, cpus, gpus >= count
-
-
 def _stream(
     config: Config, run: Storage, folder: str, todo: list[Shard], weights: Sequence[str], names: Sequence[str],
     tally: Tally,
@@ -70,10 +60,9 @@ def _stream(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours survives a job's log, and goes on where a resumed job goes on
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    count, cpus, gpu = _actors(config)
-    nodes = alive_nodes()
-    threads = max(1, int(min(sum(n["CPU"] for n in nodes) // count, *(n["CPU"] for n in nodes))))
-    side = config.train.imgsz
+    actors, side = actor_resources(config.run, config.pseudo.num_actors), config.train.imgsz
+    on = f"{actors.gpus:g} GPU(s)" if actors.gpus else f"{actors.threads} thread(s)"
+    print(f"{folder}: {actors.count} labelling actor(s) with {on} each", flush=True)
     end = {"run_uri": run.uri, "folder": folder, "settings": config.pseudo, "side": side}
     dataset = (
         ray.data.from_items(todo, override_num_blocks=len(todo))
@@ -85,10 +74,10 @@ def _stream(
         )
         .map(
             TeacherActor,
-            fn_constructor_args=(run.uri, config, tuple(weights), tuple(names), threads, gpu),
-            compute=ray.data.ActorPoolStrategy(size=count),
-            num_cpus=cpus,
-            num_gpus=1 if gpu else None,
+            fn_constructor_args=(run.uri, config, tuple(weights), tuple(names), actors.threads, actors.gpus > 0),
+            compute=ray.data.ActorPoolStrategy(size=actors.count),
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus or None,
         )
         .map(fuse_and_write, fn_kwargs=end, num_cpus=DECODE_CPUS)
     )
