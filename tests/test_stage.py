@@ -58,6 +58,16 @@ def test_a_missing_input_says_which(tmp_path):
         _stage(tmp_path, "b", ("a",)).begin(False)
 
 
+@pytest.mark.parametrize("lr", [1, 2])
+def test_overwrite_deletes_nothing_while_an_input_is_missing(tmp_path, lr):
+    _finish(_stage(tmp_path, "a"))
+    _finish(_stage(tmp_path, "b", ("a",), lr=1))
+    Storage(str(tmp_path)).delete("a")
+    with pytest.raises(DfssdError, match="needs the artefact 'a'"):
+        _stage(tmp_path, "b", ("a",), lr=lr).begin(True)
+    assert Storage(str(tmp_path)).exists("b/out.bin") and Storage(str(tmp_path)).exists("b/stage.json")
+
+
 def test_storage_shows_no_half_written_file(tmp_path):
     store = Storage(str(tmp_path))
     store.write("x", b"old")
