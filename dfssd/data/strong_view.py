@@ -1,9 +1,10 @@
 """The strong view of a training image: what the network learns from while its teacher labels the weak one.
 
-Same geometry, so boxes found in one view are true in the other (FixMatch, Sohn et al., NeurIPS 2020; for detection: Unbiased
-Teacher, Liu et al., ICLR 2021, section 3.1, and Soft Teacher, Xu et al., ICCV 2021). Their colour jitter, greyscale and
-solarisation are made for photographs. Defects are a few grey levels of texture or a few pixels wide, so here the view is mild:
-contrast, brightness, sensor noise, a blur below a pixel, and a few small grey patches (Cutout, DeVries & Taylor 2017).
+Same geometry, so boxes found in one view are true in the other (FixMatch, Sohn et al., NeurIPS 2020; for detection:
+Unbiased Teacher, Liu et al., ICLR 2021, section 3.1, and Soft Teacher, Xu et al., ICCV 2021). Their colour jitter,
+greyscale and solarisation are made for photographs. Defects are a few grey levels of texture or a few pixels wide, so here
+the view is mild: contrast, brightness, sensor noise, a blur below a pixel, and a few small grey patches (Cutout, DeVries &
+Taylor 2017).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def strong_view(image_hwc: np.ndarray, seed: int, strength: float = 1.0) -> np.n
         (H,W,3) uint8, a new array.
     """
     if strength <= 0:
-        return image_hwc.copy()
+        return np.array(image_hwc)
+    image = np.ascontiguousarray(image_hwc)
     rng = np.random.default_rng(seed)
     gain = 1 + strength * CONTRAST * rng.uniform(-1, 1)
     shift = strength * BRIGHTNESS * rng.uniform(-1, 1)
     sigma = strength * NOISE * rng.uniform()
-    image = image_hwc
     if rng.uniform() < BLURRED:
         image = cv2.GaussianBlur(image, (0, 0), max(0.2, strength * BLUR * rng.uniform(0.3, 1.0)))
     height, width = image.shape[:2]
@@ -51,7 +52,7 @@ def strong_view(image_hwc: np.ndarray, seed: int, strength: float = 1.0) -> np.n
         w, h = (max(1, round(strength * s * rng.uniform(low, high))) for s in (width, height))
         x, y = int(rng.integers(max(1, width - w + 1))), int(rng.integers(max(1, height - h + 1)))
         view[y : y + h, x : x + w] = GREY
-    return np.asarray(view)
+    return view
 
 
 def _noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -46,7 +46,9 @@ class RunningThresholds:
     def update(self, score_sum_c: Tensor, count_c: Tensor) -> None:
         """Nothing: what counts comes through `see`, before a step's candidates are judged."""
 
-    def counted(self, cls_n: np.ndarray, score_n: np.ndarray, images: int, labelled_cls: np.ndarray, labelled: int) -> Tensor:
+    def counted(
+        self, cls_n: np.ndarray, score_n: np.ndarray, images: int, labelled_cls: np.ndarray, labelled: int
+    ) -> Tensor:
         """What one worker saw in a step, as one vector that can be added over workers.
 
         Args:
