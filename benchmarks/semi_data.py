@@ -1,4 +1,4 @@
-"""Data of benchmarks/semi_supervised.py: one split with all labels, subsets of it by seed, reduced copies to carry elsewhere."""
+"""Data of benchmarks/semi_supervised.py: one split with all labels, subsets of it by seed, reduced copies to carry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dfssd.data.manifest import Manifest, read_manifest, write_manifest, write_w
 from dfssd.data.splits import class_counts, labelling_order
 from dfssd.runtime.storage import Storage
 
-QUALITY = 92  # of the reduced JPEGs
+QUALITY = 80  # of the reduced JPEGs
 
 
 def all_labels(data: str, out: Path) -> Manifest:

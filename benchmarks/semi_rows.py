@@ -1,7 +1,8 @@
 """Rows of benchmarks/semi_supervised.py: what each one needs and does. No Ray, no MLflow.
 
-A row is named `BASE`, `BASE(section.key=value,...)` or `BASE(...)@TEACHER`: `full(distill.unlabelled_ratio=2)` is the full method
-with one setting changed, `full@mean_teacher(mean_teacher.mean_teacher_steps=1200)` the full method with another teacher.
+A row is named `BASE`, `BASE(section.key=value,...)` or `BASE(...)@TEACHER`: `full(distill.unlabelled_ratio=2)` is the full
+method with one setting changed, `full@mean_teacher(mean_teacher.mean_teacher_steps=1200)` the full method with another
+teacher.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from semi_data import link, subset
 
 from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
@@ -29,7 +31,6 @@ from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
-from semi_data import link, subset
 
 NO_DISTILLATION = {"distill.lambda_p": 0, "distill.lambda_l": 0, "distill.lambda_f": 0}
 BASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> stage, teacher it needs, settings

@@ -5,8 +5,9 @@
 
 Several data sets at once: give --data, --label-fraction, --imgsz, --steps once each or once for each data set. Rows run in
 --jobs processes side by side, each with one thread; a row that is finished is not run again, one that was stopped goes on
-from its checkpoint. `--export DIR` writes a small copy of each data set to carry to another machine; `--table DIR` only writes
-the tables. Needs torch, torchvision, ultralytics, pyarrow, pydantic, numpy, scipy, cv2 and pillow; no Ray, no MLflow.
+from its checkpoint. `--export DIR` writes a small copy of each data set to carry to another machine; `--table DIR` only
+writes the tables. Needs torch, torchvision, ultralytics, pyarrow, pydantic, numpy, scipy, cv2 and pillow; no Ray, no
+MLflow.
 """
 
 from __future__ import annotations
@@ -36,9 +37,16 @@ from semi_table import write_tables
 
 from dfssd.config import Config, Models, Run, Train
 
-DEFAULT_ROWS = (
-    "label_only full teacher mean_teacher full_without_mean_teacher pseudo_only distill_model ceiling".split()
-)
+DEFAULT_ROWS = [
+    "label_only",
+    "full",
+    "teacher",
+    "mean_teacher",
+    "full_without_mean_teacher",
+    "pseudo_only",
+    "distill_model",
+    "ceiling",
+]
 ONE_SEED = ("ceiling",)
 POLL_S, SAY_S = 0.2, 15.0
 
@@ -225,9 +233,10 @@ def main() -> None:
         return
     for data in a.data:
         all_labels(data, Path(a.out, "data", Path(data).name))
-    import ultralytics.models  # noqa: F401  children are forked with it
-    import dfssd.train.loop  # noqa: F401
     import torch
+    import ultralytics.models  # noqa: F401  children are forked with it
+
+    import dfssd.train.loop  # noqa: F401
 
     assert not torch.cuda.is_initialized(), "forked children could not use the GPU"
     execute(all_tasks(a), a)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student_t
-
 from semi_rows import TITLES, parse_row
 
 Results = dict[str, dict[int, dict[str, Any]]]  # row -> seed -> result
@@ -71,15 +70,17 @@ def markdown(setting: str, results: Results) -> str:
     if not results:
         return f"### {setting}\n\nno row is finished yet\n"
     one = next(iter(next(iter(results.values())).values()))
-    counts = f"{one['labelled']} labelled train + {one['val']} labelled val images, {one['unlabelled']} unlabelled, {one['test']} test"
+    counts = f"{one['labelled']} labelled train + {one['val']} labelled val images, {one['unlabelled']} unlabelled"
+    header = ["row", "seeds", "steps", "best: mAP50", "mAP50-95", "last: mAP50", "mAP50-95"]
+    header += ["gain over labels alone, mAP50", "mAP50-95", "of the gap"]
     lines = [
         f"### {setting}",
         "",
-        f"{counts}. Points on the test split; best: the weights of the best validation, last: of the last step; ± is the standard "
-        "deviation over seeds; the gain is paired by seed, with its 95 % interval (t).",
+        f"{counts}, {one['test']} test. Points on the test split; best: weights of the best validation, last: of the last step;",
+        "± standard deviation over seeds; the gain is paired by seed, with its 95 % interval (t).",
         "",
-        "| row | seeds | steps | best: mAP50 | mAP50-95 | last: mAP50 | mAP50-95 | gain over labels alone, mAP50 | mAP50-95 | of the gap |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(header)} |",
+        "|---" * len(header) + "|",
     ]
     for e in summary(results):
         parsed = parse_row(e["row"])
