@@ -38,12 +38,10 @@ def refuse_code(layout: Any, where: str) -> None:
     activation = layout.get("activation")
     if activation and not _is_activation(activation):
         raise DfssdError(f"its activation is no layer of torch.nn: {str(activation)[:200]!r}", where=where, todo=_TODO)
-    parts = [layout.get("backbone"), layout.get("head")]
-    if not all(isinstance(part, list) for part in parts):
-        raise DfssdError(
-            "its layout has no backbone or no head", where=where, todo="give an Ultralytics detection model"
-        )
-    for row in (row for part in parts for row in part):
+    backbone, head = layout.get("backbone"), layout.get("head")
+    if not isinstance(backbone, list) or not isinstance(head, list):
+        raise DfssdError("its layout has no backbone or no head", where=where, todo="give an Ultralytics detection model")
+    for row in (*backbone, *head):
         name = row[2] if isinstance(row, list | tuple) and len(row) > 2 else row
         if not _is_layer(name):
             raise DfssdError(
