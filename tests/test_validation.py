@@ -97,3 +97,23 @@ def test_no_box_at_all_is_a_user_error():
     nothing = {"tp": np.zeros((0, 10), bool), "conf": np.zeros(0), "pred_cls": np.zeros(0), "target_cls": np.zeros(0)}
     with pytest.raises(DfssdError, match="no box at all"):
         summarise([nothing | {"target_img": np.zeros(0), "im_name": "x"}], {0: "a"})
+
+
+def test_records_lie_where_the_manifest_has_them(trained):
+    """Boxes of a record are in pixels of the picture: through the letterbox and back, the truth is the label."""
+    from dfssd.evaluate.validation import collect, detecting
+
+    storage, _ = trained
+    run = Storage(str(storage / "r"))
+    manifest = read_manifest(run.at("dataset"))
+    rows = manifest.of_split("val")
+    dataset = ManifestDataset(rows, [r.boxes for r in rows], manifest.names, 96)
+    model = load_detector(run.read("label_only/best.pt"), "best.pt", 96)
+    records = collect(detecting(model), dataset, WorkerGroup(), torch.device("cpu"))
+    by_id = {r.image_id: r for r in rows}
+    assert len(records) == len(rows)
+    for one in records:
+        row = by_id[one["image_id"]]
+        centre, size = row.boxes[:, 1:3] * one["size"], row.boxes[:, 3:5] * one["size"]
+        np.testing.assert_allclose(one["truth"], np.concatenate([centre - size / 2, centre + size / 2], 1), atol=1e-2)
+        assert one["group"] == row.group and len(one["boxes"]) == len(one["conf"])

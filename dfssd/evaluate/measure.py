@@ -13,7 +13,7 @@ from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.evaluate.gate import compare
-from dfssd.evaluate.validation import collect, validate
+from dfssd.evaluate.validation import collect, detecting, validate
 from dfssd.models.detector import count_parameters, load_detector
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.report import pictures
@@ -52,7 +52,7 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
             "weights_bytes": len(data),
         }
         if name in ("label_only", "student") and {"label_only", "student"} <= set(models):
-            gate[name] = collect(model, _images(config, manifest, "val"), WorkerGroup(), torch.device("cpu"))
+            gate[name] = collect(detecting(model), _images(config, manifest, "val"), WorkerGroup(), torch.device("cpu"))
         detections[name] = pictures.detect_samples(model, manifest, config)
         test = results[name]["test"]
         print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)
