@@ -20,7 +20,9 @@ def made_up(images=60, seed=0, classes=3, skill=0.8, swapped=0.1):
     for k in range(images):
         count = 0 if rng.random() < 0.3 else rng.integers(1, 5)
         low = rng.uniform(0, 300, (count, 2))
-        truth = np.concatenate([low, low + rng.choice([12, 50, 140], (count, 1)) * rng.uniform(0.6, 1.4, (count, 2))], 1)
+        truth = np.concatenate(
+            [low, low + rng.choice([12, 50, 140], (count, 1)) * rng.uniform(0.6, 1.4, (count, 2))], 1
+        )
         cls = rng.integers(0, classes, count)
         rows = []
         for box, c in zip(truth, cls, strict=True):
@@ -33,7 +35,12 @@ def made_up(images=60, seed=0, classes=3, skill=0.8, swapped=0.1):
             rows.append([x, y, x + w, y + h, rng.uniform(0.01, 0.5), rng.integers(classes)])
         table = np.array(rows, np.float32).reshape(-1, 6)
         found = torch.tensor(table[np.argsort(-table[:, 4], kind="stable")])
-        one = record(found, torch.tensor(cls, dtype=torch.float32), torch.tensor(truth, dtype=torch.float32).reshape(-1, 4), str(k))
+        one = record(
+            found,
+            torch.tensor(cls, dtype=torch.float32),
+            torch.tensor(truth, dtype=torch.float32).reshape(-1, 4),
+            str(k),
+        )
         records.append({**one, "group": k})
     return records
 

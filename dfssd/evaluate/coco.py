@@ -1,8 +1,8 @@
 """Average precision as COCO computes it, over all boxes and by box size.
 
 Ultralytics' mAP interpolates precision differently (1 to 2 points apart on small sets), so both are given. Rules as in
-pycocotools' COCOeval: 101 recall points, at most 100 boxes a picture, greedy matching by falling score; a truth outside the size
-range is ignored, and so is an unmatched detection outside it. Sizes are areas in pixels of the picture (32^2, 96^2).
+pycocotools' COCOeval: 101 recall points, at most 100 boxes a picture, greedy matching by falling score; a truth outside
+the size range is ignored, and so is an unmatched detection outside it. Sizes are areas in px of the picture (32^2, 96^2).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def _raised(pictures: Pictures, tau_c: np.ndarray, free: np.ndarray, allowed: in
     best = _cost(pictures, tau_c)
     while True:
         tried = []
-        for c in np.flatnonzero(free):
+        for c in np.flatnonzero(free).tolist():
             for value in _steps(pictures, c, tau_c[c]):
                 candidate = tau_c.copy()
                 candidate[c] = value

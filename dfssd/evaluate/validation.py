@@ -54,9 +54,7 @@ def validate(
 
 
 @torch.no_grad()
-def collect(
-    detect: Detect, dataset: ManifestDataset, world: WorkerGroup, device: torch.device
-) -> list[dict[str, Any]]:
+def collect(detect: Detect, dataset: ManifestDataset, world: WorkerGroup, device: torch.device) -> list[dict[str, Any]]:
     """What matched what on each image, of all workers: one record (see `record`) an image."""
     stats: list[dict[str, Any]] = []
     rows = {row.uri: row for row in dataset._rows}

@@ -58,3 +58,15 @@ def equal_footing(results: dict[str, Any]) -> str:
         f"At equal false boxes ({budget:.2f} and {base['false_boxes'][match]:.2f} a test picture) the student lets "
         f"{own['escape'][at]:.1%} of the defective pictures pass, the label-only student {base['escape'][match]:.1%}."
     )
+
+
+def on_test(results: dict[str, Any]) -> str:
+    """One line: student against label-only student on test, which chose nothing; '' without both."""
+    if not {"student", "label_only"} <= set(results):
+        return ""
+    own, base = results["student"]["test"], results["label_only"]["test"]
+    points = ", ".join(
+        f"{label} {100 * (own[key] - base[key]):+.1f} points"
+        for key, label in (("map50", "mAP50"), ("map50_95", "mAP50-95"))
+    )
+    return f"On test, which chose nothing: {points}. (Val chose the weights of both, so its differences flatter.)"
