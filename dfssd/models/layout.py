@@ -40,7 +40,9 @@ def refuse_code(layout: Any, where: str) -> None:
         raise DfssdError(f"its activation is no layer of torch.nn: {str(activation)[:200]!r}", where=where, todo=_TODO)
     backbone, head = layout.get("backbone"), layout.get("head")
     if not isinstance(backbone, list) or not isinstance(head, list):
-        raise DfssdError("its layout has no backbone or no head", where=where, todo="give an Ultralytics detection model")
+        raise DfssdError(
+            "its layout has no backbone or no head", where=where, todo="give an Ultralytics detection model"
+        )
     for row in (*backbone, *head):
         name = row[2] if isinstance(row, list | tuple) and len(row) > 2 else row
         if not _is_layer(name):
