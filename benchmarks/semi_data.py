@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,4 +80,4 @@ def link(target: Path, name: Path) -> None:
     name.parent.mkdir(parents=True, exist_ok=True)
     if name.is_symlink():
         name.unlink()
-    os.symlink(target.absolute(), name)
+    name.symlink_to(target.absolute())

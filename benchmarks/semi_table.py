@@ -76,7 +76,7 @@ def markdown(setting: str, results: Results) -> str:
     lines = [
         f"### {setting}",
         "",
-        f"{counts}, {one['test']} test. Points on the test split; best: weights of the best validation, last: of the last step;",
+        f"{counts}, {one['test']} test. Points on test; best, last: weights of the best validation, of the last step;",
         "± standard deviation over seeds; the gain is paired by seed, with its 95 % interval (t).",
         "",
         f"| {' | '.join(header)} |",

@@ -277,11 +277,9 @@ def out_of_patience(s: Session) -> bool:
 def collapsed(s: Session, last: dict[str, float]) -> bool:
     """Has a teacher that labels for itself stopped learning anything good? Its best weights are kept."""
     reason = s.in_loop.failing(last["map50_95"]) if s.in_loop and last else ""
-    if reason:
-        say(
-            s.world,
-            f"{s.job.stage}: {reason}; stops at step {s.step}, its best weights (step {s.best['step']}) are kept",
-        )
+    if reason and s.best is not None:
+        kept = f"its best weights (step {s.best['step']}) are kept"
+        say(s.world, f"{s.job.stage}: {reason}; stops at step {s.step}, {kept}")
     return bool(reason)
 
 
