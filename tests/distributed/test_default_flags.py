@@ -11,20 +11,9 @@ from small import SWEEP_BASE
 from dfssd.data.synthetic import make_dataset
 
 SIZE = ["--imgsz", "64", "--batch", "4", "--amp", "fp32"]
-TRAINING = [
-    "--steps",
-    "6",
-    "--teacher-steps",
-    "6",
-    "--val-every",
-    "3",
-    "--log-every",
-    "1",
-    "--teacher",
-    "yolov8n.yaml",
-    "--no-baseline",
-]
-ALL = [*SIZE, *TRAINING, *["--label-fraction", "0.4", "--latency-repeats", "3", "--sample-images", "2"]]
+TRAINING = ["--steps", "6", "--teacher-steps", "6", "--val-every", "3", "--log-every", "1", "--teacher", "yolov8n.yaml"]
+MEASURING = ["--latency-repeats", "3", "--sample-images", "2"]
+ALL = [*SIZE, *TRAINING, *MEASURING, "--label-fraction", "0.4", "--no-baseline"]
 SPACE = 'ROWS = {"labels alone": {"method": "label_only"}, "distilled": {"method": "distill"}}'
 WAIT = """
 import sys, time, ray
@@ -76,7 +65,7 @@ def test_what_cannot_be_placed_says_so_within_a_minute(jobs, job):
     lacks = (
         "1 labelling actor with a GPU each need 1 GPUs, the cluster has 0" if job == "pseudo_label" else "room for 0"
     )
-    more = [*TRAINING[:-1], "--role", "label_only"] if job == "teacher" else []
+    more = [*TRAINING, "--role", "label_only"] if job == "teacher" else []
     begun = time.monotonic()
     done = jobs.run(job, "--run-name", "r", "--overwrite", *SIZE, *more, *wrong)
     assert done.returncode == 2 and lacks in said(done) and "Traceback" not in said(done), said(done)[-3000:]
