@@ -309,8 +309,3 @@ class Config(Section):
     def teacher_steps(self) -> int:
         """Optimiser steps of the teacher."""
         return self.train.teacher_steps or self.train.steps
-
-
-def as_dict(section: BaseModel, *leave_out: str) -> dict[str, Any]:
-    """JSON-ready dict of a section, without the fields named."""
-    return section.model_dump(mode="json", exclude=set(leave_out))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from dfssd.evaluate.validation import collect, validate
 from dfssd.models.detector import count_parameters, load_detector
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.report import pictures
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName, weights_path
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 
 
-def measure(config: Config, run_uri: str, models: list[str], threads: int) -> dict[str, Any]:
+def measure(config: Config, run_uri: str, models: Sequence[ArtefactName], threads: int) -> dict[str, Any]:
     """Measure finished models of the run; runs as one Ray task.
 
     Args:
@@ -39,10 +41,10 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
     results: dict[str, Any] = {}
     detections = {}
     gate: dict[str, Any] = {}
-    for name in models:
-        begun = time.monotonic()
-        data = run.read(f"{name}/best.pt")
-        model = load_detector(data, run.path(name, "best.pt"), config.train.imgsz)
+    for artefact in models:
+        begun, name, file = time.monotonic(), str(artefact), weights_path(run, artefact)
+        data = run.read(file)
+        model = load_detector(data, run.path(file), config.train.imgsz)
         parameters = count_parameters(model)
         model = model.fuse(verbose=False)
         results[name] = {
@@ -51,14 +53,14 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
             "latency_ms": latency_ms(model, config.train.imgsz, config.evaluate.latency_repeats),
             "weights_bytes": len(data),
         }
-        if name in ("label_only", "student") and {"label_only", "student"} <= set(models):
+        if artefact in (LABEL_ONLY, STUDENT) and {LABEL_ONLY, STUDENT} <= set(models):
             gate[name] = collect(model, _images(config, manifest, "val"), WorkerGroup(), torch.device("cpu"))
         detections[name] = pictures.detect_samples(model, manifest, config)
         test = results[name]["test"]
         print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)
     report.write("detections.png", pictures.detection_sheet(manifest, detections, config))
     if gate:
-        results["gate"] = compare(gate["label_only"], gate["student"])
+        results["gate"] = compare(gate[str(LABEL_ONLY)], gate[str(STUDENT)])
     results["environment"] = {
         "machine": platform.machine(),
         "processor": _processor(),

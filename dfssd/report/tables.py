@@ -11,15 +11,16 @@ from rich.table import Table
 
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import repeat_factors
-from dfssd.runtime.artefact_names import split_round
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, TEACHER, ArtefactName
 
-LABELS = {"label_only": "student, labels alone", "student": "student, distilled"}
+LABELS = {str(LABEL_ONLY): "student, labels alone", str(STUDENT): "student, distilled"}
 
 
 def models_in(results: dict[str, Any]) -> dict[str, str]:
     """Measured models and what to call them: teachers of all rounds first."""
-    teachers = [name for name in results if split_round(name)[0] == "teacher"]
-    titles = {name: "teacher" if name == "teacher" else f"teacher, round {split_round(name)[1]}" for name in teachers}
+    names = [ArtefactName.parse(folder) for folder in results]
+    teachers = [name for name in names if name.role == TEACHER.role]
+    titles = {str(n): n.role if n.round == 1 else f"{n.role}, round {n.round}" for n in teachers}
     return titles | {name: label for name, label in LABELS.items() if name in results}
 
 
