@@ -22,7 +22,6 @@ import tyro
 
 from dfssd.config import Config, Run, Train
 from dfssd.evaluate.measure import measure
-from dfssd.runtime.artefact_names import ArtefactName
 from dfssd.runtime.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,9 +174,7 @@ def measured(s: Settings, row: Row) -> dict[str, float]:
     run = Storage(s.storage_path).at(row.run)
     if not run.exists("row.json"):
         config = Config(run=Run(gpu="never"), train=Train(imgsz=s.imgsz))
-        test = measure(config, run.uri, [ArtefactName.parse(row.model)], max(1, (os.cpu_count() or 1) // s.lanes))[
-            row.model
-        ]["test"]
+        test = measure(config, run.uri, [row.model], max(1, (os.cpu_count() or 1) // s.lanes))[row.model]["test"]
         best = run.read_json(f"{row.model}/stage.json")["summary"]["best"]["map50_95"]
         run.write_json("row.json", {"map50": test["map50"], "map50_95": test["map50_95"], "val": best})
     return dict(run.read_json("row.json"))

@@ -231,11 +231,11 @@ def test_a_published_label_only_student_is_not_measured_twice(prepared):
     for name, spec in ((LABEL_ONLY, "yolov8n.yaml"), (STUDENT, "yolo11n.yaml")):
         run.write(f"{name}/best.pt", detector_bytes(build_detector(spec, ["a", "b", "c"], 64), {}))
         _finished(run, name)
-    before = measure(config, run.uri, [LABEL_ONLY, STUDENT], 1)
+    before = measure(config, run.uri, ["label_only", "student"], 1)
     run.write_json("report/metrics.json", {"gate": {"map50_95": {"difference": -0.1}}})
     assert "now the label-only student" in publish_best(run)
     assert run.read("student/best.pt") == run.read("label_only/best.pt")
-    after = measure(config, run.uri, [LABEL_ONLY, STUDENT], 1)
+    after = measure(config, run.uri, ["label_only", "student"], 1)
     assert after["student"]["params"] == before["student"]["params"] != after["label_only"]["params"]
 
 

@@ -7,7 +7,8 @@ from dfssd.evaluate.measure import measure
 from dfssd.pipeline.context import Context, Result
 from dfssd.pipeline.stages import Planned, finished_models, row_of
 from dfssd.report.html import write_report
-from dfssd.runtime.artefact import Stage, flatten
+from dfssd.report.tables import tracked
+from dfssd.runtime.artefact import Stage
 
 
 def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
@@ -32,19 +33,17 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
 
     from dfssd.runtime.cluster import connect, worker_resources
 
-    models = finished_models(context.run)
+    models = list(map(str, finished_models(context.run)))
     connect()
     resources = worker_resources(context.config.run.model_copy(update={"num_workers": "1"}))
     task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
     results = ray.get(task.remote(context.config, context.run.uri, models, resources.threads))
     stage.store.write_json("metrics.json", results)
     write_report(context.config, context.run, results)
-    for name in [*map(str, models), *(["gate"] if "gate" in results else [])]:
-        values = {f"{name}/{k}": v for k, v in flatten(results[name]).items() if isinstance(v, int | float)}
-        context.runs.metrics(run_id, values)
-        context.runs.metrics(context.runs.parent(), values)
+    for which in (run_id, context.runs.parent()):
+        context.runs.metrics(which, tracked(results))
     for name in ("report.html", "metrics.json", "detections.png"):
         context.runs.artefact(run_id, name, stage.store.read(name))
-    tests = {str(name): results[str(name)]["test"] for name in models}
+    tests = {name: results[name]["test"] for name in models}
     summary = {name: {"map50": test["map50"], "map50_95": test["map50_95"]} for name, test in tests.items()}
     return summary, [f for f in stage.store.files() if f != "started.json"]

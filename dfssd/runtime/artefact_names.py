@@ -64,10 +64,3 @@ def newest_round(run: Storage) -> int:
     while is_finished(run, PSEUDO.of_round(number + 1)):
         number += 1
     return number
-
-
-def weights_path(run: Storage, name: ArtefactName) -> str:
-    """The weights that a training stage made, below the run. `student/best.pt` may be the published label-only student
-    (`--publish-best`); the distilled one is then beside it."""
-    kept = f"{name}/distilled.pt"
-    return kept if run.exists(kept) else f"{name}/best.pt"

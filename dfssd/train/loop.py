@@ -42,7 +42,7 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
         DfssdError: a loss term is not finite or reaches nothing, or the data cannot be read.
     """
     s = build_session(job, world, device)
-    state = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
+    state = checkpoint.load_agreed(job.store.at("train"), job.fingerprint(), world)
     if state is not None:
         s.load_state(state)
         say(world, f"{job.stage}: resumed at step {s.step} of {job.steps}")
