@@ -19,6 +19,7 @@ from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import (
     DATASET,
     LABEL_ONLY,
+    MEAN_TEACHER,
     PSEUDO,
     REPORT,
     STUDENT,
@@ -73,13 +74,16 @@ IDLE |= {
 }
 
 
-@pytest.mark.parametrize("name", [TEACHER, TEACHER.of_round(2), LABEL_ONLY, STUDENT], ids=str)
+@pytest.mark.parametrize("name", [TEACHER, TEACHER.of_round(2), MEAN_TEACHER, LABEL_ONLY, STUDENT], ids=str)
 def test_a_training_reads_no_setting_that_its_row_does_not_name(name, prepared, monkeypatch):
     """Every read of a setting is recorded while the stage trains: what a result depends on is in its key."""
     give_teacher_and_candidates(prepared)
     config = tiny_config(prepared, steps=2, val_every=2)
     inputs = {STUDENT: {"teacher": TEACHER, "pseudo": PSEUDO}, TEACHER.of_round(2): {"pseudo": PSEUDO}}.get(name, {})
-    job, read = train_job(config, Storage(str(prepared / "r")), name, **inputs), set()
+    run = Storage(str(prepared / "r"))
+    job, read = train_job(config, run, name, **inputs), set()
+    if job.labels_itself:
+        job.store.write("init.pt", run.read("teacher/best.pt"))
     sections = {section: key for key, section in SECTIONS.items()}
 
     def record(self, attribute):

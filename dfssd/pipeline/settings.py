@@ -86,6 +86,7 @@ MEANS: dict[str, Callable[[Config], Any]] = {
     "data.labelled_list": lambda c: _absolute(c.data.labelled_list),
     "data.unlabelled": lambda c: [_absolute(path) for path in c.data.unlabelled],
     "train.teacher_steps": lambda c: c.teacher_steps(),
+    "mean_teacher.mean_teacher_steps": lambda c: c.mean_teacher_steps(),
     "pseudo.label_teachers": lambda c: [_digest(spec) for spec in c.pseudo.label_teachers],
     "distill.distill_teacher": lambda c: _digest(c.distill.distill_teacher),
 }

@@ -16,6 +16,7 @@ from dfssd.pipeline.settings import counted, section
 from dfssd.runtime.artefact_names import (
     DATASET,
     LABEL_ONLY,
+    MEAN_TEACHER,
     PSEUDO,
     QUALITY,
     REPORT,
@@ -122,6 +123,12 @@ _PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
     *("distill.balance", "distill.share_u"),
     *section("thresholds"),
 )
+_SELF_LABELLED = (  # of a training whose own average labels
+    *section("train", "lr", "ema_decay"),
+    *(f"pseudo.{k}" for k in ("floor", "nms_iou", "max_candidates")),
+    *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "balance", "share_u")),
+    *(f"thresholds.{k}" for k in ("tau", "tau_min", "tau_max")),
+)
 
 STAGES = (
     Row(
@@ -144,6 +151,18 @@ STAGES = (
         needs="dfssd.pipeline.training:needs",
         in_rounds=True,
         ends_rounds=_no_better,
+        teaches=True,
+    ),
+    Row(
+        role=MEAN_TEACHER.role,
+        does="the teacher goes on with labelled and unlabelled images, which its own average labels",
+        reads=(*RUN, "models.teacher", *_SELF_LABELLED, *section("mean_teacher")),
+        free=("train.steps", "train.teacher_steps"),  # count as far as mean_teacher_steps comes from them
+        inputs=lambda config, run, number: (DATASET, TEACHER),
+        body="dfssd.pipeline.training:train_stage",
+        training=Training("teacher", labels_itself=True),
+        needs="dfssd.pipeline.training:needs",
+        wanted=lambda config: False,
         teaches=True,
     ),
     Row(

@@ -74,6 +74,8 @@ def train_stage(context: Context, stage: Stage, run_id: str) -> Result:
         begun=stage.started,
     )
     _, weights = resolve_weights(job.model_spec)
+    if job.labels_itself:  # goes on from the teacher
+        weights = context.run.read(f"{teacher[0]}/best.pt")
     if weights is not None and not stage.store.exists("init.pt"):
         stage.store.write("init.pt", weights)
     if job.distills and config.distill.distill_teacher and config.distill.uses_teacher:

@@ -37,6 +37,7 @@ class ArtefactName:
 
 DATASET = ArtefactName("dataset")
 TEACHER = ArtefactName("teacher")
+MEAN_TEACHER = ArtefactName("mean_teacher")
 LABEL_ONLY = ArtefactName("label_only")
 PSEUDO = ArtefactName("pseudo")
 QUALITY = ArtefactName("quality")

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfssd.config import Config, Distill
+from dfssd.config import Config, Distill, Train
 from dfssd.runtime.artefact_names import ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.train.training import Training
@@ -51,7 +51,22 @@ class TrainJob:
         return self.training.model == "teacher"
 
     @property
+    def labels_itself(self) -> bool:
+        """Does the network's own average label the unlabelled images inside the loop?"""
+        return self.training.labels_itself
+
+    @property
+    def train(self) -> Train:
+        """Settings of the loop; a mean teacher has a learning rate and an average of its own."""
+        if not self.labels_itself:
+            return self.config.train
+        own = self.config.mean_teacher
+        return self.config.train.model_copy(update={"lr": own.mean_teacher_lr, "ema_decay": own.mean_teacher_decay})
+
+    @property
     def steps(self) -> int:
+        if self.labels_itself:
+            return self.config.mean_teacher_steps()
         return self.config.teacher_steps() if self.trains_teacher else self.config.train.steps
 
     @property
@@ -69,6 +84,15 @@ class TrainJob:
 
     def distill_settings(self) -> Distill | None:
         """Settings of the terms beside L_sup. A teacher of a later round has no teacher, and so L_pse alone of them."""
+        if self.labels_itself:
+            own = self.config.mean_teacher
+            return self.config.distill.model_copy(
+                update={
+                    "lambda_u": own.mean_teacher_weight,
+                    "score_power": own.mean_teacher_power,
+                    "agreement_min": 0.0,
+                }
+            )
         return self.config.distill if self.distills or self.pseudo else None
 
     @property

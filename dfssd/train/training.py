@@ -13,7 +13,9 @@ class Training:
     Args:
         model: which of the two networks; a teacher has steps and a patience of its own.
         distils: learns from a teacher inside the loop, and from everything that section `distill` sets.
+        labels_itself: its own weight average labels the unlabelled images inside the loop.
     """
 
     model: Literal["teacher", "student"]
     distils: bool = False
+    labels_itself: bool = False
