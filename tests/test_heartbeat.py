@@ -1,4 +1,4 @@
-"""Signs of life: what the driver says of ranks that are silent, stuck, or not there yet. The store is a dict, time a number."""
+"""Signs of life: what the driver says of ranks that are silent, stuck, or not there yet. The store is a dict here."""
 
 import json
 import threading

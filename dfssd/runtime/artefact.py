@@ -7,32 +7,14 @@ A stage is a function of its inputs and its config. `started.json` is written fi
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from dfssd import __version__
 from dfssd.errors import DfssdError
 from dfssd.runtime.artefact_names import ArtefactName, is_finished
+from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
-
-
-def code_version() -> str:
-    """Version and, in a checkout, the commit; '+' marks uncommitted changes."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__  # no git here: an installed package or an uploaded working directory
-    return f"{__version__}+g{commit}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

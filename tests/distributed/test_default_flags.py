@@ -70,3 +70,9 @@ def test_what_cannot_be_placed_says_so_within_a_minute(jobs, job):
     done = jobs.run(job, "--run-name", "r", "--overwrite", *SIZE, *more, *wrong)
     assert done.returncode == 2 and lacks in said(done) and "Traceback" not in said(done), said(done)[-3000:]
     assert time.monotonic() - begun < 60
+
+
+def test_a_dry_run_times_its_steps_on_a_node(jobs):
+    done = jobs.run("pipeline", "--run-name", "dry", "--data", str(jobs.root / "images"), *ALL, "--dry-run")
+    assert done.returncode == 0 and "time from steps measured on" in said(done), said(done)[-3000:]
+    assert "2 thread(s)" in said(done) and "unknown" not in said(done)
