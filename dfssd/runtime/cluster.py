@@ -14,7 +14,17 @@ import ray
 from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
-from dfssd.runtime.placement import Actors, Ask, CannotPlace, Node, Resources, auto_workers, place_actors, place_workers
+from dfssd.runtime.placement import (
+    LEAST_CPUS,
+    Actors,
+    Ask,
+    CannotPlace,
+    Node,
+    Resources,
+    auto_workers,
+    place_actors,
+    place_workers,
+)
 from dfssd.runtime.progress import clock
 
 __all__ = ["Actors", "Ask", "Resources"]  # so that whoever asks for room needs one import
@@ -244,6 +254,30 @@ def result(task: ray.ObjectRef, what: str, run: Run, asks: str) -> Any:
                     todo="free what others have taken, add nodes, or lower --cpus-per-worker; the same command goes on",
                 )
     return ray.get(task)
+
+
+def check_gpu(run: Run) -> str:
+    """Name of a GPU of the cluster, as PyTorch sees it in a task that has reserved one.
+
+    Raises:
+        DfssdError: it sees none: Ray counts GPUs by itself, and a node may lack the driver or have another CUDA version.
+    """
+    task = ray.remote(_gpu_name).options(num_cpus=LEAST_CPUS, num_gpus=1, max_retries=0)
+    name = str(result(task.remote(), "GPU", run, "a GPU"))
+    if not name:
+        raise DfssdError(
+            "Ray hands out a GPU that PyTorch does not see",
+            where=describe(),
+            todo="check driver and CUDA version of the node (nvidia-smi, python -m torch.utils.collect_env), "
+            "or take --gpu never",
+        )
+    return name
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def task_state(task: ray.ObjectRef) -> str:

@@ -19,7 +19,7 @@ COMMIT = "DFSSD_COMMIT"  # environment: what `git describe --always --dirty=+` s
 
 
 def code_version() -> str:
-    """Version and commit, as in 0.1.0+g1a2b3c4 (a plus at the end: uncommitted changes), or 0.1.0+tree. and the folder's id."""
+    """Version and commit, as in 0.1.0+g1a2b3c4 (a plus at the end: uncommitted changes), or version and folder's id."""
     package = Path(__file__).resolve().parents[1]
     told = os.environ.get(COMMIT, "")
     commit = _described(package) or (told if re.fullmatch(r"[0-9a-f]{7,40}\+?", told) else "")

@@ -18,7 +18,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from dfssd.errors import DfssdError, find_user_error
-from dfssd.runtime.cluster import Resources, free
+from dfssd.runtime.cluster import Resources, check_gpu, free
 from dfssd.runtime.tracking import Tracker
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
@@ -45,6 +45,8 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
     Raises:
         DfssdError: a user error inside a worker, or a failure that restarts did not cure.
     """
+    if resources.gpu:
+        check_gpu(job.config.run)
     store = Store(f"{job.store.uri}/{uuid.uuid4().hex}")
     asked = resources.describe(job.config.run.num_workers)
     handler = signal.getsignal(signal.SIGINT)
