@@ -195,8 +195,8 @@ def check_teachers(run: Storage, weights: Sequence[str], names: Sequence[str]) -
 class TeacherActor:
     """The teachers in an actor of Ray Data.
 
-    A user error of the constructor is raised by the first call: Ray would take it for a broken node, and start the actor again
-    and again.
+    A user error of the constructor is raised by the first call: Ray would take it for a broken node, and start the actor
+    again and again.
 
     Args:
         run_uri: storage of the run.
