@@ -10,7 +10,7 @@ import torch
 
 from dfssd.config import Config
 from dfssd.data.formats import read_source
-from dfssd.data.source import unlabelled_uris
+from dfssd.data.source import unlabelled_items
 from dfssd.errors import DfssdError
 from dfssd.pipeline.stages import Context, make_stage
 from dfssd.report.tables import render
@@ -76,7 +76,7 @@ def _check_data(context: Context, stages: Sequence[str]) -> int:
     """Number of images; reads the data's labels where prepare is part of the plan."""
     if "dataset" in stages:
         source = read_source(context.config.data.data, context.config.data.format, context.config.data.names)
-        extra = len(unlabelled_uris(context.config.data))
+        extra = len(unlabelled_items(context.config.data)[0])
         labels = sum(item.label is not None for item in source.items)
         print(f"data: {len(source.items)} images ({labels} with a label file) as {source.format}, {extra} more without")
         return len(source.items) + extra
