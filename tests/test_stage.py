@@ -2,11 +2,12 @@ import pytest
 
 from dfssd.errors import DfssdError, find_user_error, nearest
 from dfssd.runtime.artefact import Stage, code_version, differences
+from dfssd.runtime.artefact_names import ArtefactName
 from dfssd.runtime.storage import Storage
 
 
 def _stage(tmp_path, name="b", inputs=(), **config):
-    return Stage(Storage(str(tmp_path)), name, {"train": config}, inputs)
+    return Stage(Storage(str(tmp_path)), ArtefactName(name), {"train": config}, tuple(map(ArtefactName, inputs)))
 
 
 def _finish(stage, content=b"x", overwrite=False):
@@ -56,6 +57,16 @@ def test_a_changed_input_counts_as_a_change(tmp_path):
 def test_a_missing_input_says_which(tmp_path):
     with pytest.raises(DfssdError, match="needs the artefact 'a'"):
         _stage(tmp_path, "b", ("a",)).begin(False)
+
+
+@pytest.mark.parametrize("lr", [1, 2])
+def test_overwrite_deletes_nothing_while_an_input_is_missing(tmp_path, lr):
+    _finish(_stage(tmp_path, "a"))
+    _finish(_stage(tmp_path, "b", ("a",), lr=1))
+    Storage(str(tmp_path)).delete("a")
+    with pytest.raises(DfssdError, match="needs the artefact 'a'"):
+        _stage(tmp_path, "b", ("a",), lr=lr).begin(True)
+    assert Storage(str(tmp_path)).exists("b/out.bin") and Storage(str(tmp_path)).exists("b/stage.json")
 
 
 def test_storage_shows_no_half_written_file(tmp_path):

@@ -1,27 +1,110 @@
-"""From images to boxes: forward pass and NMS."""
+"""From images to boxes: forward pass, decoding in float32, NMS.
+
+NMS is torchvision's. Ultralytics takes it only in a process that has imported torchvision, and elsewhere a loop in Python,
+ten times slower: hence the import here, where every process that looks for boxes comes by.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torchvision
 from torch import Tensor, nn
+from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import nms
+from ultralytics.utils.ops import xywh2xyxy
 
 CONF, NMS_IOU, MAX_BOXES = 0.001, 0.7, 300  # the defaults of `yolo val`
+ONE_NMS = 30_000  # boxes: their overlaps take 113 MB as bits; Ultralytics' limit for one image too
+APART = 7680.0  # px between boxes of different classes or images, which then do not overlap; as in Ultralytics
 
 
-def predict(model: nn.Module, images_bchw: Tensor, conf: float, iou: float, most: int) -> list[Tensor]:
+def predict(
+    model: nn.Module, images_bchw: Tensor, conf: float, iou: float, most: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Boxes after NMS, one (n,6) tensor [x1, y1, x2, y2 px of the input, score, class] an image.
 
-    Ultralytics' NMS gives up after a wall-clock limit and returns what it has; the limit is set far out of reach.
+    Args:
+        conf: least score.
+        iou: overlap above which two boxes of a class are one.
+        most: boxes an image.
+        dtype: precision of the network under autocast; None: as weights and images are. Boxes are decoded in float32
+            whatever it is: in bf16 a coordinate of 150 px would be off by up to half a pixel.
     """
-    output = model(images_bchw)
-    boxes = output[0] if isinstance(output, tuple) else output
+    with torch.autocast(images_bchw.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        output = _raw(model, images_bchw)
+    boxes = _decode(model, output)
+    return suppress(boxes, conf, iou, most, end2end=bool(getattr(model, "end2end", False)))
+
+
+def suppress(boxes_bca: Tensor, conf: float, iou: float, most: int, end2end: bool = False) -> list[Tensor]:
+    """NMS of a batch: (B,4+C,A) decoded boxes [cx, cy, w, h px, scores], or (B,n,6) of an end-to-end head.
+
+    On a GPU all images go through one NMS, with three waits for the device; image by image there are some four an image.
+    A CPU waits for nothing, and its NMS is quicker on few boxes. Ultralytics' NMS gives up after a wall-clock limit and
+    returns what it has; the limit is set far out of reach.
+    """
+    if boxes_bca.device.type != "cpu" and not end2end:
+        found = suppress_together(boxes_bca, conf, iou, most)
+        if found is not None:
+            return found
     found = nms.non_max_suppression(
-        boxes.float(),
-        conf,
-        iou,
-        multi_label=True,
-        max_det=most,
-        max_time_img=60.0,
-        end2end=bool(getattr(model, "end2end", False)),
+        boxes_bca.float(), conf, iou, multi_label=True, max_det=most, max_time_img=60.0, end2end=end2end
     )
     return [f[:, :6] for f in found]
+
+
+def suppress_together(boxes_bca: Tensor, conf: float, iou: float, most: int) -> list[Tensor] | None:
+    """The same for all images at once: their boxes are moved apart, in float64 so that no overlap changes by it.
+
+    Returns:
+        (n,6) for each image, best score first; None where there are too many boxes for one NMS.
+    """
+    count, classes = len(boxes_bca), boxes_bca.shape[1] - 4
+    scores_bac = boxes_bca[:, 4:].float().transpose(1, 2)
+    image, anchor, cls = (scores_bac > conf).nonzero(as_tuple=True)
+    if len(image) > ONE_NMS:
+        return None
+    xyxy = xywh2xyxy(boxes_bca[image, :4, anchor].float())
+    score = scores_bac[image, anchor, cls]
+    place = (image * classes + cls).double()[:, None] * APART
+    kept = torchvision.ops.nms(xyxy.double() + place, score.double(), iou)
+    kept = kept[image[kept].argsort(stable=True)]  # by image, and within it by score still
+    columns = [xyxy[kept], score[kept, None], cls[kept, None].float()]
+    each = torch.bincount(image[kept], minlength=count).tolist()
+    return [own[:most] for own in torch.cat(columns, 1).split(each)]
+
+
+def _raw(model: nn.Module, images_bchw: Tensor) -> Any:
+    """The model's output, not yet decoded where its head is Ultralytics' own.
+
+    Only the head's own flag is set to training, which leaves batch norm in eval mode.
+    """
+    head = _head(model)
+    if head is None:
+        return model(images_bchw)
+    head.training = True
+    try:
+        return model(images_bchw)
+    finally:
+        head.training = False
+
+
+def _decode(model: nn.Module, output: Any) -> Tensor:
+    """(B,4+C,A) float32 boxes and scores, or (B,n,6) of an end-to-end head."""
+    head = _head(model)
+    if head is None:
+        boxes: Tensor = output[0] if isinstance(output, tuple) else output
+        return boxes.float()
+    raw = output["one2one" if head.end2end else "one2many"] if "one2one" in output else output
+    # Of the features only shape and type are looked at: anchor points are made in their type.
+    shapes = [f.new_empty((), dtype=torch.float32).expand(f.shape) for f in raw["feats"]]
+    decoded: Tensor = head._inference({"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": shapes})
+    return head.postprocess(decoded.permute(0, 2, 1)) if head.end2end else decoded
+
+
+def _head(model: nn.Module) -> Detect | None:
+    layers = getattr(model, "model", None)
+    head = layers[-1] if isinstance(layers, nn.Sequential) else None
+    return head if isinstance(head, Detect) else None

@@ -15,6 +15,7 @@ from typing import Any
 
 from dfssd import __version__
 from dfssd.errors import DfssdError
+from dfssd.runtime.artefact_names import ArtefactName, is_finished
 from dfssd.runtime.storage import Storage
 
 
@@ -61,31 +62,31 @@ class Stage:
 
     Args:
         run: storage of the run, `<storage-path>/<run-name>`.
-        name: folder of the artefact (dataset, teacher, label_only, pseudo, student, report).
+        name: of the artefact; as text its folder.
         config: the settings this stage's result depends on.
-        inputs: names of the stages it reads; their output digests become part of what must match.
+        inputs: artefacts that it reads; their output digests become part of what must match.
     """
 
     run: Storage
-    name: str
+    name: ArtefactName
     config: dict[str, Any]
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[ArtefactName, ...] = ()
     started: float = field(default_factory=time.time)
 
     @property
     def store(self) -> Storage:
-        return self.run.at(self.name)
+        return self.run.at(str(self.name))
 
     def input_digests(self) -> dict[str, str]:
-        digests = {}
+        digests = dict[str, str]()
         for name in self.inputs:
-            if not self.run.exists(f"{name}/stage.json"):
+            if not is_finished(self.run, name):
                 raise DfssdError(
                     f"stage '{self.name}' needs the artefact '{name}', which is not finished",
-                    where=self.run.path(name),
+                    where=self.run.path(str(name)),
                     todo="run that stage first, or jobs/pipeline.py, which runs all in order",
                 )
-            digests[name] = self.run.read_json(f"{name}/stage.json")["digest"]
+            digests[str(name)] = self.run.read_json(f"{name}/stage.json")["digest"]
         return digests
 
     def key(self) -> dict[str, Any]:
@@ -95,34 +96,50 @@ class Stage:
         """'finished', 'interrupted' or 'new'; compares what was recorded with what is asked for.
 
         Raises:
-            DfssdError: the artefact there was made, or begun, with other settings or inputs.
+            DfssdError: the artefact there was made, or begun, with other settings or inputs; or an input is missing.
         """
+        state, changed = self._compared(self.key())
+        if changed:
+            raise self._refusal(state, changed)
+        return state
+
+    def differs(self) -> bool:
+        """Was what is there made, or begun, with other settings or inputs?"""
+        return bool(self._compared(self.key())[1])
+
+    def _compared(self, key: dict[str, Any]) -> tuple[str, list[str]]:
+        """State of what is there, and how its settings and inputs differ from `key`."""
         for name, state in (("stage.json", "finished"), ("started.json", "interrupted")):
-            if not self.store.exists(name):
-                continue
-            recorded = self.store.read_json(name)
-            changed = differences({k: recorded[k] for k in ("config", "inputs")}, self.key())
-            if changed:
-                raise DfssdError(
-                    f"stage '{self.name}' was {'made' if state == 'finished' else 'begun'} with other settings:\n    "
-                    + "\n    ".join(changed),
-                    where=self.store.uri,
-                    todo="take a new --run-name, or add --overwrite to replace it and what was made from it",
-                )
-            return state
-        return "new"
+            if self.store.exists(name):
+                recorded = self.store.read_json(name)
+                return state, differences({k: recorded[k] for k in ("config", "inputs")}, key)
+        return "new", []
+
+    def _refusal(self, state: str, changed: list[str]) -> DfssdError:
+        return DfssdError(
+            f"stage '{self.name}' was {'made' if state == 'finished' else 'begun'} with other settings:\n    "
+            + "\n    ".join(changed),
+            where=self.store.uri,
+            todo="take a new --run-name, or add --overwrite to replace it and what was made from it",
+        )
 
     def begin(self, overwrite: bool) -> str:
-        """Return the state; with `overwrite` an artefact that does not match is removed first."""
-        try:
-            state = self.state()
-        except DfssdError:
-            if not overwrite:
-                raise
+        """Return the state; with `overwrite` an artefact that does not match is removed first.
+
+        Nothing is removed before all inputs are there: a missing one says nothing about the artefact that was made of it.
+
+        Raises:
+            DfssdError: an input is missing; or, without `overwrite`, the artefact there does not match.
+        """
+        key = self.key()
+        state, changed = self._compared(key)
+        if changed and not overwrite:
+            raise self._refusal(state, changed)
+        if changed:
             self.store.delete()
             state = "new"
         if state == "new":
-            self.store.write_json("started.json", {**self.key(), "mlflow_run_id": None})
+            self.store.write_json("started.json", {**key, "mlflow_run_id": None})
         return state
 
     def recorded_run_id(self) -> str | None:
