@@ -49,7 +49,7 @@ def test_bad_files_are_counted_by_reason_and_stop_above_the_limit(strip, tmp_pat
     (broken / "labels" / "strip_00001.txt").write_text("0 .5 .5 .2")
     (broken / "labels" / "strip_00002.txt").write_text("9 .5 .5 .2 .2")
     (broken / "labels" / "nowhere.txt").write_text("0 .5 .5 .2 .2")
-    with pytest.raises(DfssdError, match="files are bad .*the limit is") as caught:
+    with pytest.raises(DfssdError, match=r"files are bad .*the limit is") as caught:
         _run(broken, tmp_path / "stop")
     assert "zero_bytes" in str(caught.value) and "--bad-limit" in caught.value.todo
     assert read_table(Storage(str(tmp_path / "stop")), "bad_files.parquet").num_rows == 4
