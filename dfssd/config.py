@@ -75,6 +75,11 @@ class Data(Section):
     names: tuple[str, ...] = Field(
         (), description="Class names in order of their id where the data has none; else the order of its own names."
     )
+    update: bool = Field(
+        False,
+        description="Where images or labels have changed: make the next version of the manifest, in which every earlier "
+        "image keeps its split.",
+    )
     unlabelled: tuple[str, ...] = Field((), description="Further folders with images that have no labels.")
     missing_labels: Literal["unlabelled", "background"] = Field(
         "unlabelled", description="What an image without a label file is: unlabelled, or known to be defect-free."

@@ -53,6 +53,8 @@ def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:
     """
     row, stage = row_of(name), make_stage(context.config, context.run, name)
     overwrite = context.config.run.overwrite
+    if row.renew and (not overwrite or context.config.data.update) and stage.differs():
+        resolve(row.renew)(context, stage)
     if row.needs and (stage.differs() or not is_finished(context.run, name)):
         if not overwrite:
             stage.state()  # refuses what was made with other settings
