@@ -15,7 +15,8 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils import ops
 from ultralytics.utils.metrics import DetMetrics, box_iou
 
-from dfssd.data.dataset import ManifestDataset, network_input, validation_batches
+from dfssd.data.dataset import ManifestDataset, network_input
+from dfssd.data.loaders import validation_batches
 from dfssd.errors import DfssdError
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.runtime.worker_group import WorkerGroup
@@ -50,7 +51,7 @@ def collect(
 ) -> list[dict[str, Any]]:
     """What matched what on each image, of all workers: scores, classes and hits at ten IoU levels."""
     stats: list[dict[str, Any]] = []
-    for batch in validation_batches(dataset, world.rank, world.size):
+    for batch in validation_batches(dataset, world.rank, world.size, device):
         images = network_input(batch["img"], device)
         found = predict(model, images, CONF, NMS_IOU, MAX_BOXES)
         height, width = images.shape[2:]

@@ -79,7 +79,7 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
     train = as_dict(
         config.train,
         *("teacher_steps", "steps", "val_every", "log_every", "compile"),
-        *("loader_workers", "cache_gib", "cache_dir", "cache_dir_gib"),
+        *("loader_workers", "cache_gib", "decoded_dir", "cache_dir", "cache_dir_gib"),
     )
     teacher = is_teacher(stage)
     if not teacher:
