@@ -19,6 +19,7 @@ from dfssd.data.decoded import DecodedCache
 from dfssd.data.fit import into
 from dfssd.data.images import Images, decode, disk_cache, shrink
 from dfssd.data.sampling import Draw
+from dfssd.data.strong_view import strong_view
 
 if TYPE_CHECKING:  # what a loading process does not need, it does not import
     from dfssd.config import Train
@@ -130,7 +131,8 @@ class ManifestDataset(torch.utils.data.Dataset):
         self.names = dict(enumerate(names))
         tall = np.array([row.height / row.width for row in rows])
         order = tall.argsort().tolist()  # as Ultralytics sorts, so that batches hold the same images
-        self.images = Images([rows[i] for i in order], imgsz, files, decoded)
+        self.rows = [rows[i] for i in order]  # by index
+        self.images = Images(self.rows, imgsz, files, decoded)
         self.boxes = BoxTable([boxes[i] for i in order])
         parts = [tall[order[k : k + VAL_BATCH]] for k in range(0, len(rows), VAL_BATCH)]
         shapes = [[p.max(), 1] if p.max() < 1 else [1, 1 / p.min()] if p.min() > 1 else [1, 1] for p in parts]
@@ -140,13 +142,21 @@ class ManifestDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What loading processes get: not the rows themselves."""
+        return {**vars(self), "rows": []}
+
     def __getitem__(self, index: int) -> Sample:
-        """One sample, as `TrainingSet.augmented`; img has the shape of its batch."""
+        """One sample, as `TrainingSet.augmented`; img has the shape of its batch, in which `fit` says where the image is."""
         small = self.images.load(index)
         image, fit = into(small, self.batch_shapes[index // VAL_BATCH], enlarge=False)
         boxes = self.boxes[index].copy()
         boxes[:, 1:5] = fit.boxes_in(boxes[:, 1:5])
-        return _sample(image, boxes) | {"im_file": self.images.uri(index)}
+        width, height = self.images.sizes_wh[index].tolist()
+        return _sample(image, boxes) | {
+            "im_file": self.images.uri(index),
+            "fit": fit._replace(image_wh=(width, height)),
+        }
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of a batch, whose images are fetched together."""
@@ -162,13 +172,21 @@ class ManifestDataset(torch.utils.data.Dataset):
 
 
 class Streams(torch.utils.data.Dataset):
-    """The labelled and the unlabelled training images; an item is named by a `Draw`."""
+    """The labelled and the unlabelled training images; an item is named by a `Draw`.
 
-    def __init__(self, streams: dict[str, TrainingSet]) -> None:
-        self.streams = streams
+    Args:
+        strong: strength of a strong view of each unlabelled image beside the weak one, as `img_strong`; 0: none.
+    """
+
+    def __init__(self, streams: dict[str, TrainingSet], strong: float = 0.0) -> None:
+        self.streams, self.strong = streams, strong
 
     def __getitem__(self, draw: Draw) -> Sample:
-        return self.streams[draw.stream].augmented(draw.image, draw.seed, draw.mosaic)
+        sample = self.streams[draw.stream].augmented(draw.image, draw.seed, draw.mosaic)
+        if self.strong and draw.stream == "unlabelled":
+            weak = sample["img"].permute(1, 2, 0).numpy()
+            sample["img_strong"] = torch.from_numpy(strong_view(weak, draw.seed, self.strong)).permute(2, 0, 1)
+        return sample
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of a batch, whose images are fetched together."""
@@ -187,7 +205,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
     Returns:
         img: (B,3,H,W) or, where all are grey, (B,1,H,W) uint8 RGB, channels last in memory. cls, score, agreement,
-        batch_idx: (N,). bboxes: (N,4) cx, cy, w, h, 0..1. im_file: list.
+        batch_idx: (N,). bboxes: (N,4) cx, cy, w, h, 0..1. im_file: list. Where samples have them: img_strong as img,
+        fit: list.
     """
     columns = [s["cls"] for s in samples]
     index = [torch.full((len(c),), float(i)) for i, c in enumerate(columns)]
@@ -201,6 +220,11 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         "batch_idx": torch.cat(index),
         "im_file": [s["im_file"] for s in samples],
     }
+    strong = [s["img_strong"] for s in samples if "img_strong" in s]
+    if strong:
+        batch["img_strong"] = stack(strong)
+    if "fit" in samples[0]:
+        batch["fit"] = [s["fit"] for s in samples]
     return batch
 
 

@@ -35,6 +35,11 @@ class Fit(NamedTuple):
         low, high = (((centre + s * half - self.left_top) / scaled).clip(0, 1) for s in (-1, 1))
         return np.concatenate([(low + high) / 2, high - low], 1)
 
+    def pixels_out(self, xyxy: np.ndarray) -> np.ndarray:
+        """(n,4) x1, y1, x2, y2 (px of the rectangle) -> px of the image."""
+        gain = np.array(self.scaled_wh * 2, np.float32) / np.array(self.image_wh * 2, np.float32)
+        return np.asarray((xyxy - np.array(self.left_top * 2, np.float32)) / gain)
+
 
 def fit_of(image_wh: tuple[int, int], rectangle_hw: tuple[int, int], enlarge: bool = True) -> Fit:
     """Where an image would lie: as large as fits, in the middle.

@@ -119,9 +119,9 @@ def _without_main() -> Iterator[None]:
 
     They need nothing of it: Ray's would import Ray, and a script without `if __name__ == "__main__"` would train once more.
     """
-    own = vars(sys.modules["__main__"])
+    own: dict[str, Any] = vars(sys.modules["__main__"])
     with _main_lock:
-        kept = {name: own.pop(name) for name in ("__spec__", "__file__") if name in own}
+        kept: dict[str, Any] = {name: own.pop(name) for name in ("__spec__", "__file__") if name in own}
         own["__spec__"] = None
         try:
             yield
