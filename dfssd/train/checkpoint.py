@@ -19,6 +19,7 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 
 State = dict[str, Any]
+KEEP = 2  # checkpoints; the newest may be the one that was being written
 
 
 def folder_name(step: int) -> str:

@@ -55,15 +55,18 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
 
     while s.step < steps and not out_of_patience(s):
         meter.start()
-        batch = to_device(next(batches), device)
-        images = network_input(batch["img"], device)
+        batch = next(batches)
         meter.data_ready()
+        images, chosen = network_input(batch["img"], device), s.targets(batch)
+        targets = (chosen.pin_memory() if device.type == "cuda" else chosen).to(device)
 
         lr = learning_rate(config, s.step, steps)
         for group in s.optimiser.param_groups:
             group["lr"] = lr * group["lr_factor"]
         out, teacher = forward(s, images)
-        terms = s.criterion(out, teacher, batch, s.step / steps)
+        terms = s.criterion(out, teacher, targets, s.step / steps)
+        if s.policy and s.policy.learns and chosen.pseudo:
+            s.policy.update(*(terms.policy if world.size > 1 else chosen.policy).cpu().chunk(2))
 
         is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
         if is_log_step:
@@ -175,11 +178,6 @@ def record(s: Session, metrics: dict[str, float], log: Log) -> None:
     """Keep the numbers of one step in the run's history (which a checkpoint carries) and pass them on."""
     s.history.append({"step": s.step, **metrics})
     log(metrics, s.step)
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Boxes to the device; the images follow in `network_input`."""
-    return {k: v.to(device) if isinstance(v, Tensor) and k != "img" else v for k, v in batch.items()}
 
 
 def step_metrics(

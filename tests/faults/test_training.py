@@ -14,7 +14,7 @@ from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards, loop
 from dfssd.train.session import build_session
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 
 class Killed(Exception):
