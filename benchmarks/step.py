@@ -45,7 +45,7 @@ from dfssd.report.tables import render
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
-from dfssd.train.loop import clip, forward, update
+from dfssd.train.loop import clip, forward, to_device, update
 from dfssd.train.session import Session, build_session
 
 ALL_FP32 = "ours, full, teacher fp32"
@@ -122,8 +122,8 @@ class Bench:
 
 def our_step(s: Session, batch: dict[str, Any]) -> None:
     """One step of `dfssd.train.loop.train`, without its log steps."""
-    targets = s.targets(batch).to(s.device)
-    out, teacher = forward(s, network_input(batch["img"], s.device))
+    images, targets, _ = to_device(s, batch)
+    out, teacher = forward(s, images)
     terms = s.criterion(out, teacher, targets, 0.5)
     (terms.total() * s.job.config.train.batch).backward()
     clip(s, terms, batch["im_file"])

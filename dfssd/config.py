@@ -254,6 +254,12 @@ class Evaluate(Section):
 
     latency_repeats: int = Field(30, ge=3, description="Timed single-image passes a model; the median is reported.")
     sample_images: int = Field(12, ge=0, description="Test images drawn with their detections.")
+    max_escape: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="Share of defective pictures (0..1) that may pass unseen; val chooses the scores for it.",
+    )
 
 
 class Config(Section):

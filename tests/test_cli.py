@@ -63,6 +63,7 @@ FLAGS = [
     "lr",
     "lr-final",
     "max-candidates",
+    "max-escape",
     "max-group-share",
     "max-side",
     "missing-labels",

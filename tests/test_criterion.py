@@ -135,7 +135,9 @@ def test_the_area_of_a_silent_image_in_a_mosaic_is_unknown():
     batch = _batch(score=0.0)
     grad, _ = _pse_grad(batch)
     assert (grad == 0).all()  # nothing but a silent image in the whole sample
-    batch = {k: torch.cat([v, v[-1:]]) if k != "img" else v for k, v in batch.items()}  # a silent quarter beside an image with a candidate
+    batch = {
+        k: torch.cat([v, v[-1:]]) if k != "img" else v for k, v in batch.items()
+    }  # a silent quarter beside an image with a candidate
     batch["score"][-1], batch["bboxes"][-1] = 0.9, torch.tensor([0.1, 0.1, 0.1, 0.1])
     grad, terms = _pse_grad(batch)
     inside = torch.zeros(8, 8, dtype=torch.bool)

@@ -17,8 +17,8 @@ from dfssd.models.taps import Taps
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
-from dfssd.train.session import Student, build_session
 from dfssd.train.in_process import train_in_process
+from dfssd.train.session import Student, build_session
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")
@@ -58,9 +58,7 @@ def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES,
     teacher = Teacher(build_detector(teacher_spec, teacher_names, 64), CPU, teacher_taps or taps)
     pairing = pair(teacher, detector.model[-1], names, config.prediction)
     student = Student(detector, teacher.channels, taps, config.divergence == "mgd").train()
-    criterion = Criterion(
-        DetectionLoss(detector), config, WorkerGroup(), pairing, student.projections.generators
-    )
+    criterion = Criterion(DetectionLoss(detector), config, WorkerGroup(), pairing, student.projections.generators)
     return student, teacher, criterion, pairing
 
 

@@ -183,12 +183,16 @@ def test_ignored_points_are_those_inside_any_box_also_one_thinner_than_a_cell():
     boxes[0, 0] = torch.tensor([0.49, 0.5, 0.001, 0.9])
     boxes[1, 4:] = -1.0  # no box
     targets = dataclasses.replace(labels([np.zeros((0, 5))] * 2), ignored_xywh=boxes)
-    anchors = anchors_of([torch.zeros(1, 1, 8, 12), torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 2, 3)], (8.0, 16.0, 32.0))
+    anchors = anchors_of(
+        [torch.zeros(1, 1, 8, 12), torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 2, 3)], (8.0, 16.0, 32.0)
+    )
     got = ignored_points(targets, anchors)
     want = torch.zeros_like(got)
     for image in range(2):
         for cx, cy, w, h in boxes[image].tolist():
-            for k, (point, stride) in enumerate(zip(anchors.points_a2.tolist(), anchors.strides_a1.tolist(), strict=True)):
+            for k, (point, stride) in enumerate(
+                zip(anchors.points_a2.tolist(), anchors.strides_a1.tolist(), strict=True)
+            ):
                 (x, y), s = point, stride[0]
                 near = abs(x * s - cx * 96) <= max(w * 48, s / 2) and abs(y * s - cy * 64) <= max(h * 32, s / 2)
                 want[image, k] |= near and cx >= 0
@@ -200,7 +204,9 @@ def test_ignored_points_are_those_inside_any_box_also_one_thinner_than_a_cell():
 def test_thousands_of_uncertain_boxes_need_neither_time_nor_memory():
     """150 in each of 16 images of 640 px: as a tensor of boxes x anchor points 2.9 s and 0.45 GiB."""
     g = torch.Generator().manual_seed(0)
-    targets = dataclasses.replace(labels([np.zeros((0, 5))] * 16), ignored_xywh=0.2 * torch.rand(16, 150, 4, generator=g))
+    targets = dataclasses.replace(
+        labels([np.zeros((0, 5))] * 16), ignored_xywh=0.2 * torch.rand(16, 150, 4, generator=g)
+    )
     anchors = anchors_of([torch.zeros(1, 1, n, n) for n in (80, 40, 20)], (8.0, 16.0, 32.0))
     largest = [0]
 

@@ -27,7 +27,12 @@ def test_sure_uncertain_and_silent():
     torch.testing.assert_close(t.weight[0, :2], torch.tensor([0.36, 0.16]))
     torch.testing.assert_close(t.box_weight[0, :2], torch.tensor([0.36, 0.0]))  # the second moved under flips
     # An area without candidates is ignored like an uncertain box, but counts as none, and teaches no policy.
-    assert (t.ignored_xywh[..., 2] > 0).sum(1).tolist() == [1, 0, 1, 1] and t.silent.tolist() == [False, True, False, False]
+    assert (t.ignored_xywh[..., 2] > 0).sum(1).tolist() == [1, 0, 1, 1] and t.silent.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
     assert got.counts.tolist() == [3, 2, 1]
     assert got.count_c.tolist() == [3, 2] and got.score_sum_c.tolist() == pytest.approx([1.9, 0.6])
     background = select(_candidates(), TAU, Rules(uncertain_ignored=False)).targets

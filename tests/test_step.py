@@ -28,7 +28,8 @@ class Counted(TorchDispatchMode):
         if not func.is_view:
             self.ops[name] += 1
         boolean = name.startswith("index") and any(
-            t is not None and t.dtype in (torch.bool, torch.uint8) for t in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+            t is not None and t.dtype in (torch.bool, torch.uint8)
+            for t in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
         )
         # A tensor made from numbers of Python (lift_fresh) is copied to the device, which is waited for too.
         if name in WAITS or boolean or name == "lift_fresh":
@@ -49,7 +50,11 @@ def test_a_step_waits_for_nothing_and_is_not_chopped_up(prepared, stage, ops):
     """49 waits and 2,435 operations before; label-only 15 and 1,293."""
     give_teacher_and_candidates(prepared)
     s = build_session(
-        make_job(stage, str(prepared / "r"), tiny_config(prepared, amp="bf16", teacher_amp="bf16", threshold_policy="gmm")), WorkerGroup(), CPU
+        make_job(
+            stage, str(prepared / "r"), tiny_config(prepared, amp="bf16", teacher_amp="bf16", threshold_policy="gmm")
+        ),
+        WorkerGroup(),
+        CPU,
     )
     batches = iter(s.loader())
     for _ in range(2):  # the first one measures the balance and fills caches

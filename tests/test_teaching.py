@@ -10,9 +10,9 @@ from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.in_process import train_in_process
 from dfssd.train.loop import clip, forward
 from dfssd.train.session import build_session
-from dfssd.train.in_process import train_in_process
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")

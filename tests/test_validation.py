@@ -16,8 +16,8 @@ from dfssd.evaluate.validation import summarise, validate
 from dfssd.models.detector import load_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.job import TrainJob
 from dfssd.train.in_process import train_in_process
+from dfssd.train.job import TrainJob
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +97,97 @@ def test_no_box_at_all_is_a_user_error():
     nothing = {"tp": np.zeros((0, 10), bool), "conf": np.zeros(0), "pred_cls": np.zeros(0), "target_cls": np.zeros(0)}
     with pytest.raises(DfssdError, match="no box at all"):
         summarise([nothing | {"target_img": np.zeros(0), "im_name": "x"}], {0: "a"})
+
+
+def test_records_lie_where_the_manifest_has_them(trained):
+    """Boxes of a record are in pixels of the picture: through the letterbox and back, the truth is the label."""
+    from dfssd.evaluate.validation import collect, detecting
+
+    storage, _ = trained
+    run = Storage(str(storage / "r"))
+    manifest = read_manifest(run.at("dataset"))
+    rows = manifest.of_split("val")
+    dataset = ManifestDataset(rows, [r.boxes for r in rows], manifest.names, 96)
+    model = load_detector(run.read("label_only/best.pt"), "best.pt", 96)
+    records = collect(detecting(model), dataset, WorkerGroup(), torch.device("cpu"))
+    by_id = {r.image_id: r for r in rows}
+    assert len(records) == len(rows)
+    for one in records:
+        row = by_id[one["image_id"]]
+        centre, size = row.boxes[:, 1:3] * one["size"], row.boxes[:, 3:5] * one["size"]
+        np.testing.assert_allclose(one["truth"], np.concatenate([centre - size / 2, centre + size / 2], 1), atol=1e-2)
+        assert one["group"] == row.group and len(one["boxes"]) == len(one["conf"])
+
+
+@pytest.fixture(scope="module")
+def measured(trained):
+    """The whole measurement of that detector, in two roles."""
+    from dfssd.evaluate.measure import measure
+
+    storage, _ = trained
+    run = Storage(str(storage / "r"))
+    for name in ("best.pt", "stage.json"):
+        if run.exists(f"label_only/{name}"):
+            run.write(f"student/{name}", run.read(f"label_only/{name}"))
+    config = tiny_config(storage)
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"latency_repeats": 5})})
+    return config, run, measure(config, run.uri, ["label_only", "student"], 1)
+
+
+def test_a_measurement_holds_all_numbers_and_the_boxes_behind_them(measured):
+    from dfssd.evaluate.detections import read_detections
+
+    _, run, results = measured
+    for split in ("val", "test"):
+        one = results["student"][split]
+        assert one["map50"] == results["label_only"][split]["map50"] and set(one["coco"]) >= {"all", "small"}
+        assert np.sum(one["confusion"]["counts"]) > 0 and one["line"]["escape"]["pictures"] > 0
+    point = results["student"]["operating_point"]
+    assert point["max_escape"] == 0.02 and point["chosen_on"] == "val"
+    assert results["gate"]["map50"]["difference"] == 0
+    assert results["student"]["latency_p95_ms"] >= results["student"]["latency_ms"] > 0
+    boxes = read_detections(run.at("report"))
+    manifest = read_manifest(run.at("dataset"))
+    tau = np.array([point["thresholds"][n] for n in manifest.names])
+    test = [r for r in manifest.of_split("test") if r.boxes is not None]
+    empty = np.zeros((0, 7))
+    rejected = [
+        (b[:, 4] >= tau[b[:, 5].astype(int)]).any()
+        for b in (boxes["student", "test"].get(r.image_id, empty) for r in test)
+    ]
+    escaped = sum(len(r.boxes) > 0 and not hit for r, hit in zip(test, rejected, strict=True))
+    assert results["student"]["test"]["line"]["escape"]["count"] == escaped
+
+
+def test_what_a_user_sees_last(measured, capsys):
+    """Verdict on val and test, escapes and rejects, and commands that name only files that are there."""
+    from dfssd.report.terminal import print_results
+
+    config, run, results = measured
+    run.write_json("report/metrics.json", results)
+    strange = config.model_copy(update={"data": config.data.model_copy(update={"data": "/a b/data"})})
+    print_results(strange)
+    text = capsys.readouterr().out
+    for words in ("val mAP50", "Val chose weights and scores", "On test, which chose nothing", "defective pictures pass",
+                  "clean test picture", "THE MACHINE WAS BUSY" if results["latency"]["busy"] else "interleaved rounds",
+                  f"conf={results['student']['operating_point']['score']}", "source='/a b/data'"):  # fmt: skip
+        assert words in text, words
+    assert "…" not in text
+    run.at("student").delete("best.pt")
+    del results["student"], results["gate"]
+    run.write_json("report/metrics.json", results)
+    print_results(config)
+    text = capsys.readouterr().out
+    assert "label_only/best.pt" in text and "student/best.pt" not in text
+
+
+def test_the_row_of_labels_stands_under_its_classes():
+    """stage.json sorts its keys; class names are in order of their id."""
+    from dfssd.report.tables import split_rows
+
+    boxes = {"scratch": 1, "pit": 7}
+    split = {"images": 9, "labelled": 3, "boxes": boxes}
+    summary = {"names": ["scratch", "pit"], "splits": {"train": split, "val": {**split, "labelled": 0}},
+               "labelled_images": 3, "labelled_boxes": {"pit": 7, "scratch": 1}}  # fmt: skip
+    header, rows = split_rows(summary)
+    assert header[3:] == ["scratch", "pit"] and rows[-1][3:] == ["1", "7"] and rows[1][2] == "-"

@@ -58,7 +58,13 @@ class Assignment:
 
 @torch.no_grad()
 def assign(
-    scores_bca: Tensor, predicted_ba4: Tensor, points_a2: Tensor, cls_bm: Tensor, boxes_bm4: Tensor, valid_bm: Tensor, rule: Rule
+    scores_bca: Tensor,
+    predicted_ba4: Tensor,
+    points_a2: Tensor,
+    cls_bm: Tensor,
+    boxes_bm4: Tensor,
+    valid_bm: Tensor,
+    rule: Rule,
 ) -> Assignment:
     """Assign anchor points to boxes.
 
@@ -81,7 +87,13 @@ def assign(
 
 
 def _assign(
-    scores_bca: Tensor, predicted_ba4: Tensor, points_a2: Tensor, cls_bm: Tensor, boxes_bm4: Tensor, valid_bm: Tensor, rule: Rule
+    scores_bca: Tensor,
+    predicted_ba4: Tensor,
+    points_a2: Tensor,
+    cls_bm: Tensor,
+    boxes_bm4: Tensor,
+    valid_bm: Tensor,
+    rule: Rule,
 ) -> Assignment:
     candidate = _inside(points_a2, boxes_bm4, valid_bm, rule.smallest)  # (B,M,A)
     score = scores_bca.gather(1, cls_bm.unsqueeze(-1).expand(-1, -1, scores_bca.shape[2]))

@@ -90,7 +90,9 @@ class DetectionLoss:
         """(B,3) sums and (B,) normalisers of one branch."""
         with torch.no_grad():
             scores = raw.scores.sigmoid()
-            predicted = decoded(raw.boxes.permute(0, 2, 1).contiguous(), anchors.points_a2, self.bins) * anchors.strides_a1
+            predicted = (
+                decoded(raw.boxes.permute(0, 2, 1).contiguous(), anchors.points_a2, self.bins) * anchors.strides_a1
+            )
             points = anchors.points_a2 * anchors.strides_a1
             found = assign(scores, predicted, points, targets.cls, boxes_bm4, targets.valid, rule)
             cls = targets.cls.gather(1, found.box)

@@ -258,6 +258,7 @@ def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
 
     from dfssd.evaluate.measure import measure
     from dfssd.report.html import write_report
+    from dfssd.report.tables import tracked
     from dfssd.runtime.cluster import connect, worker_resources
 
     models = finished_models(context.run)
@@ -273,10 +274,8 @@ def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
     results = ray.get(task.remote(context.config, context.run.uri, models, resources.threads))
     stage.store.write_json("metrics.json", results)
     write_report(context.config, context.run, results)
-    for name in [*models, *(["gate"] if "gate" in results else [])]:
-        values = {f"{name}/{k}": v for k, v in flatten(results[name]).items() if isinstance(v, int | float)}
-        context.runs.metrics(run_id, values)
-        context.runs.metrics(context.runs.parent(), values)
+    for which in (run_id, context.runs.parent()):
+        context.runs.metrics(which, tracked(results))
     for name in ("report.html", "metrics.json", "detections.png"):
         context.runs.artefact(run_id, name, stage.store.read(name))
     summary = {m: {"map50": results[m]["test"]["map50"], "map50_95": results[m]["test"]["map50_95"]} for m in models}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dfssd.config import Distill
-from dfssd.data.boxes import AGREEMENT, CANDIDATE_COLUMNS, CLS, H, SCORE, W, X, XYWH, Y
+from dfssd.data.boxes import AGREEMENT, CANDIDATE_COLUMNS, CLS, SCORE, XYWH, H, W, X, Y
 from dfssd.data.manifest import Boxes
 from dfssd.models.targets import NOWHERE, Targets, joined, padded
 from dfssd.pseudo.thresholds import class_sums
@@ -122,7 +122,9 @@ def _select(rows: Tensor, image: Tensor, images: int, tau_c: Tensor, rules: Rule
     targets = _targets(rows[sure], image[sure], images, weight[sure], (weight * placed)[sure])
     if rules.uncertain_ignored:
         ignored = ~sure
-        area, _ = padded(rows[ignored][:, XYWH], image[ignored], images, NOWHERE) if bool(ignored.any()) else (None, None)
+        area, _ = (
+            padded(rows[ignored][:, XYWH], image[ignored], images, NOWHERE) if bool(ignored.any()) else (None, None)
+        )
         silent = torch.ones(images, dtype=torch.bool)
         silent[image[seen]] = False
         targets = replace(targets, silent=silent, **({} if area is None else {"ignored_xywh": area}))

@@ -10,7 +10,7 @@ from typing import Any
 from dfssd.config import Config
 from dfssd.data.manifest import read_manifest
 from dfssd.evaluate.gate import verdict
-from dfssd.report import tables
+from dfssd.report import pictures, tables
 from dfssd.report.quality import rows as quality_rows
 from dfssd.runtime.artefact import code_version
 from dfssd.runtime.artefact_names import finished_models, in_round, newest_round
@@ -30,6 +30,7 @@ NO_GATE = "No label-only student to compare with."
 
 def write_report(config: Config, run: Storage, results: dict[str, Any]) -> None:
     """Write `report/report.html` from what the stages have left."""
+    pictures.write_detection_sheet(config, run, results, tables.models_in(results))
     summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
     said = verdict(results["gate"]) if "gate" in results else NO_GATE
     parts = [

@@ -1,10 +1,14 @@
-"""What a user sees last: the table, where things lie, and what to type next."""
+"""What a user sees last: the table, the verdict, where things lie, and what to type next."""
 
 from __future__ import annotations
 
+import shlex
+from typing import Any
+
 from dfssd.config import Config
 from dfssd.evaluate.gate import publish_best, verdict
-from dfssd.report.tables import result_table
+from dfssd.evaluate.verdict import equal_footing, escapes_in_words, on_test
+from dfssd.report.tables import models_in, result_table
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import tracking_uri
 
@@ -16,15 +20,40 @@ def print_results(config: Config) -> None:
     results = run.read_json("report/metrics.json")
     print()
     print(result_table(results))
-    print(verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with")
+    print()
+    print("\n".join(said(results)))
     if config.publish_best:
         print(publish_best(run))
-    print(f"\nstudent   {run.path('student', 'best.pt')}")
-    print(f"report    {run.path('report', 'report.html')}")
-    print(f"numbers   {run.path('report', 'metrics.json')}")
+    print()
+    for label, name in (("report", "report/report.html"), ("numbers", "report/metrics.json")):
+        print(f"{label:9} {run.path(name)}")
+    for stage, label in reversed(models_in(results).items()):
+        print(f"{label}: {run.path(stage, 'best.pt')}")
     print("\nnext:")
-    uri = tracking_uri(storage)
+    for command in next_commands(config, run, results):
+        print(f"  {command}")
+
+
+def said(results: dict[str, Any]) -> list[str]:
+    """The verdict in sentences: did the unlabelled images pay, on val and on test, and what the line would see."""
+    lines = [
+        verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with"
+    ]
+    lines += [on_test(results), *escapes_in_words(results, models_in(results)), equal_footing(results)]
+    return [line for line in lines if line]
+
+
+def next_commands(config: Config, run: Storage, results: dict[str, Any]) -> list[str]:
+    """Commands that can be pasted: quoted, at the operating point, and only on files that are there."""
+    commands = []
+    uri = tracking_uri(Storage(config.run.storage_path))
     if uri.startswith("sqlite"):
-        print(f"  mlflow ui --backend-store-uri {uri}")
-    source = "IMAGE_OR_FOLDER"
-    print(f"  yolo predict model={run.path('student', 'best.pt')} source={source} imgsz={config.train.imgsz}")
+        commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    best = next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
+    if best:
+        score, model = results[best]["operating_point"]["score"], run.path(best, "best.pt")
+        source = shlex.quote(config.data.data) if config.data.data else "PICTURES"
+        commands.append(
+            f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"
+        )
+    return commands

@@ -16,6 +16,7 @@ from dfssd.distill.criterion import StudentOutput, Terms
 from dfssd.errors import DfssdError
 from dfssd.evaluate.validation import validate
 from dfssd.models.detector import TeacherOutput, detector_bytes
+from dfssd.pseudo.selection import StepTargets
 from dfssd.runtime.progress import clock
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
@@ -42,7 +43,7 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
         DfssdError: a loss term is not finite or reaches nothing, or the data cannot be read.
     """
     s = build_session(job, world, device)
-    state = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
+    state = checkpoint.load_agreed(job.store.at("train"), job.fingerprint(), world)
     if state is not None:
         s.load_state(state)
         say(world, f"{job.stage}: resumed at step {s.step} of {job.steps}")
@@ -57,8 +58,7 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
         meter.start()
         batch = next(batches)
         meter.data_ready()
-        images, chosen = network_input(batch["img"], device), s.targets(batch)
-        targets = (chosen.pin_memory() if device.type == "cuda" else chosen).to(device)
+        images, targets, chosen = to_device(s, batch)
 
         lr = learning_rate(config, s.step, steps)
         for group in s.optimiser.param_groups:
@@ -178,6 +178,13 @@ def record(s: Session, metrics: dict[str, float], log: Log) -> None:
     """Keep the numbers of one step in the run's history (which a checkpoint carries) and pass them on."""
     s.history.append({"step": s.step, **metrics})
     log(metrics, s.step)
+
+
+def to_device(s: Session, batch: dict[str, Any]) -> tuple[Tensor, StepTargets, StepTargets]:
+    """Images and boxes of a collated batch on the device, and the boxes as they were chosen on the CPU."""
+    chosen = s.targets(batch)
+    targets = (chosen.pin_memory() if s.device.type == "cuda" else chosen).to(s.device)
+    return network_input(batch["img"], s.device), targets, chosen
 
 
 def step_metrics(
