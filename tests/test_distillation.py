@@ -259,7 +259,8 @@ def test_compiled_networks_give_the_same_losses(prepared):
         s = build_session(job, WorkerGroup(), CPU)
         images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            histories.append(s.criterion(s.wrapped(images), s.teacher(images), _targets(), 0.0).losses)
+            targets = s.targets({**_batch(), "img": images})
+            histories.append(s.criterion(s.wrapped(images), s.teacher(images), targets, 0.0).losses)
     for name, value in histories[0].items():
         torch.testing.assert_close(histories[1][name], value, rtol=1e-3, atol=1e-4)
 

@@ -1,8 +1,8 @@
-"""Which anchor point answers for which box: task-aligned assignment (TOOD, Feng et al., ICCV 2021, section 3.2) as Ultralytics
-computes it, on padded boxes with masks, so that the device is never asked how many there are.
+"""Which anchor point answers for which box: task-aligned assignment (TOOD, Feng et al., ICCV 2021, section 3.2) as
+Ultralytics computes it, on padded boxes with masks, so that the device is never asked how many there are.
 
-Ultralytics looks at pairs of box and anchor point that lie in each other (`nonzero`, a wait for the device); here all pairs are
-computed, some images at a time so that memory stays bounded. Choice and scores are the same, bit by bit.
+Ultralytics looks at pairs of box and anchor point that lie in each other (`nonzero`, a wait for the device); here all
+pairs are computed, some images at a time so that memory stays bounded. Choice and scores are the same, bit by bit.
 
 Legend: B images, M places for boxes, A anchor points, C classes.
 """
@@ -125,5 +125,5 @@ def _inside(points_a2: Tensor, boxes_bm4: Tensor, valid_bm: Tensor, smallest: fl
     centre, size = (low + high) / 2, high - low
     half = size.clamp(min=smallest) / 2
     low, high = (centre - half).unsqueeze(2), (centre + half).unsqueeze(2)
-    inside = (points_a2 - low > EPS) & (high - points_a2 > EPS)
-    return inside.all(-1) & valid_bm.unsqueeze(-1)
+    inside: Tensor = (points_a2 - low > EPS) & (high - points_a2 > EPS)
+    return torch.logical_and(inside.all(-1), valid_bm.unsqueeze(-1))

@@ -43,7 +43,8 @@ def inner_focaler_eiou(
 
 def ciou(predicted_xyxy: Tensor, target_xyxy: Tensor) -> Tensor:
     """1 - Complete-IoU (Zheng et al., AAAI 2020, eq. 10), Ultralytics' own; shapes as `inner_focaler_eiou`."""
-    return 1.0 - bbox_iou(predicted_xyxy, target_xyxy, xywh=False, CIoU=True).squeeze(-1)
+    overlap: Tensor = bbox_iou(predicted_xyxy, target_xyxy, xywh=False, CIoU=True)
+    return 1.0 - overlap.squeeze(-1)
 
 
 BOX_LOSSES = {"ciou": ciou, "inner_focaler_eiou": inner_focaler_eiou}

@@ -8,7 +8,7 @@ Ultralytics divides by the sum of target scores of the local process. Here the l
 normaliser beside it, so that the caller can add both over all workers first: the number of workers then does not change
 the result.
 
-Legend: B images, A anchor points, C classes, M places for boxes, U places for ignored areas, K places for positives, R DFL bins.
+Legend: B images, A anchor points, C classes, M places for boxes, U for ignored areas, K for positives, R DFL bins.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def ignored_points(targets: Targets, anchors: Anchors) -> Tensor:
     """(B,A) bool: anchor points inside an ignored area or of a silent image; a box thinner than a cell covers the cell it
     lies in.
 
-    A box covers a product of rows and columns of a grid, so that boxes are counted by a product of matrices: memory grows with
-    (rows + columns) x boxes, and not with anchor points x boxes.
+    A box covers a product of rows and columns of a grid, so that boxes are counted by a product of matrices: memory grows
+    with (rows + columns) x boxes, and not with anchor points x boxes.
     """
     silent = targets.silent.unsqueeze(1)
     if targets.ignored_xywh.shape[1] == 0:
