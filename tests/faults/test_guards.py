@@ -5,6 +5,7 @@ import torch
 
 from dfssd.distill.criterion import StudentOutput
 from dfssd.errors import DfssdError
+from dfssd.models.head import HeadOutput
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
 
@@ -12,7 +13,7 @@ from dfssd.train import guards
 def _outputs():
     first = torch.nn.Parameter(torch.ones(3))
     hidden = first * 2
-    raw = {"one2many": {"boxes": hidden * 1.0, "scores": hidden + 1, "feats": []}}
+    raw = {"one2many": HeadOutput(hidden * 1.0, hidden + 1, [])}
     return first, StudentOutput(raw, [], [hidden * 3])
 
 
