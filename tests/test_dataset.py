@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from dfssd.config import Train
-from dfssd.data import images as images_module
-from dfssd.data import loaders
+from dfssd.data import loaders, reading
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, collate, network_input
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.loaders import training_loader, validation_batches
@@ -171,7 +170,7 @@ def far_away(prepared, monkeypatch):
             running[0] -= 1
         return Path(uri.removeprefix("s3://b/")).read_bytes()
 
-    monkeypatch.setattr(images_module, "read_uri", read)
+    monkeypatch.setattr(reading, "read_uri", read)
     near, rows = _dataset(prepared, mixup=0.4)
     far = [dataclasses.replace(row, uri=f"s3://b/{row.uri}") for row in rows]
     stream = TrainingSet(far, [r.boxes for r in far], Train(imgsz=64, mixup=0.4))

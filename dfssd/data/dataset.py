@@ -17,7 +17,7 @@ from dfssd.data.augment import Plan, Recipe, draw_plan, make_sample
 from dfssd.data.cache import DiskCache
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.fit import into
-from dfssd.data.images import Images, decode, disk_cache, shrink
+from dfssd.data.reading import Images, decode, disk_cache, shrink
 from dfssd.data.sampling import Draw
 from dfssd.data.strong_view import strong_view
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # what a loading process does not need, it does not import
     from dfssd.config import Train
     from dfssd.data.manifest import Boxes, Row
 
-__all__ = ["decode", "disk_cache", "shrink"]  # from dfssd.data.images
+__all__ = ["decode", "disk_cache", "shrink"]  # from dfssd.data.reading
 
 Sample = dict[str, Any]
 VAL_BATCH = 16  # as in `yolo val`: with rectangular batches the batch size is part of the measurement

@@ -56,12 +56,12 @@ class DecodedCache:
         except OSError as error:
             self._fault(error)
 
-    def read(self, image_id: str, imgsz: int) -> np.ndarray | None:
+    def read(self, key: str, imgsz: int) -> np.ndarray | None:
         """(h,w,3) or (h,w) uint8, mapped and not to be written to; None where it is not kept."""
         if self._faulty:
             return None
         try:
-            with self._place(image_id, imgsz).open("rb") as file:
+            with self._place(key, imgsz).open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):  # not there, or empty
             return None
@@ -73,11 +73,11 @@ class DecodedCache:
         shape = (height, width) if channels == 1 else (height, width, channels)
         return np.frombuffer(data, np.uint8, offset=_HEADER.size).reshape(shape)
 
-    def keep(self, image_id: str, imgsz: int, image: np.ndarray) -> None:
+    def keep(self, key: str, imgsz: int, image: np.ndarray) -> None:
         """Store an image if there is room."""
         if self._faulty or not self._has_room(image.nbytes):
             return
-        place = self._place(image_id, imgsz)
+        place = self._place(key, imgsz)
         channels = 1 if image.ndim == 2 else image.shape[2]
         part = None
         try:
@@ -95,7 +95,7 @@ class DecodedCache:
 
     def make_room(self, rows: Sequence[Row], imgsz: int) -> None:
         """Before training: if what is kept leaves no room for these images, drop others, the oldest first."""
-        wanted = {self._place(row.image_id, imgsz).name: 3 * imgsz**2 * _share(row) for row in rows}
+        wanted = {self._place(key_of(row), imgsz).name: 3 * imgsz**2 * _share(row) for row in rows}
         kept = list(self._files())
         here = {file.name for _, _, file in kept}
         used = sum(size for _, size, _ in kept)
@@ -110,8 +110,8 @@ class DecodedCache:
                 excess -= size
         self._since_look = self.limit
 
-    def _place(self, image_id: str, imgsz: int) -> Path:
-        return self.folder / image_id[:2] / f"{image_id}-{imgsz}"
+    def _place(self, key: str, imgsz: int) -> Path:
+        return self.folder / key[:2] / f"{key}-{imgsz}"
 
     def _has_room(self, size: int) -> bool:
         """Would the image fit? Each process counts what it writes, and looks at the folder now and then."""
@@ -143,6 +143,11 @@ class DecodedCache:
         if not self._faulty:
             print(f"WARNING: decoded images are not kept in {self.folder}: {error}", flush=True)
         self._faulty = True
+
+
+def key_of(row: Row) -> str:
+    """Under which its pixels are kept: those of a picture of more than 8 bits depend on its white level too."""
+    return row.image_id + (f"-{row.white:g}" if row.white else "")
 
 
 def _share(row: Row) -> float:

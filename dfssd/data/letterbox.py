@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dfssd.config import Train
 from dfssd.data.fit import Fit, fit_of, into
-from dfssd.data.images import decode, disk_cache
 from dfssd.data.manifest import Boxes
+from dfssd.data.reading import decode, disk_cache
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import is_remote, side_by_side
 
@@ -22,6 +22,7 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
     """Read and letterbox the images of a shard on a CPU task.
 
     Args:
+        row: uris, and where some have more than 8 bits whites, as in the manifest.
         train: settings that name a cache on disk; none: no cache.
 
     Returns:
@@ -33,15 +34,16 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
     images = np.full((n, imgsz, imgsz, 3), 114, np.uint8)
     geometry, sizes = np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32)
 
-    def load(uri: str) -> tuple[np.ndarray, Fit] | None:
+    def load(place: tuple[str, float]) -> tuple[np.ndarray, Fit] | None:
         try:
-            full = decode(uri, cache)
+            full = decode(place[0], cache, place[1])
         except DfssdError:
             return None  # becomes a row without boxes, and so a row of bad_files.parquet
         return into(full, (imgsz, imgsz))
 
     uris = [str(uri) for uri in row["uris"]]
-    for k, found in enumerate(side_by_side(load, uris, any(map(is_remote, uris)))):
+    places = list(zip(uris, map(float, row.get("whites", np.zeros(n))), strict=True))
+    for k, found in enumerate(side_by_side(load, places, any(map(is_remote, uris)))):
         if found is None:
             continue
         image, fit = found
