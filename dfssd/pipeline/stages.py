@@ -99,7 +99,13 @@ def run_stage(context: Context, name: str) -> dict[str, Any]:
         DfssdError: a user error, with the stage left so that the same command goes on.
     """
     stage = make_stage(context.config, context.run, name)
-    state = stage.begin(context.config.run.overwrite)
+    with stage.lease():
+        return _run_held(context, stage)
+
+
+def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
+    """`run_stage`, where no other driver makes the same stage."""
+    name, state = stage.name, stage.begin(context.config.run.overwrite)
     if state == "finished":
         record = stage.store.read_json("stage.json")
         print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)
