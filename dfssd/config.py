@@ -249,6 +249,25 @@ class Distill(Section):
         return self.lambda_p > 0 or self.lambda_f > 0 or (self.lambda_l > 0 and self.prediction == "soft")
 
 
+class MeanTeacher(Section):
+    """The stage `mean_teacher`: the teacher goes on with labelled and unlabelled images, which its average labels."""
+
+    mean_teacher_steps: int = Field(0, ge=0, description="Its optimiser steps; 0: as many as the teacher's.")
+    mean_teacher_lr: float = Field(0.0005, gt=0, description="Its peak learning rate: the teacher has learnt already.")
+    mean_teacher_decay: float = Field(0.998, gt=0, lt=1, description="Decay of the weight average that labels.")
+    mean_teacher_policy: Literal["match", "gmm", "fixed"] = Field(
+        "match", description="How its class thresholds follow from the scores of the last steps."
+    )
+    mean_teacher_power: float = Field(0.5, ge=0, description="Weight of a pseudo-label: its score to this power.")
+    mean_teacher_weight: float = Field(1.0, gt=0, description="Weight of its pseudo-label loss.")
+    strong_view: float = Field(
+        1.0,
+        ge=0,
+        le=3,
+        description="Strength of noise, contrast, blur and grey patches in what it learns from; 0: none.",
+    )
+
+
 class Evaluate(Section):
     """How the finished models are measured."""
 
@@ -272,6 +291,7 @@ class Config(Section):
     pseudo: Pseudo = Pseudo()
     thresholds: Thresholds = Thresholds()
     distill: Distill = Distill()
+    mean_teacher: MeanTeacher = MeanTeacher()
     evaluate: Evaluate = Evaluate()
     baseline: bool = Field(True, description="Also train the label-only student for as many steps, as a gate.")
     publish_best: bool = Field(
@@ -315,6 +335,10 @@ class Config(Section):
     def teacher_steps(self) -> int:
         """Optimiser steps of the teacher."""
         return self.train.teacher_steps or self.train.steps
+
+    def mean_teacher_steps(self) -> int:
+        """Optimiser steps of the mean teacher."""
+        return self.mean_teacher.mean_teacher_steps or self.teacher_steps()
 
 
 def as_dict(section: BaseModel, *leave_out: str) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dfssd.config import Config, Distill, as_dict
+from dfssd.config import Config, Distill, Train, as_dict
 from dfssd.runtime.storage import Storage
+
+MEAN_TEACHER = "mean_teacher"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,22 @@ class TrainJob:
         return is_teacher(self.stage)
 
     @property
+    def labels_itself(self) -> bool:
+        """Does the network's own average label the unlabelled images inside the loop?"""
+        return self.stage == MEAN_TEACHER
+
+    @property
+    def train(self) -> Train:
+        """Settings of the loop; a mean teacher has a learning rate and an average of its own."""
+        if not self.labels_itself:
+            return self.config.train
+        own = self.config.mean_teacher
+        return self.config.train.model_copy(update={"lr": own.mean_teacher_lr, "ema_decay": own.mean_teacher_decay})
+
+    @property
     def steps(self) -> int:
+        if self.labels_itself:
+            return self.config.mean_teacher_steps()
         return self.config.teacher_steps() if self.trains_teacher else self.config.train.steps
 
     @property
@@ -58,6 +75,15 @@ class TrainJob:
 
     def distill_settings(self) -> Distill | None:
         """Settings of the terms beside L_sup. A teacher of a later round has no teacher, and so L_pse alone of them."""
+        if self.labels_itself:
+            own = self.config.mean_teacher
+            return self.config.distill.model_copy(
+                update={
+                    "lambda_u": own.mean_teacher_weight,
+                    "score_power": own.mean_teacher_power,
+                    "agreement_min": 0.0,
+                }
+            )
         return self.config.distill if self.distills or self.pseudo else None
 
     @property
@@ -84,6 +110,8 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
     teacher = is_teacher(stage)
     if not teacher:
         del train["teacher_patience"]
+    if stage == MEAN_TEACHER:
+        del train["lr"], train["ema_decay"]
     settings: dict[str, Any] = {
         "model": config.models.teacher if teacher else config.models.student,
         "steps": config.teacher_steps() if teacher else config.train.steps,
@@ -91,7 +119,13 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
         "seed": config.run.seed,
         "train": train,
     }
-    if stage == "student" or (teacher and stage != "teacher"):
+    if stage == MEAN_TEACHER:
+        settings["steps"] = config.mean_teacher_steps()
+        settings["mean_teacher"] = as_dict(config.mean_teacher, "mean_teacher_steps")
+        settings["pseudo"] = {k: getattr(config.pseudo, k) for k in ("floor", "nms_iou", "max_candidates")}
+        settings["distill"] = {k: getattr(config.distill, k) for k in ("unlabelled_ratio", "uncertain")}
+        settings["thresholds"] = {k: getattr(config.thresholds, k) for k in ("tau", "tau_min", "tau_max")}
+    elif stage == "student" or (teacher and stage != "teacher"):
         own = ("unlabelled_ratio", "score_power", "uncertain", "agreement_min", "lambda_u")
         distill = as_dict(config.distill, "distill_teacher")  # its content counts, not its path: see make_stage
         settings["distill"] = distill if stage == "student" else {k: distill[k] for k in own}
@@ -100,5 +134,5 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
 
 
 def is_teacher(stage: str) -> bool:
-    """Is this the stage of a teacher, of whatever round?"""
-    return stage.split("_")[0] == "teacher"
+    """Is this the stage of a teacher, of whatever round or kind?"""
+    return stage == MEAN_TEACHER or stage.split("_")[0] == "teacher"
