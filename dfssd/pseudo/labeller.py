@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -21,7 +22,7 @@ from dfssd.data.bad_files import write_bad
 from dfssd.data.checks import Problem
 from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, read_table
-from dfssd.errors import DfssdError
+from dfssd.errors import DfssdError, StorageError
 from dfssd.pseudo.teachers import TeacherActor
 from dfssd.pseudo.thresholds import ScoreCounts, score_bin
 from dfssd.runtime.cluster import alive_nodes
@@ -72,8 +73,8 @@ def label(
     unlabelled = manifest.unlabelled_rows()
     val = sorted((r for r in manifest.of_split("val") if r.boxes is not None), key=lambda r: r.image_id)
     every = shards(unlabelled, "shard") + shards(val, "val")
-    done = {f for f in store.files(recursive=False) if f.endswith(".parquet") and _is_whole(store, f)}
-    todo = [s for s in every if s["file"] not in done]
+    done = set(store.files(recursive=False))
+    todo = [s for s in every if s["file"] not in done or not _is_whole(store, s)]
     if done and len(todo) < len(every):
         print(f"{folder}: resumed, {len(every) - len(todo)} of {len(every)} shards are there", flush=True)
     if todo:
@@ -82,9 +83,18 @@ def label(
     return _summarise(config, store, manifest)
 
 
-def _is_whole(store: Storage, name: str) -> bool:
-    """Has every image of the shard been read? The others are tried again: somebody may have brought them back."""
-    return not name.startswith(("shard-", "val-")) or read_table(store, name)["boxes"].null_count == 0
+def _is_whole(store: Storage, shard: dict[str, Any]) -> bool:
+    """Is every image of the shard in its file, and read? A damaged file is made again, and so is one with images that could
+    not be read: somebody may have brought them back."""
+    try:
+        table = read_table(store, shard["file"])
+        return sorted(table["image_id"].to_pylist()) == sorted(shard["ids"]) and table["boxes"].null_count == 0
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        why = str(error).splitlines()[0][:200]
+        print(f"WARNING: {store.path(shard['file'])} is damaged ({why}) and is labelled again", flush=True)
+        return False
 
 
 def _actors(config: Config) -> tuple[int, float, bool]:

@@ -41,7 +41,7 @@ def machine() -> str:
 
 
 def began(pid: int) -> str | None:
-    """When a process of this machine began (ticks since boot), which tells a later one of its number apart; None: it is dead."""
+    """When a process of this machine began (ticks since boot): its number may be given to another. None: it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except FileNotFoundError:

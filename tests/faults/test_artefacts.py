@@ -11,6 +11,7 @@ import faulty
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from small import tiny_config
 
 from dfssd.data.manifest import pseudo_table, write_table
 from dfssd.errors import DamagedFile, DfssdError, StorageError
@@ -157,6 +158,21 @@ def test_a_full_or_read_only_disk_at_every_write_of_a_stage(tmp_path, monkeypatc
         assert not list(tmp_path.rglob("*.part")), "what was half written takes no room"
         assert _pseudo(run)[0] in ("new", "interrupted") and _pseudo(run)[0] == "finished"  # there is room again
     assert n > 8, "every write was met"
+
+
+@pytest.mark.parametrize("damage", [_lose_rows, _cut], ids=["rows lost", "cut"])
+def test_a_damaged_shard_of_an_unfinished_labelling_is_labelled_again(tmp_path, damage):
+    """No stage.json tells its size yet."""
+    from dfssd.pseudo.labeller import _is_whole
+
+    _pseudo(Storage(str(tmp_path)))
+    store, shard = (
+        Storage(str(tmp_path)).at("pseudo"),
+        {"file": "shard-00001.parquet", "ids": [f"1{i}" for i in range(8)]},
+    )
+    assert _is_whole(store, shard)
+    damage(tmp_path / "pseudo" / "shard-00001.parquet")
+    assert not _is_whole(store, shard)
 
 
 # Leases
