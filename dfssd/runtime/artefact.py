@@ -20,7 +20,6 @@ from dfssd.runtime.artefact_names import split_round
 from dfssd.runtime.lease import Lease
 from dfssd.runtime.storage import Storage, side_by_side
 
-RECORD = ("config", "inputs", "digest", "summary")  # what every stage.json holds
 REMADE = {"pseudo": ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
 
@@ -102,13 +101,14 @@ class Stage:
         return digests
 
     def record_of(self, name: str) -> dict[str, Any]:
-        """The `stage.json` of an artefact of this run.
+        """The `stage.json` of this artefact or of an input.
 
         Raises:
             DamagedFile: it is empty, cut, or of another shape.
         """
         todo = f"restore it from a backup, or make '{name}' again with --overwrite"
-        return self.run.read_record(f"{name}/stage.json", RECORD, todo)
+        keys = ("config", "inputs", "digest", "summary") if name == self.name else ("digest",)
+        return self.run.read_record(f"{name}/stage.json", keys, todo)
 
     def key(self) -> dict[str, Any]:
         return {"config": self.config, "inputs": self.input_digests()}
