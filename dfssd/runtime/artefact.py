@@ -16,11 +16,11 @@ from typing import Any
 
 from dfssd import __version__
 from dfssd.errors import DamagedFile, DfssdError
-from dfssd.runtime.artefact_names import split_round
+from dfssd.runtime.artefact_names import PSEUDO, ArtefactName, is_finished
 from dfssd.runtime.lease import Lease
 from dfssd.runtime.storage import Storage, side_by_side
 
-REMADE = {"pseudo": ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
+REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
 
 
@@ -67,40 +67,40 @@ class Stage:
 
     Args:
         run: storage of the run, `<storage-path>/<run-name>`.
-        name: folder of the artefact (dataset, teacher, label_only, pseudo, student, report).
+        name: of the artefact; as text its folder.
         config: the settings this stage's result depends on.
-        inputs: names of the stages it reads; their output digests become part of what must match.
+        inputs: artefacts that it reads; their output digests become part of what must match.
     """
 
     run: Storage
-    name: str
+    name: ArtefactName
     config: dict[str, Any]
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[ArtefactName, ...] = ()
     started: float = field(default_factory=time.time)
     held: Lease | None = field(default=None, init=False)
 
     @property
     def store(self) -> Storage:
-        return self.run.at(self.name)
+        return self.run.at(str(self.name))
 
     def lease(self) -> Lease:
         """What must be held while the stage is made, so that no two drivers make it at once."""
-        self.held = Lease(self.run, self.name)
+        self.held = Lease(self.run, str(self.name))
         return self.held
 
     def input_digests(self) -> dict[str, str]:
-        digests = {}
+        digests = dict[str, str]()
         for name in self.inputs:
-            if not self.run.exists(f"{name}/stage.json"):
+            if not is_finished(self.run, name):
                 raise DfssdError(
                     f"stage '{self.name}' needs the artefact '{name}', which is not finished",
-                    where=self.run.path(name),
+                    where=self.run.path(str(name)),
                     todo="run that stage first, or jobs/pipeline.py, which runs all in order",
                 )
-            digests[name] = self.record_of(name)["digest"]
+            digests[str(name)] = self.record_of(name)["digest"]
         return digests
 
-    def record_of(self, name: str) -> dict[str, Any]:
+    def record_of(self, name: ArtefactName) -> dict[str, Any]:
         """The `stage.json` of this artefact or of an input.
 
         Raises:
@@ -125,6 +125,13 @@ class Stage:
             raise self._refusal(state, changed)
         return self._mended(remove=False) if state == "finished" else state
 
+    def differs(self) -> bool:
+        """Was what is there made, or begun, with other settings or inputs, or is it damaged?"""
+        try:
+            return bool(self._compared(self.key())[1])
+        except DamagedFile:
+            return True
+
     def _compared(self, key: dict[str, Any]) -> tuple[str, list[str]]:
         """State of what is there, and how its settings and inputs differ from `key`."""
         if self.store.exists("stage.json"):
@@ -145,7 +152,7 @@ class Stage:
         Raises:
             DfssdError: other outputs are damaged.
         """
-        remade = REMADE.get(split_round(self.name)[0], ())
+        remade = REMADE.get(self.name.role, ())
         outputs = self.record_of(self.name).get("outputs", {})
         damaged = damaged_outputs(self.store, outputs, read=remade)
         if not damaged:
@@ -172,15 +179,15 @@ class Stage:
         """
         for name in self.inputs:
             outputs = {k: v for k, v in self.record_of(name).get("outputs", {}).items() if not k.endswith(NOT_READ)}
-            damaged = damaged_outputs(self.run.at(name), outputs, read=tuple(outputs))
+            damaged = damaged_outputs(self.run.at(str(name)), outputs, read=tuple(outputs))
             if not damaged:
                 continue
-            remade = all(one.startswith(REMADE.get(split_round(name)[0], ("\0",))) for one in damaged)
+            remade = all(one.startswith(REMADE.get(name.role, ("\0",))) for one in damaged)
             job = "run jobs/pseudo_label.py (or jobs/pipeline.py) again: it makes what is damaged anew"
             raise DamagedFile(
                 f"stage '{self.name}' reads '{name}', which is damaged:\n    "
                 + "\n    ".join(f"{file}: {why}" for file, why in damaged.items()),
-                where=self.run.path(name),
+                where=self.run.path(str(name)),
                 todo=job if remade else f"restore the file from a backup, or make '{name}' again with --overwrite",
             )
 

@@ -17,18 +17,19 @@ from dfssd.data.manifest import pseudo_table, write_table
 from dfssd.errors import DamagedFile, DfssdError, StorageError
 from dfssd.runtime import lease as lease_module
 from dfssd.runtime.artefact import Stage
+from dfssd.runtime.artefact_names import ArtefactName as N
 from dfssd.runtime.lease import Lease
 from dfssd.runtime.storage import Storage
 
 
 def _pseudo(run, shards=2):
     """A finished 'pseudo' of a finished 'teacher', as the jobs leave them."""
-    teacher = Stage(run, "teacher", {"a": 1})
+    teacher = Stage(run, N("teacher"), {"a": 1})
     if teacher.begin(False) != "finished":
         teacher.store.write("best.pt", b"weights")
         teacher.store.write("last.pt", b"others")
         teacher.finish(["best.pt", "last.pt"], {})
-    stage = Stage(run, "pseudo", {"b": 1}, ("teacher",))
+    stage = Stage(run, N("pseudo"), {"b": 1}, (N("teacher"),))
     state = stage.begin(False)
     if state == "finished":
         return state, stage
@@ -60,17 +61,17 @@ def _cut(file):
 def test_a_damaged_shard_is_made_again_and_a_reader_refuses_it(tmp_path, damage, capsys):
     run = Storage(str(tmp_path))
     _, stage = _pseudo(run)
-    record = stage.record_of("pseudo")
+    record = stage.record_of(N("pseudo"))
     damage(tmp_path / "pseudo" / "shard-00001.parquet")
-    student = Stage(run, "student", {"c": 1}, ("pseudo",))
+    student = Stage(run, N("student"), {"c": 1}, (N("pseudo"),))
     with pytest.raises(DamagedFile, match=r"reads 'pseudo', which is damaged:\n    shard-00001.parquet") as caught:
         student.begin(False)
     assert "pseudo_label.py" in caught.value.todo and not run.exists("student/started.json")
-    assert Stage(run, "pseudo", {"b": 1}, ("teacher",)).state() == "interrupted"
+    assert Stage(run, N("pseudo"), {"b": 1}, (N("teacher"),)).state() == "interrupted"
     whole = (tmp_path / "pseudo" / "shard-00000.parquet").stat().st_mtime_ns
     assert _pseudo(run)[0] == "interrupted"  # the same command, typed again
     assert "shard-00001.parquet is damaged" in capsys.readouterr().out
-    assert stage.record_of("pseudo")["digest"] == record["digest"] and _pseudo(run)[0] == "finished"
+    assert stage.record_of(N("pseudo"))["digest"] == record["digest"] and _pseudo(run)[0] == "finished"
     assert (tmp_path / "pseudo" / "shard-00000.parquet").stat().st_mtime_ns == whole
     assert student.begin(False) == "new"
 
@@ -81,20 +82,20 @@ def test_any_other_damage_is_named_with_the_remedy(tmp_path, damage):
     _pseudo(run)
     kept = (tmp_path / "teacher" / "best.pt").read_bytes()
     damage(tmp_path / "teacher" / "best.pt")
-    for ask in (Stage(run, "teacher", {"a": 1}).state, lambda: Stage(run, "teacher", {"a": 1}).begin(False)):
+    for ask in (Stage(run, N("teacher"), {"a": 1}).state, lambda: Stage(run, N("teacher"), {"a": 1}).begin(False)):
         with pytest.raises(DamagedFile, match=r"'teacher' is damaged:\n    best.pt: it") as caught:
             ask()
         assert "--overwrite" in caught.value.todo and "restore" in caught.value.todo
     (tmp_path / "teacher" / "best.pt").write_bytes(kept)
-    assert Stage(run, "teacher", {"a": 1}).begin(False) == "finished"
+    assert Stage(run, N("teacher"), {"a": 1}).begin(False) == "finished"
     damage(tmp_path / "teacher" / "best.pt")
-    assert Stage(run, "teacher", {"a": 1}).begin(True) == "new" and not run.exists("teacher/last.pt")
+    assert Stage(run, N("teacher"), {"a": 1}).begin(True) == "new" and not run.exists("teacher/last.pt")
 
 
 def test_a_bit_flipped_in_an_input_is_noticed_before_anything_starts(tmp_path):
     run = Storage(str(tmp_path))
     _pseudo(run)
-    student = Stage(run, "student", {"c": 1}, ("teacher", "pseudo"))
+    student = Stage(run, N("student"), {"c": 1}, (N("teacher"), N("pseudo")))
     assert student.begin(False) == "new"
     _flip(tmp_path / "teacher" / "last.pt")  # which nobody reads
     assert student.begin(False) == "interrupted"
@@ -102,7 +103,7 @@ def test_a_bit_flipped_in_an_input_is_noticed_before_anything_starts(tmp_path):
     with pytest.raises(DamagedFile, match=r"reads 'teacher'.*\n    best.pt: its sha256 differs"):
         student.begin(False)
     with pytest.raises(DamagedFile):  # --overwrite of the reader does not help, and must delete nothing
-        Stage(run, "student", {"c": 2}, ("teacher", "pseudo")).begin(True)
+        Stage(run, N("student"), {"c": 2}, (N("teacher"), N("pseudo"))).begin(True)
     assert run.exists("student/started.json")
 
 
@@ -115,12 +116,12 @@ def test_a_damaged_record_is_a_user_error_that_names_the_file(tmp_path, name, co
     if name == "started.json":
         run.delete("teacher/stage.json")
     with pytest.raises(DamagedFile) as caught:
-        Stage(run, "teacher", {"a": 1}).begin(False)
+        Stage(run, N("teacher"), {"a": 1}).begin(False)
     assert f"teacher/{name}" in caught.value.where and "--overwrite" in caught.value.todo
     if name == "stage.json":
         with pytest.raises(DamagedFile):  # a stage that reads it
-            Stage(run, "student", {}, ("teacher",)).begin(False)
-    assert Stage(run, "teacher", {"a": 1}).begin(True) == "new"
+            Stage(run, N("student"), {}, (N("teacher"),)).begin(False)
+    assert Stage(run, N("teacher"), {"a": 1}).begin(True) == "new"
 
 
 def test_a_power_cut_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
@@ -264,7 +265,7 @@ def test_of_many_that_come_at_once_after_a_death_one_gets_it(tmp_path, monkeypat
 
 def test_who_was_taken_for_dead_does_not_finish(tmp_path):
     run = Storage(str(tmp_path))
-    stage = Stage(run, "teacher", {})
+    stage = Stage(run, N("teacher"), {})
     with stage.lease():
         stage.begin(False)
         run.write_json("leases/teacher.json", {"host": "b", "pid": 1, "token": "another"})
@@ -274,11 +275,12 @@ def test_who_was_taken_for_dead_does_not_finish(tmp_path):
 
 
 def test_a_stage_is_refused_while_another_driver_makes_it(tmp_path, other, monkeypatch):
-    from dfssd.pipeline.stages import Context, run_stage
+    from dfssd.pipeline.context import Context
+    from dfssd.pipeline.run import run_stage
 
     process, _ = other
     monkeypatch.setattr(lease_module, "GRACE_S", 0.1)
     config = tiny_config(tmp_path.parent, run_name=tmp_path.name)
     with pytest.raises(DfssdError, match=f"is being made by process {process.pid}"):
-        run_stage(Context(config), "teacher")
+        run_stage(Context(config), N("teacher"))
     assert not (tmp_path / "teacher").exists()
