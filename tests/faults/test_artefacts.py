@@ -164,7 +164,7 @@ def test_a_full_or_read_only_disk_at_every_write_of_a_stage(tmp_path, monkeypatc
 @pytest.mark.parametrize("damage", [_lose_rows, _cut], ids=["rows lost", "cut"])
 def test_a_damaged_shard_of_an_unfinished_labelling_is_labelled_again(tmp_path, damage):
     """No stage.json tells its size yet."""
-    from dfssd.pseudo.labeller import _is_whole
+    from dfssd.pseudo.shards import _is_whole
 
     _pseudo(Storage(str(tmp_path)))
     store, shard = (
