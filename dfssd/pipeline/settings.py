@@ -30,7 +30,7 @@ FREE = frozenset(
         *section("run", "seed"),
         *("data.bad_limit", "data.max_side", "data.update"),
         *("train.log_every", "train.compile", "train.loader_workers"),
-        *("train.cache_gib", "train.cache_dir", "train.cache_dir_gib"),
+        *("train.cache_gib", "train.decoded_dir", "train.cache_dir", "train.cache_dir_gib"),
         *("pseudo.label_batch", "pseudo.num_actors", "pseudo.unreadable_limit"),
     )
 )
