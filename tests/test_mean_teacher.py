@@ -6,6 +6,7 @@ import torch
 from small import make_job, tiny_config
 
 from dfssd.config import Thresholds
+from dfssd.data.dataset import network_input
 from dfssd.data.manifest import read_manifest
 from dfssd.data.strong_view import strong_view
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
@@ -13,10 +14,10 @@ from dfssd.pseudo.running import HALVED_EVERY, RunningThresholds
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import mean_teacher as module
+from dfssd.train.in_process import train_in_process
 from dfssd.train.loop import label_in_loop
 from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.session import build_session
-from dfssd.train.worker import train_in_process
 
 EAGER = {"floor": 1e-5, "tau_min": 1e-6, "max_candidates": 20}  # an untrained head's scores count
 
@@ -100,7 +101,7 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     assert (batch["batch_idx"] < labelled).all()  # an unlabelled image brings no box
     seen = []
     s.in_loop.average.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    weak = batch["img"].float() / 255
+    weak = network_input(batch["img"], torch.device("cpu"))
     images, full = label_in_loop(s, weak, dict(batch))
     assert torch.equal(seen[0], weak[labelled:])
     assert torch.equal(images[:labelled], weak[:labelled]) and not torch.equal(images[labelled:], weak[labelled:])
@@ -111,7 +112,7 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     assert (xywh[:, :2] - xywh[:, 2:] / 2 > -1e-5).all() and (xywh[:, :2] + xywh[:, 2:] / 2 < 1 + 1e-5).all()
     assert full["score"][own].max() <= 1 and (full["score"][~own] == 1).all()
     # The loss of the pseudo-labels reaches the network, and the network alone.
-    terms = s.criterion(s.student(images), None, full, 0.1)
+    terms = s.criterion(s.student(images), None, s.targets(full), 0.1)
     (terms.losses["pse/cls"] + terms.losses["pse/box"]).backward()
     assert next(s.student.parameters()).grad.abs().sum() > 0
     assert all(p.grad is None for p in s.ema.ema.parameters())

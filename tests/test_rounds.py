@@ -25,7 +25,7 @@ from dfssd.runtime.artefact_names import (
     newest_round,
 )
 from dfssd.runtime.storage import Storage
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,10 +135,8 @@ WITH_BETTER_TEACHERS = """
 import sys
 import dfssd.pipeline.stages as stages
 stages.val_score = lambda run, name: name.round  # eight steps teach nothing: pretend that they did
-from dfssd.cli import main
-sys.path.insert(0, "jobs")
-import pipeline
-main(pipeline.job)
+from dfssd.cli import run
+run("pipeline")
 """
 
 

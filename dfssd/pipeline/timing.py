@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -133,8 +132,9 @@ def step_timer(config: Config) -> StepTimer:
 
 def time_step(config: Config, networks: Networks, resources: Resources, unlabelled: bool) -> tuple[str, float]:
     """Where this runs, and seconds of one worker's training step there: the faster of two after a first, on random images."""
-    from dfssd.models.detector import autocast_dtype, branches, build_detector
+    from dfssd.models.detector import autocast_dtype, build_detector
     from dfssd.models.detector import threads as using_threads
+    from dfssd.models.head import branches
 
     images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
     images = max(1, images // config.run.workers[0])
@@ -144,9 +144,8 @@ def time_step(config: Config, networks: Networks, resources: Resources, unlabell
     def forward(model: torch.nn.Module, batch: torch.Tensor, amp: str) -> torch.Tensor:
         dtype = autocast_dtype(amp, device)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            raw: Any = branches(model(batch))["one2many"]
-        boxes, scores = (raw["boxes"], raw["scores"]) if isinstance(raw, dict) else (raw.boxes, raw.scores)
-        return torch.as_tensor(boxes.mean() + scores.mean())
+            raw = branches(model(batch))["one2many"]
+        return torch.as_tensor(raw.boxes.mean() + raw.scores.mean())
 
     def built(spec: str, weights: bytes | None) -> torch.nn.Module:
         model = build_detector(spec, names, config.train.imgsz, weights).train()

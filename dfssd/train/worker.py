@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,6 @@ from dfssd.train.heartbeat import Heart, Store, Watch
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 
-KEEP = 2  # checkpoints; the newest may be the one that was being written
 RESIZE_S = 30.0  # between looks at whether the cluster can hold more workers; a resize restarts from the checkpoint
 MAX_FAILURES = 3  # restarts of the worker group from the newest checkpoint
 FIRST_TIMEOUT_S = 600  # of a collective, until all workers have made a step
@@ -202,7 +201,7 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int) -> dict[str, Any]:
         """Persist a checkpoint, manifest last, and report. Ray itself would upload the files in an order of its own, and a
         worker killed on the way would leave a checkpoint that only looks like one."""
         if world.rank == 0:
-            checkpoint.store_newest(job.store.at("train"), session.step, session.state(), KEEP)
+            checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
         ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
     try:
@@ -210,27 +209,3 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int) -> dict[str, Any]:
     finally:
         if tracker:
             tracker.close()
-
-
-def train_in_process(
-    job: TrainJob, device: torch.device | None = None, on_validation: Callable[[Session], None] | None = None
-) -> dict[str, Any]:
-    """Run the loop in this process, with checkpoints, without a worker group: for trials of a sweep and for tests.
-
-    Args:
-        device: default the CPU.
-        on_validation: called after each validation, once its checkpoint is stored.
-    """
-    from dfssd.train.loop import train
-
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id)
-
-    def save(metrics: dict[str, Any], session: Session) -> None:
-        checkpoint.store_newest(job.store.at("train"), session.step, session.state(), KEEP)
-        if on_validation:
-            on_validation(session)
-
-    try:
-        return train(job, WorkerGroup(), device or torch.device("cpu"), tracker.log, save)
-    finally:
-        tracker.close()
