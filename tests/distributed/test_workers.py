@@ -13,6 +13,7 @@ from dfssd.config import Run
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
 from dfssd.runtime.cluster import Resources, worker_resources
+from dfssd.runtime.storage import Storage
 from dfssd.train.worker import fit
 
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
