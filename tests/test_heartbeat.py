@@ -45,7 +45,7 @@ class Driver:
 def test_a_group_that_does_not_start(store):
     driver = Driver(store)
     driver.pass_time(59)
-    assert driver.lines == ["student: waits for 2 workers, 0:31; 1 CPU free"]
+    assert driver.lines == ["student: no worker has started in 0:46; 2 workers are asked for, 1 CPU free"]
     driver.pass_time(60)
     assert len(driver.lines) == 2  # once a minute
 

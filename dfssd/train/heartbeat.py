@@ -27,6 +27,7 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.progress import clock
 
 BEAT_S = 3.0
+START_S = 45.0  # without a worker's first sign of life, after which it is said what the group asks for
 SILENT_S = 30.0  # without a beat, after which a rank is named
 STUCK_S = 50.0  # without a step of any rank, after which it is said where each of them is
 AGAIN_S = 60.0  # between two lines that say the same
@@ -177,8 +178,9 @@ class Watch:
         now = self.clock_s()
         size = self._read(now)
         if not self.ranks:
-            if now - self.begun > SILENT_S:
-                self._tell("start", f"waits for {self.asked}, {clock(now - self.begun)}; {self.free()} free")
+            if now - self.begun > START_S:
+                waited = clock(now - self.begun)
+                self._tell("start", f"no worker has started in {waited}; {self.asked} are asked for, {self.free()} free")
             return
         silent = [r for r in range(size) if r not in self.ranks or now - self.ranks[r].beat_at > SILENT_S]
         for rank in silent:
