@@ -13,8 +13,8 @@ from dfssd.data.manifest import read_table
 from dfssd.errors import DfssdError
 from dfssd.runtime.artefact_names import finished_models, improved, in_round, newest_round, split_round
 from dfssd.runtime.storage import Storage
+from dfssd.train.in_process import train_in_process
 from dfssd.train.job import TrainJob, stage_config
-from dfssd.train.worker import train_in_process
 
 ROOT = Path(__file__).parents[1]
 
