@@ -207,6 +207,21 @@ class Distill(Section):
     uncertain: Literal["ignore", "background"] = Field(
         "ignore", description="What a candidate below its threshold says: nothing, or (harmful) 'no defect here'."
     )
+    silent: Literal["ignore", "background"] = Field(
+        "ignore", description="What an unlabelled image without any candidate says: nothing, or 'no defect here'."
+    )
+    student_view: float = Field(
+        0.0,
+        ge=0,
+        le=3,
+        description="Strength of the student's strong view of unlabelled images (see --strong-view); 0: none.",
+    )
+    fade: float = Field(
+        0.02,
+        ge=0,
+        description="Lead over its teacher (val mAP50-95, 0..1) at which the student learns from its own average instead; "
+        "0: the teacher's terms never fade.",
+    )
     agreement_min: float = Field(
         0.0, ge=0, le=1, description="Agreement under flips from which a pseudo-label teaches its box; 0: always."
     )

@@ -1,8 +1,9 @@
 """How often a score is right, by class, measured on the val split, and the threshold from which pseudo-labels can be trusted.
 
-A detector's score is no probability: on 143 labelled images two of six classes of a steel data set were right in 20 and 29 % of
-what a mixture model let through. So scores are calibrated against the val split by isotonic regression (Zadrozny & Elkan, KDD
-2002; for detectors Küppers et al., CVPR-W 2020), each class for itself, and a threshold is asked for a precision.
+A detector's score is no probability: on 143 labelled images two of six classes of a steel data set were right in 20 and
+29 % of what a mixture model let through. So scores are calibrated against the val split by isotonic regression (Zadrozny &
+Elkan, KDD 2002; for detectors Küppers et al., CVPR-W 2020), each class for itself, and a threshold is asked for a
+precision.
 
 Legend: C classes; histograms are (C, BINS) over scores in thousandths.
 """
