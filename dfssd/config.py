@@ -354,8 +354,3 @@ class Config(Section):
     def mean_teacher_steps(self) -> int:
         """Optimiser steps of the mean teacher."""
         return self.mean_teacher.mean_teacher_steps or self.teacher_steps()
-
-
-def as_dict(section: BaseModel, *leave_out: str) -> dict[str, Any]:
-    """JSON-ready dict of a section, without the fields named."""
-    return section.model_dump(mode="json", exclude=set(leave_out))

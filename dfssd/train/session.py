@@ -227,7 +227,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         if teaching:
             teaching.teacher.model.compile()
     wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
-    candidates = read_pseudo(run.at(job.pseudo)) if job.pseudo and config.unlabelled_batch() else {}
+    candidates = read_pseudo(run.at(str(job.pseudo))) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if method else None
     in_loop = InLoopTeacher(ema.ema, policy, config, labelled, world) if isinstance(policy, RunningThresholds) else None
     box_loss, online = config.train.box_loss, teaching.online if teaching else None
