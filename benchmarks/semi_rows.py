@@ -24,8 +24,10 @@ from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withheld
 from dfssd.evaluate.validation import validate
 from dfssd.models.detector import load_detector, resolve_weights
+from dfssd.pipeline.stages import row_of, settings_of
 from dfssd.pseudo.quality import Evidence
 from dfssd.pseudo.thresholds import ScoreCounts, labelled_rates, policy_thresholds
+from dfssd.runtime.artefact_names import PSEUDO, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
@@ -171,10 +173,16 @@ def train_row(row: Row, config: Config, run: Storage, teacher: str, device: torc
     """Train one model of ours."""
     from dfssd.train.loop import train
 
+    name, student = ArtefactName(row.stage), row.stage == "student"
     job = TrainJob(
-        row.stage, run.uri, config, teacher=teacher if row.stage == "student" else "teacher",
-        pseudo="pseudo" if row.stage == "student" else "",
-    )  # fmt: skip
+        name,
+        row_of(name).training,
+        run.uri,
+        config,
+        settings_of(config, name),
+        teacher=ArtefactName(teacher) if student else None,
+        pseudo=PSEUDO if student else None,
+    )
     weights = run.read("teacher/best.pt") if row.stage == "mean_teacher" else resolve_weights(job.model_spec)[1]
     if weights is not None:
         run.write(f"{row.stage}/init.pt", weights)
@@ -187,6 +195,7 @@ def train_row(row: Row, config: Config, run: Storage, teacher: str, device: torc
             saved = time.monotonic()
 
     summary = train(job, WorkerGroup(), device, lambda metrics, step: None, save)
+    job.store.write_json("stage.json", {"summary": summary})
     for name in job.store.at("train").folders():
         job.store.at("train").delete(name)
     return {"steps": summary["steps"], "best_step": summary["best"]["step"], "s_per_step": summary["seconds_per_step"],

@@ -267,6 +267,9 @@ class Distill(Section):
 class MeanTeacher(Section):
     """The stage `mean_teacher`: the teacher goes on with labelled and unlabelled images, which its average labels."""
 
+    mean_teacher: bool = Field(
+        True, description="Let the teacher learn from the unlabelled images before it labels them."
+    )
     mean_teacher_steps: int = Field(0, ge=0, description="Its optimiser steps; 0: as many as the teacher's.")
     mean_teacher_lr: float = Field(0.0005, gt=0, description="Its peak learning rate: the teacher has learnt already.")
     mean_teacher_decay: float = Field(0.998, gt=0, lt=1, description="Decay of the weight average that labels.")

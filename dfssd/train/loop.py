@@ -66,8 +66,8 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
         lr = learning_rate(job.train, s.step, steps)
         for group in s.optimiser.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        out, teacher, own = forward(s, images, weak)
-        terms = s.criterion(out, teacher, targets, s.step / steps, own)
+        out, teacher = forward(s, images, weak)
+        terms = s.criterion(out, teacher, targets, s.step / steps, own_average(s, weak))
         if s.policy and s.policy.learns and chosen.pseudo:
             s.policy.update(*(terms.policy if world.size > 1 else chosen.policy).cpu().chunk(2))
 
@@ -97,11 +97,8 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
     return finish(s, last_metrics, meter)
 
 
-def forward(
-    s: Session, images_bchw: Tensor, weak_bchw: Tensor
-) -> tuple[StudentOutput, TeacherOutput | None, TeacherOutput | None]:
-    """The one pass of the student, and the one of what teaches it, each in its own precision; and from the point where it
-    has passed its teacher one of its own average.
+def forward(s: Session, images_bchw: Tensor, weak_bchw: Tensor) -> tuple[StudentOutput, TeacherOutput | None]:
+    """The one pass of the student, and the one of what teaches it, each in its own precision.
 
     Targets are rounded once and enter no gradient, so a teacher may be in bf16 where the student is in fp32.
 
@@ -111,9 +108,15 @@ def forward(
     with autocast(s, s.dtype):
         student = s.wrapped(images_bchw)
     with autocast(s, s.teacher_dtype):
-        teacher = s.teacher(weak_bchw) if s.teacher else None
-        own = s.teaching.own(weak_bchw) if s.teaching and s.teaching.own and s.criterion.lead < 1 else None
-    return student, teacher, own
+        return student, s.teacher(weak_bchw) if s.teacher else None
+
+
+def own_average(s: Session, weak_bchw: Tensor) -> TeacherOutput | None:
+    """What the student's own average says, once it has passed the teacher."""
+    if s.teaching is None or s.teaching.own is None or s.criterion.lead == 1:
+        return None
+    with autocast(s, s.teacher_dtype):
+        return s.teaching.own(weak_bchw)
 
 
 def autocast(s: Session, dtype: torch.dtype | None) -> torch.autocast:
