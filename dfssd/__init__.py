@@ -9,3 +9,7 @@ os.environ.setdefault("YOLO_VERBOSE", "false")
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")
 
 __version__ = "0.1.0"
+
+from dfssd.runtime.environment import set_driver_environment
+
+set_driver_environment()  # Ray reads it when it is imported, so it is set before any module of this package can do so

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dfssd.config import Data
 from dfssd.data.formats import read_source
 from dfssd.data.prepare import prepare
-from dfssd.data.source import unlabelled_uris
+from dfssd.data.source import unlabelled_items
 from dfssd.pipeline.context import Context, Result
 from dfssd.pipeline.stages import Planned
 from dfssd.report.tables import split_table
@@ -32,7 +32,7 @@ def count_images(config: Data) -> Found:
     """
     source = read_source(config.data, config.format, config.names)
     labelled = sum(item.label is not None for item in source.items)
-    return Found(len(source.items) + len(unlabelled_uris(config)), labelled, source.format)
+    return Found(len(source.items) + len(unlabelled_items(config)[0]), labelled, source.format)
 
 
 def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:

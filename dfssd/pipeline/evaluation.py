@@ -31,13 +31,15 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Measure in one Ray task; write numbers, pictures and report.html."""
     import ray
 
-    from dfssd.runtime.cluster import connect, worker_resources
+    from dfssd.runtime.cluster import connect, result, task_resources
 
     models = list(map(str, finished_models(context.run)))
     connect()
-    resources = worker_resources(context.config.run.model_copy(update={"num_workers": "1"}))
+    run = context.config.run
+    resources = task_resources(run)
     task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
-    results = ray.get(task.remote(context.config, context.run.uri, models, resources.threads))
+    ref = task.remote(context.config, context.run.uri, models, resources.threads)
+    results = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")
     stage.store.write_json("metrics.json", results)
     write_report(context.config, context.run, results)
     for which in (run_id, context.runs.parent()):

@@ -17,6 +17,7 @@ import numpy as np
 from dfssd.config import Config
 from dfssd.data.boxes import corners, iou
 from dfssd.data.manifest import Boxes, read_manifest, read_withheld
+from dfssd.pseudo.shards import read_shards
 from dfssd.pseudo.thresholds import BINS, POLICIES, ScoreCounts, labelled_rates, policy_thresholds, score_bin
 from dfssd.runtime.storage import Storage
 
@@ -154,8 +155,6 @@ def measure(config: Config, run: Storage, folder: str) -> Quality:
     Args:
         folder: artefact of the labelling stage, e.g. "pseudo".
     """
-    from dfssd.pseudo.labeller import read_shards  # imports Ray, which comparing boxes does not need
-
     manifest, store = read_manifest(run.at("dataset")), run.at(folder)
     classes, withheld = len(manifest.names), read_withheld(run.at("dataset"))
     scores, evidence = ScoreCounts.empty(classes), {"val": Evidence.empty(classes)}
@@ -188,8 +187,6 @@ def doubt(boxes: Boxes, tau_c: np.ndarray) -> float:
 
 
 def _most_doubtful(store: Storage, tau_c: np.ndarray) -> list[tuple[str, Boxes]]:
-    from dfssd.pseudo.labeller import read_shards
-
     worst = heapq.nlargest(
         DOUBTFUL,
         ((doubt(b, tau_c), image_id, b) for image_id, b in read_shards(store, "shard") if b is not None and len(b)),

@@ -167,7 +167,9 @@ def split_table(summary: dict[str, Any]) -> str:
         render("boxes by split and class", header, rows)
         + f"\n{summary['files']} files, {summary['images']} images; set aside: {bad}"
         + f"\n{summary['groups']} groups of near-duplicates, the largest has {summary['largest_group']} images; "
-        + f"{summary['test_images_with_near_duplicate_in_train']} test images have a near-duplicate in train"
+        + f"near-duplicates of val or test: {summary.get('left_out', 0)} images left out, and "
+        + f"{summary['test_images_with_near_duplicate_in_train']} of the test images still have one among what trains"
+        + "".join(f"\nNOTE: {note}" for note in summary.get("notes", []))
     )
 
 
