@@ -16,6 +16,17 @@ ROOT = Path(__file__).parents[1]
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py"))
 FLAGS = [
     "agreement-min",
+    "fade",
+    "mean-teacher",
+    "mean-teacher-decay",
+    "mean-teacher-lr",
+    "mean-teacher-policy",
+    "mean-teacher-power",
+    "mean-teacher-steps",
+    "mean-teacher-weight",
+    "silent",
+    "strong-view",
+    "student-view",
     "amp",
     "bad-limit",
     "balance",
