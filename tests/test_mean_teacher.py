@@ -6,6 +6,7 @@ import torch
 from small import make_job, tiny_config
 
 from dfssd.config import Thresholds
+from dfssd.data.dataset import network_input
 from dfssd.data.manifest import read_manifest
 from dfssd.data.strong_view import strong_view
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
@@ -82,6 +83,8 @@ def test_the_strong_view_keeps_the_geometry_and_can_be_repeated():
     assert np.array_equal(view, strong_view(image, seed=5)) and not np.array_equal(view, strong_view(image, seed=6))
     assert np.array_equal(strong_view(image, 5, strength=0), image)
     assert (np.ptp(view.astype(int), axis=2) == 0).all()  # grey stays grey
+    for seed in range(10):
+        assert np.array_equal(strong_view(image[..., :1], seed), strong_view(image, seed)[..., :1])
     changes, contrast = [], []
     for seed in range(40):
         view = strong_view(image, seed).astype(float)
@@ -100,7 +103,7 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     assert (batch["batch_idx"] < labelled).all()  # an unlabelled image brings no box
     seen = []
     s.in_loop.average.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    weak = batch["img"].float() / 255
+    weak = network_input(batch["img"], torch.device("cpu"))
     images, said, targets, _ = to_device(s, batch)
     assert torch.equal(seen[0], weak[labelled:]) and torch.equal(said, weak)
     assert torch.equal(images[:labelled], weak[:labelled]) and not torch.equal(images[labelled:], weak[labelled:])
