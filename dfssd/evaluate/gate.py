@@ -2,9 +2,10 @@
 
 The published comparison is on the val split, never on test: it decides which model is used. The interval is a paired
 bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): both models are measured on the same
-draws, so what is hard for both cancels. What is drawn are the manifest's groups of near-duplicates, whole (a cluster bootstrap:
-Davison & Hinkley, Bootstrap Methods and their Application, 1997, section 3.8): images of one group are nearly the same image,
-and drawn one by one they would make the interval far too narrow. It covers the choice of val images, not the seeds.
+draws, so what is hard for both cancels. What is drawn are the manifest's groups of near-duplicates, whole (a cluster
+bootstrap: Davison & Hinkley, Bootstrap Methods and their Application, 1997, section 3.8): images of one group are nearly
+the same image, and drawn one by one they would make the interval far too narrow. It covers the choice of val images, not
+the seeds.
 """
 
 from __future__ import annotations
