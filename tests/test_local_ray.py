@@ -16,6 +16,16 @@ cluster.start_early()
 early = time.monotonic() - begun
 cluster.connect()
 print("RAN", ray.get(ray.remote(lambda: 7).remote(), timeout=60))
+
+@ray.remote
+def state_api():  # as Ray Train's clean-up asks it, on a machine with other Rays
+    from ray.util.state import list_nodes
+    return len(list_nodes())
+
+print("NODES", ray.get(state_api.remote(), timeout=60))
+pending = ray.remote(lambda: 0).options(num_cpus=999).remote()
+time.sleep(1)
+print("STATE", cluster.task_state(pending))
 time.sleep(2)  # agents come up last
 me, listening = psutil.Process(), []
 for process in [me, *me.children(recursive=True)]:
@@ -35,6 +45,7 @@ def test_a_local_ray():
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=200)
     assert "RAN 7" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert "NODES 1" in done.stdout and "STATE waits for a node" in done.stdout, done.stdout
     found = json.loads(done.stdout.split("FOUND ")[1])
     # GCS, raylet (2), dashboard and its agents (5), driver, worker: each listens, none of them to the world.
     assert len(found["listening"]) >= 9

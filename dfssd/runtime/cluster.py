@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -84,15 +85,28 @@ def connect() -> None:
 
 def _settings() -> dict[str, Any]:
     """What `ray.init` is told."""
-    settings: dict[str, Any] = {
-        "runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}},
-        "logging_level": logging.WARNING,
-    }
+    env = {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}
+    settings: dict[str, Any] = {"logging_level": logging.WARNING}
     if not os.environ.get("RAY_ADDRESS"):
-        # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs.
-        settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs. It would
+        # look for it among all Rays of the machine, and give up where there are several: so it is told which is its own.
+        port = _free_port(8265)
+        env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
         settings |= {"object_store_memory": _object_store_bytes()}
-    return settings
+    return settings | {"runtime_env": {"env_vars": env}}
+
+
+def _free_port(first: int) -> int:
+    """The first port of loopback, from this one on, that nobody listens on."""
+    for port in range(first, first + 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    return first
 
 
 def _object_store_bytes() -> int:
@@ -291,7 +305,7 @@ def task_state(task: ray.ObjectRef) -> str:
         "RUNNING": "at work",
     }
     try:
-        found = get_task(task.task_id().hex(), timeout=10)
+        found = get_task(task.task_id().hex(), address=ray.get_runtime_context().gcs_address, timeout=10)
     except Exception:  # the API is there for people; whatever it fails with, the task is none the worse
         return ""
     last = found[-1] if isinstance(found, list) and found else found

@@ -180,7 +180,9 @@ class Watch:
         if not self.ranks:
             if now - self.begun > START_S:
                 waited = clock(now - self.begun)
-                self._tell("start", f"no worker has started in {waited}; {self.asked} are asked for, {self.free()} free")
+                self._tell(
+                    "start", f"no worker has started in {waited}; {self.asked} are asked for, {self.free()} free"
+                )
             return
         silent = [r for r in range(size) if r not in self.ranks or now - self.ranks[r].beat_at > SILENT_S]
         for rank in silent:

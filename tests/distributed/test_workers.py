@@ -65,7 +65,9 @@ def test_an_online_teacher_taps_and_a_pause_on_two_workers(prepared, local_ray):
 def test_a_user_error_of_one_of_two_workers_ends_the_run_at_once(prepared, local_ray):
     """An image that was there when the data were prepared is gone: one rank meets it, the other waits for that rank."""
     give_teacher_and_candidates(prepared)
-    job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=200, val_every=200, num_workers=2))
+    job = make_job(
+        "student", str(prepared / "r"), tiny_config(prepared, steps=200, val_every=200, num_workers=2, cache_gib=0)
+    )
     manifest = read_manifest(Storage(str(prepared / "r")).at("dataset"))
     row = next(r for r in manifest.rows if r.split == "train" and r.labelled)
     kept, begun = Path(row.uri).read_bytes(), time.monotonic()
