@@ -24,6 +24,8 @@ from dfssd.config import Config, Models, Run, Train
 from dfssd.data.dataset import decode, network_input, shrink
 from dfssd.data.manifest import Boxes, Manifest, Row, pseudo_table, read_manifest, write_manifest, write_table
 from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.pipeline.training import train_job
+from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
@@ -137,8 +139,9 @@ class MadeUp:
         )
 
     def job(self, config: Config, stage: str = "student") -> TrainJob:
-        inputs = {"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {}
-        return TrainJob(stage, self.run.uri, config, **inputs)
+        name = ArtefactName.parse(stage)
+        inputs = {"teacher": TEACHER, "pseudo": PSEUDO} if name == STUDENT else {}
+        return train_job(config, self.run, name, **inputs)
 
     def session(self, imgsz: int, batch: int, amp: str = "auto", **train: Any) -> Session:
         return build_session(self.job(self.config(imgsz, batch, amp, **train)), WorkerGroup(), self.device)

@@ -24,9 +24,11 @@ from step import Settings as StepSettings
 
 from dfssd.config import Config, Distill, Models, Run, Train
 from dfssd.models.batch_norm import GlobalBatchNorm
+from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
+from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER
+from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.job import TrainJob
 from dfssd.train.session import build_session
 
 
@@ -50,7 +52,7 @@ def session(s: Settings, folder: str, world: WorkerGroup, batch_norm: str) -> An
         train=Train(imgsz=s.imgsz, batch=s.batch // 2, amp=s.amp, steps=10**5, batch_norm=batch_norm),  # type: ignore[arg-type]
         distill=Distill(**FULL),  # type: ignore[arg-type]
     )
-    job = TrainJob("student", f"{folder}/r", config, teacher="teacher", pseudo="pseudo")
+    job = train_job(config, Storage(f"{folder}/r"), STUDENT, teacher=TEACHER, pseudo=PSEUDO)
     return build_session(job, world, torch.device("cpu"))
 
 

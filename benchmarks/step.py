@@ -40,10 +40,11 @@ from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.distill.features import KINDS
 from dfssd.models.detector import Teacher, branches, build_detector, detector_bytes
+from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
+from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.job import TrainJob
 from dfssd.train.loop import clip, forward, to_device, update
 from dfssd.train.session import Session, build_session
 
@@ -112,8 +113,9 @@ class Bench:
             train=Train(imgsz=s.imgsz, batch=batch, amp=amp, steps=100_000, compile=compiled, **more),  # type: ignore[arg-type]
             distill=Distill(**distill),
         )
-        inputs = {"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {}
-        return build_session(TrainJob(stage, self.run.uri, config, **inputs), WorkerGroup(), self.device)
+        name = ArtefactName.parse(stage)
+        inputs = {"teacher": TEACHER, "pseudo": PSEUDO} if name == STUDENT else {}
+        return build_session(train_job(config, self.run, name, **inputs), WorkerGroup(), self.device)
 
     def model(self, spec: str) -> Any:
         return build_detector(spec, self.manifest.names, self.s.imgsz).to(self.device)

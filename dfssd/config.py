@@ -68,9 +68,13 @@ class Run(Section):
 class Data(Section):
     """What `prepare` reads and how it splits."""
 
-    data: str = Field("", description="Folder or file with images and labels: data.yaml, YOLO, VOC, COCO or CR7-DET.")
-    format: Literal["auto", "yolo", "voc", "coco", "cr7-det"] = Field("auto", description="Format of --data.")
-    names: tuple[str, ...] = Field((), description="Class names in order of their id, where the data has none.")
+    data: str = Field("", description="Folder, data.yaml or .zip with images and labels (docs/data.md).")
+    format: Literal["auto", "yolo", "voc", "coco", "cr7-det", "cvat", "labelstudio", "labelme", "createml", "csv"] = (
+        Field("auto", description="Format of --data.")
+    )
+    names: tuple[str, ...] = Field(
+        (), description="Class names in order of their id where the data has none; else the order of its own names."
+    )
     unlabelled: tuple[str, ...] = Field((), description="Further folders with images that have no labels.")
     missing_labels: Literal["unlabelled", "background"] = Field(
         "unlabelled", description="What an image without a label file is: unlabelled, or known to be defect-free."
@@ -79,7 +83,13 @@ class Data(Section):
         "grouped", description="grouped: near-duplicates stay together; random: leaks; given: the data's own."
     )
     split_shares: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="Shares of train, val, test.")
-    label_fraction: float = Field(0.1, gt=0, le=1, description="Share of the train images whose labels may be used.")
+    label_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the train images whose labels may be used; the others are hidden, for research. 0: all, or "
+        "0.1 where every image is labelled.",
+    )
     labels_per_class: int = Field(0, ge=0, description="Labelled images per class instead of a fraction; 0: off.")
     labelled_list: str = Field("", description="Text file naming the labelled images, one a line, instead of both.")
     near_duplicate: float = Field(
@@ -95,7 +105,13 @@ class Data(Section):
         description="Largest group as a share of all images; larger ones are cut at a higher correlation.",
     )
     bad_limit: float = Field(0.01, ge=0, le=1, description="Share of unusable files (0..1) above which prepare stops.")
-    max_side: int = Field(16384, gt=0, description="Largest accepted width or height (px).")
+    max_side: int = Field(65536, gt=0, description="Largest accepted width or height (px).")
+    white_level: float = Field(
+        0.0,
+        ge=0,
+        description="Value that becomes white in pictures of more than 8 bits; 0: the smallest of 255, 1023, 4095, 16383 "
+        "and 65535 (float: also 1) that none exceeds.",
+    )
 
 
 class Models(Section):
@@ -249,6 +265,25 @@ class Distill(Section):
         return self.lambda_p > 0 or self.lambda_f > 0 or (self.lambda_l > 0 and self.prediction == "soft")
 
 
+class MeanTeacher(Section):
+    """The stage `mean_teacher`: the teacher goes on with labelled and unlabelled images, which its average labels."""
+
+    mean_teacher_steps: int = Field(0, ge=0, description="Its optimiser steps; 0: as many as the teacher's.")
+    mean_teacher_lr: float = Field(0.0005, gt=0, description="Its peak learning rate: the teacher has learnt already.")
+    mean_teacher_decay: float = Field(0.998, gt=0, lt=1, description="Decay of the weight average that labels.")
+    mean_teacher_policy: Literal["match", "gmm", "fixed"] = Field(
+        "match", description="How its class thresholds follow from the scores of the last steps."
+    )
+    mean_teacher_power: float = Field(0.5, ge=0, description="Weight of a pseudo-label: its score to this power.")
+    mean_teacher_weight: float = Field(1.0, gt=0, description="Weight of its pseudo-label loss.")
+    strong_view: float = Field(
+        1.0,
+        ge=0,
+        le=3,
+        description="Strength of noise, contrast, blur and grey patches in what it learns from; 0: none.",
+    )
+
+
 class Evaluate(Section):
     """How the finished models are measured."""
 
@@ -288,6 +323,7 @@ class Config(Section):
     pseudo: Pseudo = Pseudo()
     thresholds: Thresholds = Thresholds()
     distill: Distill = Distill()
+    mean_teacher: MeanTeacher = MeanTeacher()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     baseline: bool = Field(True, description="Also train the label-only student for as many steps, as a gate.")
@@ -333,7 +369,6 @@ class Config(Section):
         """Optimiser steps of the teacher."""
         return self.train.teacher_steps or self.train.steps
 
-
-def as_dict(section: BaseModel, *leave_out: str) -> dict[str, Any]:
-    """JSON-ready dict of a section, without the fields named."""
-    return section.model_dump(mode="json", exclude=set(leave_out))
+    def mean_teacher_steps(self) -> int:
+        """Optimiser steps of the mean teacher."""
+        return self.mean_teacher.mean_teacher_steps or self.teacher_steps()

@@ -6,7 +6,7 @@ Interrupt it anywhere and type the same command again: finished stages are skipp
 from dfssd.cli import main, parse
 from dfssd.config import Config
 from dfssd.pipeline.run import run_stages
-from dfssd.pipeline.stages import ORDER
+from dfssd.pipeline.stages import wanted
 from dfssd.report.terminal import print_results
 
 OWN = ("baseline", "publish_best", "rounds")
@@ -16,7 +16,7 @@ FLAGS = {name: (Config.model_fields[name].annotation, Config.model_fields[name])
 
 def job() -> None:
     config, _ = parse(__doc__ or "", SECTIONS, **FLAGS)
-    run_stages(config, [s for s in ORDER if config.baseline or s != "label_only"])
+    run_stages(config, wanted(config))
     if not config.run.dry_run:
         print_results(config)
 

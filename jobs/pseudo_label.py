@@ -12,6 +12,7 @@ from pydantic import Field
 from dfssd.cli import main, parse
 from dfssd.config import Pseudo
 from dfssd.pipeline.run import run_stages
+from dfssd.runtime.artefact_names import PSEUDO, QUALITY
 
 
 class Labelling(Pseudo):
@@ -24,7 +25,7 @@ class Labelling(Pseudo):
 
 def job() -> None:
     config, _ = parse(__doc__ or "", ["run", "train", "thresholds"], pseudo=(Labelling, Labelling()))
-    run_stages(config, ["pseudo", "quality"])
+    run_stages(config, [PSEUDO, QUALITY])
 
 
 if __name__ == "__main__":

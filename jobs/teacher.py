@@ -6,6 +6,7 @@ from pydantic import Field
 
 from dfssd.cli import main, parse
 from dfssd.pipeline.run import run_stages
+from dfssd.runtime.artefact_names import ArtefactName
 
 ROLE = (
     Literal["teacher", "label_only"],
@@ -15,7 +16,7 @@ ROLE = (
 
 def job() -> None:
     config, flags = parse(__doc__ or "", ["run", "models", "train"], role=ROLE)
-    run_stages(config, [flags.role])
+    run_stages(config, [ArtefactName(flags.role)])
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_stages_are_shared_where_nothing_they_depend_on_is_swept() -> None:
 
 def test_a_stage_is_made_after_those_it_reads() -> None:
     made = make_trial(Config(data=Data(data="d")), "s", "row", 0, {})
-    assert [name for _, name in shared.needed([made], "s").values()] == ["dataset", "teacher", "pseudo"]
+    assert [str(name) for _, name in shared.needed([made], "s").values()] == ["dataset", "teacher", "pseudo"]
 
 
 def test_a_space_reads_the_same_in_every_process() -> None:

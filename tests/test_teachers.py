@@ -12,6 +12,7 @@ from dfssd.data.manifest import read_pseudo
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.pseudo.fusion import FLIPS
+from dfssd.pseudo.shards import fuse_and_write, fuse_views
 from dfssd.pseudo.teachers import TeacherActor, class_map, digest
 from dfssd.runtime.storage import Storage
 
@@ -45,7 +46,23 @@ def _actor(tmp_path, *weights, names=NAMES, **settings):
     for k, data in enumerate(weights):
         files.append(f"t/{k}.pt")
         run.write(files[-1], data)
-    return TeacherActor(run.uri, "pseudo", tiny_config(tmp_path, **settings), files, names, threads=1)
+    return Labeller(run, tiny_config(tmp_path, **settings), files, names)
+
+
+class Labeller:
+    """The three stages of a shard in one process, without Ray."""
+
+    def __init__(self, run, config, files, names):
+        self.run, self.config = run, config
+        self.actor = TeacherActor(run.uri, config, files, names, threads=1, gpu=False)
+        self.teachers = self.actor.teachers
+
+    def __call__(self, row):
+        return fuse_and_write(self.actor(row), self.run.uri, "pseudo", self.config.pseudo, self.config.train.imgsz)
+
+    def candidates(self, images, geometry, sizes):
+        row = {"ids": [str(k) for k in range(len(images))], "images": images, "geometry": geometry, "sizes": sizes}
+        return fuse_views(self.teachers(row), self.config.pseudo, self.config.train.imgsz)
 
 
 def _shard(tmp_path, count=5, shape=(48, 64)):
@@ -120,13 +137,15 @@ def test_an_ensemble_agrees_less_than_one_teacher(tmp_path):
     (single,), (same,), (mixed,) = one.candidates(*args), twins.candidates(*args), other.candidates(*args)
     assert (same[:, 6] > 0.999).mean() > 0.5 and same[0, 5] == pytest.approx(single[0, 5], abs=1e-5)
     assert mixed[:, 6].mean() < same[:, 6].mean()
-    assert len({one.digest, twins.digest, other.digest}) == 3 and digest([b"a", b"b"]) != digest([b"b", b"a"])
+    assert len({one.teachers.digest, twins.teachers.digest, other.teachers.digest}) == 3 and digest(
+        [b"a", b"b"]
+    ) != digest([b"b", b"a"])
 
 
 def test_classes_are_matched_by_name(tmp_path):
     names = ["dirt", "patch", "pit", "scratch"]  # one more, in another order
     actor = _actor(tmp_path, _weights("yolov8n.yaml", names), tta="none")
-    assert actor.maps[0].tolist() == [-1, 2, 0, 1]
+    assert actor.teachers.maps[0].tolist() == [-1, 2, 0, 1]
     (boxes,) = actor.candidates(*(lambda r: (r["images"], r["geometry"], r["sizes"]))(_shard(tmp_path, count=1)))
     assert set(boxes[:, 0]) <= {0, 1, 2} and len(boxes)
     with pytest.raises(DfssdError, match=r"does not know the classes \['patch'\]"):

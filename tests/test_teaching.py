@@ -99,6 +99,7 @@ def test_an_online_teacher_must_know_exactly_the_classes(prepared):
 
 def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
     from dfssd.pipeline.stages import make_stage
+    from dfssd.runtime.artefact_names import STUDENT, TEACHER
 
     give_teacher_and_candidates(prepared)
     run = Storage(str(prepared / "r"))
@@ -108,10 +109,10 @@ def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
 
     def stage(name):
         config = tiny_config(prepared, distill_teacher=str(tmp_path / f"{name}.pt"))
-        return make_stage(config, run, "student")
+        return make_stage(config, run, STUDENT)
 
     assert stage("a").config == stage("b").config != stage("c").config
-    assert "teacher" not in stage("a").inputs and "teacher" in make_stage(tiny_config(prepared), run, "student").inputs
+    assert TEACHER not in stage("a").inputs and TEACHER in make_stage(tiny_config(prepared), run, STUDENT).inputs
     config = tiny_config(prepared, distill_teacher=str(tmp_path / "a.pt"))
     job = make_job("student", str(prepared / "r"), config)
     names = list(read_detector(run.read("teacher/best.pt"), "t").names.values())
@@ -122,7 +123,7 @@ def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
         256,
     ]  # not the run's YOLOv8s: 128, 256, 512
     with pytest.raises(DfssdError, match="could not be fetched"):
-        make_stage(tiny_config(prepared, distill_teacher="gone.pt"), run, "student")
+        make_stage(tiny_config(prepared, distill_teacher="gone.pt"), run, STUDENT)
 
 
 def test_a_teacher_in_bf16_teaches_a_student_in_fp32_nearly_the_same(prepared):

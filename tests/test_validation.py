@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from small import tiny_config
+from small import make_job, tiny_config
 
 from dfssd.config import Data
 from dfssd.data.dataset import ManifestDataset
@@ -16,7 +16,6 @@ from dfssd.evaluate.validation import summarise, validate
 from dfssd.models.detector import load_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.job import TrainJob
 from dfssd.train.worker import train_in_process
 
 
@@ -33,7 +32,7 @@ def trained(strip, tmp_path_factory):
     # One validation, at the end: val is so small that rounding decides which of two is better, and the first may win.
     often = {"val_every": 320, "log_every": 80}
     config = tiny_config(storage, steps=320, batch=8, lr=0.004, ema_decay=0.9, **often, **still)
-    return storage, train_in_process(TrainJob("label_only", str(storage / "r"), config))
+    return storage, train_in_process(make_job("label_only", str(storage / "r"), config))
 
 
 def _measure(storage, split, world=None):

@@ -24,6 +24,7 @@ from dfssd.config import Train
 from dfssd.data.cache import DiskCache
 from dfssd.data.manifest import Boxes, Row
 from dfssd.data.sampling import Draw
+from dfssd.data.strong_view import strong_view
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import is_remote, read_uri, side_by_side
 
@@ -195,13 +196,21 @@ def _first_mosaic(transforms: Any) -> Mosaic | None:
 
 
 class Streams(torch.utils.data.Dataset):
-    """The labelled and the unlabelled training images; an item is named by a `Draw`."""
+    """The labelled and the unlabelled training images; an item is named by a `Draw`.
 
-    def __init__(self, streams: dict[str, ManifestDataset]) -> None:
-        self.streams = streams
+    Args:
+        strong: strength of a strong view of each unlabelled image beside the weak one, as `img_strong`; 0: none.
+    """
+
+    def __init__(self, streams: dict[str, ManifestDataset], strong: float = 0.0) -> None:
+        self.streams, self.strong = streams, strong
 
     def __getitem__(self, draw: Draw) -> Sample:
-        return self.streams[draw.stream].augmented(draw.image, draw.seed, draw.mosaic)
+        sample = self.streams[draw.stream].augmented(draw.image, draw.seed, draw.mosaic)
+        if self.strong and draw.stream == "unlabelled":
+            weak = sample["img"].permute(1, 2, 0).numpy()
+            sample["img_strong"] = torch.from_numpy(strong_view(weak, draw.seed, self.strong)).permute(2, 0, 1)
+        return sample
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of a batch, whose images are fetched together."""
@@ -231,6 +240,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         "bboxes": torch.cat([s["bboxes"].reshape(-1, 4) for s in samples]).float(),
         "batch_idx": torch.cat(index),
     }
+    strong = [s["img_strong"] for s in samples if "img_strong" in s]
+    if strong:
+        batch["img_strong"] = torch.stack(strong)
     for key in ("im_file", "ori_shape", "ratio_pad"):
         batch[key] = [s.get(key) for s in samples]
     return batch

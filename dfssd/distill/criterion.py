@@ -21,6 +21,7 @@ from dfssd.distill.features import joined, layer_terms
 from dfssd.models.detection_loss import COMPONENTS, DetectionLoss, Targets
 from dfssd.models.detector import Branch, TeacherOutput
 from dfssd.models.pairing import Pairing
+from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.thresholds import Policy, class_sums
 from dfssd.runtime.worker_group import WorkerGroup
 
@@ -83,7 +84,7 @@ class Criterion:
         self,
         detection: DetectionLoss,
         config: Distill | None,
-        policy: Policy | None,
+        policy: Policy | RunningThresholds | None,
         labelled: int,
         world: WorkerGroup,
         pairing: Pairing | None = None,

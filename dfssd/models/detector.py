@@ -23,6 +23,7 @@ from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_loa
 
 from dfssd import __version__
 from dfssd.errors import DfssdError
+from dfssd.models.layout import refuse_code, require_safe_loader
 from dfssd.models.taps import Taps
 
 Branch = dict[str, Any]  # {"boxes", "scores", "feats"}
@@ -43,17 +44,19 @@ def resolve_weights(spec: str) -> tuple[str, bytes | None]:
     """
     if spec.endswith((".yaml", ".yml")):
         try:
-            yaml_model_load(spec)
+            layout = yaml_model_load(spec)
         except (OSError, TypeError, KeyError) as error:
             raise DfssdError(
                 f"no model of this name: {spec}", todo="give an Ultralytics yaml (yolov8n.yaml, yolo11s.yaml) or a .pt"
             ) from error
+        refuse_code(layout, spec)
         return spec, None
     if not spec.endswith(".pt"):
         raise DfssdError(f"not a model: {spec}", todo="give an Ultralytics detection yaml or a .pt file")
+    require_safe_loader()
     try:
         _, file = torch_safe_load(spec, safe_only=True)
-    except (FileNotFoundError, ConnectionError, OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError, TypeError, EOFError, ValueError, AttributeError, ImportError) as error:
         raise DfssdError(
             f"weights are not on disk and could not be fetched, or cannot be read: {str(error).splitlines()[0]}",
             where=spec,
@@ -77,8 +80,9 @@ def build_detector(spec: str, names: Sequence[str], imgsz: int, weights: bytes |
         DfssdError: the model is no YOLO detector with an anchor-free head on strides 8, 16, 32.
     """
     source = read_detector(weights, spec) if weights is not None else None
-    cfg: Any = source.yaml if source is not None else yaml_model_load(spec)
-    model = DetectionModel(cfg, ch=3, nc=len(names), verbose=False)
+    layout: Any = source.yaml if source is not None else yaml_model_load(spec)
+    refuse_code(layout, spec)
+    model = DetectionModel(layout, ch=3, nc=len(names), verbose=False)
     head = model.model[-1]
     if not isinstance(head, Detect) or head.stride.tolist() != [8.0, 16.0, 32.0]:
         raise DfssdError(
@@ -102,23 +106,28 @@ def configure(model: DetectionModel, names: Sequence[str], imgsz: int) -> None:
 
 
 def read_detector(data: bytes, where: str) -> DetectionModel:
-    """Load the detector of a .pt without running code from it (Ultralytics' allow-list of classes).
+    """Load the detector of a .pt without running code from it: neither what is pickled in it (Ultralytics' allow-list of
+    classes) nor what its layout asks for (`refuse_code`).
 
     Raises:
-        DfssdError: the file holds no detector.
+        DfssdError: the file holds no detector, or code.
     """
+    require_safe_loader()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pt"
         path.write_bytes(data)
         try:
             checkpoint, _ = torch_safe_load(str(path), safe_only=True)
-        except (TypeError, RuntimeError, EOFError, OSError) as error:
+        except (TypeError, RuntimeError, EOFError, OSError, ValueError, AttributeError, ImportError) as error:
             raise DfssdError(f"cannot be loaded as a model: {error}", where=where, todo="give another .pt") from error
+    if not isinstance(checkpoint, dict):
+        raise DfssdError(f"holds a {type(checkpoint).__name__}, not a model", where=where, todo="give another .pt")
     model = checkpoint.get("ema") or checkpoint.get("model")
     if not isinstance(model, DetectionModel):
         raise DfssdError(
             f"holds a {type(model).__name__}, not a detector", where=where, todo="give the .pt of a detection model"
         )
+    refuse_code(getattr(model, "yaml", None), where)
     return model.float()
 
 

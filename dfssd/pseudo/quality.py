@@ -17,7 +17,7 @@ import numpy as np
 from dfssd.config import Config
 from dfssd.data.boxes import corners, iou
 from dfssd.data.manifest import Boxes, read_manifest, read_withheld
-from dfssd.pseudo.labeller import read_shards
+from dfssd.pseudo.shards import read_shards
 from dfssd.pseudo.thresholds import BINS, POLICIES, ScoreCounts, labelled_rates, policy_thresholds, score_bin
 from dfssd.runtime.storage import Storage
 

@@ -13,7 +13,7 @@ from dfssd.evaluate.gate import verdict
 from dfssd.report import pictures, tables
 from dfssd.report.quality import rows as quality_rows
 from dfssd.runtime.artefact import code_version
-from dfssd.runtime.artefact_names import finished_models, in_round, newest_round
+from dfssd.runtime.artefact_names import QUALITY, newest_round
 from dfssd.runtime.storage import Storage
 
 STYLE = """
@@ -46,8 +46,8 @@ def write_report(config: Config, run: Storage, results: dict[str, Any]) -> None:
         _picture(run, "report/detections.png", "Labels and detections on test images (score 0.25 and more)"),
     ]
     for number in range(1, newest_round(run) + 1):
-        parts.append(_quality(run, in_round("quality", number), number))
-    for stage in finished_models(run):
+        parts.append(_quality(run, str(QUALITY.of_round(number)), number))
+    for stage in tables.models_in(results):
         parts.append(_picture(run, f"{stage}/curves.png", f"Training of {stage}"))
     settings = json.dumps(config.model_dump(mode="json"), indent=2)
     parts.append(f"<h2>Settings</h2><p>code {escape(code_version())}</p><pre>{escape(settings)}</pre>")

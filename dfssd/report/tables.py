@@ -11,9 +11,9 @@ from rich.table import Table
 
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import repeat_factors
-from dfssd.runtime.artefact_names import split_round
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName
 
-LABELS = {"label_only": "student, labels alone", "student": "student, distilled"}
+LABELS = {str(LABEL_ONLY): "student, labels alone", str(STUDENT): "student, distilled"}
 
 CHOSEN = (
     "Val chose weights and scores, so its numbers flatter; test chose nothing. Escapes and rejects: pictures, on test."
@@ -22,8 +22,9 @@ CHOSEN = (
 
 def models_in(results: dict[str, Any]) -> dict[str, str]:
     """Measured models and what to call them: teachers of all rounds first."""
-    teachers = [name for name in results if split_round(name)[0] == "teacher"]
-    titles = {name: "teacher" if name == "teacher" else f"teacher, round {split_round(name)[1]}" for name in teachers}
+    others = [k for k, v in results.items() if isinstance(v, dict) and "test" in v and k not in LABELS]
+    teachers = [(folder, ArtefactName.parse(folder)) for folder in others]
+    titles = {k: n.role.replace("_", " ") + ("" if n.round == 1 else f", round {n.round}") for k, n in teachers}
     return titles | {name: label for name, label in LABELS.items() if name in results}
 
 
@@ -166,7 +167,9 @@ def split_table(summary: dict[str, Any]) -> str:
         render("boxes by split and class", header, rows)
         + f"\n{summary['files']} files, {summary['images']} images; set aside: {bad}"
         + f"\n{summary['groups']} groups of near-duplicates, the largest has {summary['largest_group']} images; "
-        + f"{summary['test_images_with_near_duplicate_in_train']} test images have a near-duplicate in train"
+        + f"near-duplicates of val or test: {summary.get('left_out', 0)} images left out, and "
+        + f"{summary['test_images_with_near_duplicate_in_train']} of the test images still have one among what trains"
+        + "".join(f"\nNOTE: {note}" for note in summary.get("notes", []))
     )
 
 

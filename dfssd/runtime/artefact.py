@@ -15,6 +15,7 @@ from typing import Any
 
 from dfssd import __version__
 from dfssd.errors import DfssdError
+from dfssd.runtime.artefact_names import ArtefactName, is_finished
 from dfssd.runtime.storage import Storage
 
 
@@ -61,31 +62,31 @@ class Stage:
 
     Args:
         run: storage of the run, `<storage-path>/<run-name>`.
-        name: folder of the artefact (dataset, teacher, label_only, pseudo, student, report).
+        name: of the artefact; as text its folder.
         config: the settings this stage's result depends on.
-        inputs: names of the stages it reads; their output digests become part of what must match.
+        inputs: artefacts that it reads; their output digests become part of what must match.
     """
 
     run: Storage
-    name: str
+    name: ArtefactName
     config: dict[str, Any]
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[ArtefactName, ...] = ()
     started: float = field(default_factory=time.time)
 
     @property
     def store(self) -> Storage:
-        return self.run.at(self.name)
+        return self.run.at(str(self.name))
 
     def input_digests(self) -> dict[str, str]:
-        digests = {}
+        digests = dict[str, str]()
         for name in self.inputs:
-            if not self.run.exists(f"{name}/stage.json"):
+            if not is_finished(self.run, name):
                 raise DfssdError(
                     f"stage '{self.name}' needs the artefact '{name}', which is not finished",
-                    where=self.run.path(name),
+                    where=self.run.path(str(name)),
                     todo="run that stage first, or jobs/pipeline.py, which runs all in order",
                 )
-            digests[name] = self.run.read_json(f"{name}/stage.json")["digest"]
+            digests[str(name)] = self.run.read_json(f"{name}/stage.json")["digest"]
         return digests
 
     def key(self) -> dict[str, Any]:
@@ -101,6 +102,10 @@ class Stage:
         if changed:
             raise self._refusal(state, changed)
         return state
+
+    def differs(self) -> bool:
+        """Was what is there made, or begun, with other settings or inputs?"""
+        return bool(self._compared(self.key())[1])
 
     def _compared(self, key: dict[str, Any]) -> tuple[str, list[str]]:
         """State of what is there, and how its settings and inputs differ from `key`."""

@@ -13,12 +13,13 @@ from dfssd.errors import DfssdError
 from dfssd.pipeline.dry_run import time_step
 from dfssd.report.tables import render
 from dfssd.runtime.artefact import differences, flatten
+from dfssd.runtime.artefact_names import STUDENT, TEACHER
 from dfssd.runtime.progress import clock
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 from dfssd.sweep import ablation, shared
 from dfssd.sweep.figure import draw
-from dfssd.sweep.points import Trial, in_words, short, trials
+from dfssd.sweep.points import METHODS, Trial, in_words, short, trials
 from dfssd.sweep.space import Space
 
 SYNTHETIC = {"images": 240, "side": 128}
@@ -83,7 +84,7 @@ def _planned(config: Config, space: Space) -> list[Trial]:
     """
     planned = trials(space, config, config.run.run_name)
     for trial in planned:
-        if trial.stage == "student":
+        if trial.stage == STUDENT:
             try:
                 check_weights(trial.config.distill)
             except DfssdError as error:
@@ -105,19 +106,19 @@ def describe(config: Config, space: Space, options: Options) -> None:
     connect()
     count, resources = share(config, wanted, options.max_concurrent)
     before = list(shared.needed(probes(space, config, sweep, planned), sweep).values())
-    rows = [[t.id, t.row, str(t.seed), t.stage, str(t.config.train.steps)] for t in planned]
+    rows = [[t.id, t.row, str(t.seed), str(t.stage), str(t.config.train.steps)] for t in planned]
     for key, axis in space.axes.items() if space.search == "optuna" else ():
-        rows.append(["drawn", key, str(space.seeds[0]), "student", in_words(axis)])
+        rows.append(["drawn", key, str(space.seeds[0]), str(STUDENT), in_words(axis)])
     print(f"data: {len(source.items)} images as {source.format}; cluster: {describe()}")
     print(render(f"{space.name}: {wanted} trials", ["trial", "row", "seed", "stage", "steps"], rows))
-    names = [name for _, name in before]
+    names = [str(name) for _, name in before]
     print("made once before: " + ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)))
     seconds = {s: time_step(config, config.models.student, resources.threads, s, distills=s) for s in (False, True)}
-    busy = sum(t.config.train.steps * seconds[t.stage == "student"] for t in planned) or (
+    busy = sum(t.config.train.steps * seconds[t.stage == STUDENT] for t in planned) or (
         wanted * config.train.steps * seconds[True]
     )
     teacher = time_step(config, config.models.teacher, resources.threads, False, distills=False)
-    total = busy / count + names.count("teacher") * config.teacher_steps() * teacher
+    total = busy / count + names.count(str(TEACHER)) * config.teacher_steps() * teacher
     print(
         f"{count} at a time, each {resources.describe(config.run.num_workers)}; "
         f"steps alone take about {clock(total)} (measured on this machine; "
@@ -210,7 +211,7 @@ def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, s
     write_table(store, done, sweep, runs)
     sign = 1 if space.mode == "max" else -1
     best = max(done, key=lambda record: sign * record["result"][space.metric])
-    stage = "label_only" if best["settings"].get("method") == "label_only" else "student"
+    stage = METHODS[best["settings"].get("method", "distill")]
     name, parent = f"trials/{best['trial']}/{stage}/best.pt", runs.parent()
     runs.metrics(parent, {f"best/{k}": v for k, v in best["result"].items()})
     runs.artefact(parent, "best/best.pt", store.read(name))

@@ -13,7 +13,9 @@ from ray import tune
 
 from dfssd.errors import find_user_error
 from dfssd.evaluate.measure import measure
-from dfssd.pipeline.stages import Context, make_stage, run_stage
+from dfssd.pipeline.context import Context
+from dfssd.pipeline.run import run_stage
+from dfssd.pipeline.stages import make_stage
 from dfssd.report.pictures import write_detection_sheet
 from dfssd.runtime.artefact import flatten
 from dfssd.runtime.cluster import Resources
@@ -117,12 +119,12 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
         tags=own_tags,
     )
     summary = run_stage(context, trial.stage)
-    results = measure(trial.config, store.uri, [trial.stage], plan.resources.threads)
-    record = _record(trial, plan, order, summary, results[trial.stage])
+    results = measure(trial.config, store.uri, [str(trial.stage)], plan.resources.threads)
+    record = _record(trial, plan, order, summary, results[str(trial.stage)])
     record["reports"] = [*reports.rows(store.read_json(f"{trial.stage}/history.json")), record["result"]]
     run_id = make_stage(trial.config, store, trial.stage).recorded_run_id() or ""
     context.runs.metrics(run_id, {f"result/{k}": float(v) for k, v in record["result"].items()})
-    write_detection_sheet(trial.config, store, results, {trial.stage: trial.row})
+    write_detection_sheet(trial.config, store, results, {str(trial.stage): trial.row})
     context.runs.artefact(run_id, "detections.png", store.read("report/detections.png"))
     store.write_json("result.json", {**record, "mlflow_run_id": run_id})
     tune.report({**record["result"], CLOCK: 0})

@@ -52,14 +52,19 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
     first_layer = next(p for p in s.student.parameters() if p.requires_grad)
     meter, begun, first, last_metrics = Meter(), time.monotonic(), s.step, {}
     batches = iter(s.loader())
+    if s.in_loop and s.step == 0:  # the weights it begins with are the ones to beat
+        last_metrics = validate_and_keep_best(s)
+        s.in_loop.started_at = last_metrics["map50_95"]
 
-    while s.step < steps and not out_of_patience(s):
+    while s.step < steps and not out_of_patience(s) and not collapsed(s, last_metrics):
         meter.start()
         batch = to_device(next(batches), device)
         images = network_input(batch["img"], device)
         meter.data_ready()
+        if s.in_loop:
+            images, batch = label_in_loop(s, images, batch)
 
-        lr = learning_rate(config, s.step, steps)
+        lr = learning_rate(job.train, s.step, steps)
         for group in s.optimiser.param_groups:
             group["lr"] = lr * group["lr_factor"]
         out, teacher = forward(s, images)
@@ -89,6 +94,18 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
             record(s, {f"val/{k}": v for k, v in last_metrics.items()}, log)
             save(last_metrics, s)
     return finish(s, last_metrics, meter)
+
+
+def label_in_loop(s: Session, images_bchw: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Let the weight average label the weak view of the unlabelled images; return the network's view and its batch."""
+    assert s.in_loop is not None
+    labelled = s.in_loop.labelled
+    with autocast(s, s.teacher_dtype):
+        batch = s.in_loop.label(images_bchw[labelled:], batch)
+    if "img_strong" not in batch:
+        return images_bchw, batch
+    strong = network_input(batch["img_strong"], s.device)
+    return torch.cat([images_bchw[:labelled], strong]).contiguous(memory_format=torch.channels_last), batch
 
 
 def forward(s: Session, images_bchw: Tensor) -> tuple[StudentOutput, TeacherOutput | None]:
@@ -179,7 +196,7 @@ def record(s: Session, metrics: dict[str, float], log: Log) -> None:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Boxes to the device; the images follow in `network_input`."""
-    return {k: v.to(device) if isinstance(v, Tensor) and k != "img" else v for k, v in batch.items()}
+    return {k: v.to(device) if isinstance(v, Tensor) and not k.startswith("img") else v for k, v in batch.items()}
 
 
 def step_metrics(
@@ -255,6 +272,15 @@ def out_of_patience(s: Session) -> bool:
         return False
     say(s.world, f"{s.job.stage}: no better validation for {since} steps, stops at step {s.step} of {s.job.steps}")
     return True
+
+
+def collapsed(s: Session, last: dict[str, float]) -> bool:
+    """Has a teacher that labels for itself stopped learning anything good? Its best weights are kept."""
+    reason = s.in_loop.failing(last["map50_95"]) if s.in_loop and last else ""
+    if reason and s.best is not None:
+        kept = f"its best weights (step {s.best['step']}) are kept"
+        say(s.world, f"{s.job.stage}: {reason}; stops at step {s.step}, {kept}")
+    return bool(reason)
 
 
 def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:

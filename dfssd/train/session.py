@@ -26,10 +26,12 @@ from dfssd.models.batch_norm import share_statistics
 from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
 from dfssd.models.taps import Taps
+from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
+from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.optim import make_optimiser
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
 
@@ -85,11 +87,12 @@ class Session:
     wrapped: nn.Module
     ema: ModelEMA
     optimiser: torch.optim.AdamW
-    policy: Policy | None
+    policy: Policy | RunningThresholds | None
     teaching: Teaching | None
     criterion: Criterion
     streams: Streams
     val: ManifestDataset
+    in_loop: InLoopTeacher | None = None  # where the network's own average labels
     step: int = 0
     best: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)  # logged numbers, each with its "step"
@@ -155,6 +158,7 @@ class Session:
             "teacher_ema_updates": self.teacher_ema.updates if self.teacher_ema else 0,
             "rng": torch.get_rng_state(),
             "best": self.best,
+            "started_at": self.in_loop.started_at if self.in_loop else None,
             "history": self.history,
             "clock": {"begun": self.job.begun, "at": time.time(), "before_s": self.before_s},
         }
@@ -175,6 +179,8 @@ class Session:
         if self.teacher_ema and state["teacher_ema"]:
             self.teacher_ema.ema.load_state_dict(state["teacher_ema"])
             self.teacher_ema.updates = state["teacher_ema_updates"]
+        if self.in_loop:
+            self.in_loop.started_at = state["started_at"]
         torch.set_rng_state(state["rng"])
         clock = state.get("clock")
         if clock:  # workers that were started again within one attempt: its own clock never stopped
@@ -190,7 +196,9 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     manifest = read_manifest(run.at("dataset"))
     weights = job.store.read("init.pt") if job.store.exists("init.pt") else None
     detector = build_detector(job.model_spec, manifest.names, config.train.imgsz, weights).to(device)
-    ema = ModelEMA(detector, decay=config.train.ema_decay, tau=EMA_TAU)  # before taps: hooks are not for what is saved
+    # Before taps: hooks are not for what is saved. The average of a mean teacher teaches from the first step, so that it must
+    # not begin by running after the network.
+    ema = ModelEMA(detector, decay=job.train.ema_decay, tau=EMA_TAU if not job.labels_itself else 1e-3)
     if job.distills:
         check_weights(config.distill)
     teaching = build_teaching(job, run, detector, manifest, device)
@@ -204,8 +212,9 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         if teaching:
             teaching.teacher.model.compile()
     wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
-    candidates = read_pseudo(run.at(job.pseudo)) if job.pseudo and config.unlabelled_batch() else {}
-    policy = make_policy(config.thresholds, *_scores(manifest, candidates)) if method else None
+    candidates = read_pseudo(run.at(str(job.pseudo))) if job.pseudo and config.unlabelled_batch() else {}
+    policy = _policy(job, manifest, candidates) if method else None
+    in_loop = InLoopTeacher(ema.ema, policy, config, labelled, world) if isinstance(policy, RunningThresholds) else None
     box_loss, online = config.train.box_loss, teaching.online if teaching else None
     criterion = Criterion(
         DetectionLoss(detector, box_loss),
@@ -228,13 +237,22 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         student=student,
         wrapped=wrapped,
         ema=ema,
-        optimiser=make_optimiser(student, config.train, online, config.distill.teacher_lr_factor),
+        optimiser=make_optimiser(student, job.train, online, config.distill.teacher_lr_factor),
         policy=policy,
         teaching=teaching,
         criterion=criterion,
-        streams=Streams(_streams(job, manifest, candidates)),
+        streams=Streams(_streams(job, manifest, candidates), config.mean_teacher.strong_view if in_loop else 0.0),
         val=_dataset(job, manifest, val, [r.boxes for r in val], augmented=False),
+        in_loop=in_loop,
     )
+
+
+def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> Policy | RunningThresholds:
+    """Thresholds of candidates that are there already, or that follow those which are found in the loop."""
+    thresholds, classes = job.config.thresholds, len(manifest.names)
+    if job.labels_itself:
+        return RunningThresholds(classes, thresholds, job.config.mean_teacher.mean_teacher_policy)
+    return make_policy(thresholds, *_scores(manifest, candidates))
 
 
 def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill, labelled: int) -> Student:
@@ -269,14 +287,14 @@ def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) ->
         raise DfssdError("no labelled train image shows a defect", todo="raise --label-fraction, or label more images")
 
     streams = {"labelled": _dataset(job, manifest, labelled, [r.boxes for r in labelled], augmented=True)}
-    if job.pseudo and job.config.unlabelled_batch():
-        rows = [r for r in manifest.unlabelled_rows() if r.image_id in candidates]
+    if (job.pseudo or job.labels_itself) and job.config.unlabelled_batch():
+        rows = [r for r in manifest.unlabelled_rows() if job.labels_itself or r.image_id in candidates]
         if not rows:
             raise DfssdError(
                 "there is no unlabelled image to learn from",
                 todo="lower --label-fraction, add --unlabelled DIR, or set --unlabelled-ratio 0",
             )
-        boxes = [_or_silent(candidates[r.image_id]) for r in rows]
+        boxes = [None if job.labels_itself else _or_silent(candidates[r.image_id]) for r in rows]
         streams["unlabelled"] = _dataset(job, manifest, rows, boxes, augmented=True)
     return streams
 

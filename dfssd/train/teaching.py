@@ -49,7 +49,7 @@ def build_teaching(
     if not job.distills or not config.distill.uses_teacher:
         return None
     given = job.store.exists("teacher.pt")  # left there by the stage, from --distill-teacher
-    store, name = (job.store, "teacher.pt") if given else (run.at(job.teacher), "best.pt")
+    store, name = (job.store, "teacher.pt") if given else (run.at(str(job.teacher)), "best.pt")
     data, where = store.read(name), config.distill.distill_teacher if given else store.path(name)
     layers = config.distill.teacher_taps or config.distill.taps
     layers = layers if config.distill.lambda_f > 0 else ()

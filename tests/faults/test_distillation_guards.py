@@ -91,10 +91,11 @@ def test_a_weight_of_zero_with_settings_of_its_term(prepared, monkeypatch, setti
 
 def test_the_command_line_refuses_it_before_anything_starts(tmp_path):
     from dfssd.pipeline.run import run_stages
+    from dfssd.runtime.artefact_names import STUDENT
 
     config = Config(run={"storage_path": str(tmp_path)}, distill=Distill(lambda_f=0.0, divergence="cwd"))
     with pytest.raises(DfssdError, match=r"switched off, but --divergence was set"):
-        run_stages(config, ["student"])
+        run_stages(config, [STUDENT])
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,50 @@
+"""Stages `pseudo` and `quality`: the teacher's labels, and what they are worth."""
+
+from __future__ import annotations
+
+from dfssd.data.manifest import read_manifest
+from dfssd.pipeline.context import Context, Result
+from dfssd.pipeline.settings import given_weights
+from dfssd.pipeline.stages import row_of
+from dfssd.pseudo.quality import measure
+from dfssd.report import quality as report
+from dfssd.runtime.artefact import Stage
+from dfssd.runtime.artefact_names import DATASET, PSEUDO
+from dfssd.runtime.tracking import Tracker
+
+
+def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
+    """Label the unlabelled images, and those of the val split, with Ray Data."""
+    from dfssd.pseudo.labeller import label
+    from dfssd.runtime.cluster import connect
+
+    weights = [f"{name}/best.pt" for name in stage.inputs if row_of(name).teaches]
+    for k, spec in enumerate(() if weights else context.config.pseudo.label_teachers):
+        weights.append(f"{stage.name}/teachers/{k}.pt")  # a copy: workers may run on other machines
+        context.run.write(weights[-1], given_weights(spec))
+    connect()
+    manifest = read_manifest(context.run.at(str(DATASET)))
+    if not manifest.unlabelled_rows():
+        print(f"{stage.name}: there is no unlabelled image", flush=True)
+    tracker = Tracker(context.runs.uri, run_id)
+    try:
+        summary = label(context.config, context.run, str(stage.name), manifest, weights, tracker.log)
+    finally:
+        tracker.close()
+    return summary, [f for f in stage.store.files() if f != "started.json"]
+
+
+def quality_stage(context: Context, stage: Stage, run_id: str) -> Result:
+    """Compare the pseudo-labels of a round with the val split and with what is withheld."""
+    quality = measure(context.config, context.run, str(PSEUDO.of_round(stage.name.round)))
+    numbers = quality.numbers()
+    manifest = read_manifest(context.run.at(str(DATASET)))
+    print(report.terminal_table(numbers), flush=True)
+    stage.store.write_json("quality.json", numbers)
+    stage.store.write("quality.csv", report.csv(numbers))
+    stage.store.write("quality.png", report.curves(quality))
+    stage.store.write("doubtful.png", report.doubtful_sheet(quality, manifest))
+    outputs = ["quality.json", "quality.csv", "quality.png", "doubtful.png"]
+    for name in outputs:
+        context.runs.artefact(run_id, name, stage.store.read(name))
+    return numbers, outputs
