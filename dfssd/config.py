@@ -7,8 +7,9 @@ names are unique over all sections, because the command line drops the section: 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
@@ -301,7 +302,7 @@ class Export(Section):
     """Files for the machine at the line."""
 
     formats: tuple[Literal["onnx", "openvino"], ...] = Field(
-        ("onnx",), description="What is written; ONNX always (the others are made from it)."
+        ("onnx",), description="What is written: onnx always, openvino too; without any the pipeline exports nothing."
     )
     nms_inside: bool = Field(
         False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."
@@ -310,6 +311,9 @@ class Export(Section):
     calibration_pictures: int = Field(128, ge=8, description="Unlabelled pictures that int8 is calibrated on.")
     parity_pictures: int = Field(
         200, ge=1, description="Labelled test pictures on which the files must equal the network."
+    )
+    register_as: Annotated[str, tyro.conf.arg(name="register")] = Field(
+        "", description="Register the exported model in MLflow under this name; champion where it beats the present one."
     )
 
 
