@@ -17,7 +17,6 @@ import torch
 from gpu_report import environment
 from made_up import MadeUp, StockStep  # first: it finds the package
 
-from dfssd.data.dataset import network_input
 from dfssd.train.loop import autocast, clip, to_device, update
 from dfssd.train.session import Session
 
@@ -62,8 +61,7 @@ class Bench:
 
 def one_step(s: Session, batch: dict[str, Any], mark: Callable[[str], None] = lambda _: None) -> None:
     """A step of `dfssd.train.loop.train`, without its log steps; `mark` is called at the end of each part."""
-    batch = to_device(batch, s.device)
-    images = network_input(batch["img"], s.device)
+    images, targets, _ = to_device(s, batch)
     mark("boxes and images to the device")
     with autocast(s, s.teacher_dtype):
         teacher = s.teacher(images) if s.teacher else None
@@ -71,7 +69,7 @@ def one_step(s: Session, batch: dict[str, Any], mark: Callable[[str], None] = la
     with autocast(s, s.dtype):
         student = s.wrapped(images)
     mark("student forward")
-    terms = s.criterion(student, teacher, batch, 0.5)
+    terms = s.criterion(student, teacher, targets, 0.5)
     mark("criterion")
     (terms.total() * s.job.config.train.batch).backward()
     mark("backward")

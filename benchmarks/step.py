@@ -39,7 +39,8 @@ from dfssd.data.manifest import pseudo_table, read_manifest, write_table
 from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.distill.features import KINDS
-from dfssd.models.detector import Teacher, branches, build_detector, detector_bytes
+from dfssd.models.detector import Teacher, build_detector, detector_bytes
+from dfssd.models.head import branches
 from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
@@ -123,9 +124,9 @@ class Bench:
 
 def our_step(s: Session, batch: dict[str, Any]) -> None:
     """One step of `dfssd.train.loop.train`, without its log steps."""
-    batch = to_device(batch, s.device)
-    out, teacher = forward(s, network_input(batch["img"], s.device))
-    terms = s.criterion(out, teacher, batch, 0.5)
+    images, targets, _ = to_device(s, batch)
+    out, teacher = forward(s, images)
+    terms = s.criterion(out, teacher, targets, 0.5)
     (terms.total() * s.job.config.train.batch).backward()
     clip(s, terms, batch["im_file"])
     update(s)
@@ -140,7 +141,7 @@ def floor(bench: Bench, amp: bool) -> Callable[[Tensor], None]:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
             teacher(images)
             raw = branches(student(images))["one2many"]
-        (raw["boxes"].mean() + raw["scores"].mean()).backward()
+        (raw.boxes.mean() + raw.scores.mean()).backward()
         student.zero_grad(set_to_none=True)
 
     return run
@@ -173,7 +174,7 @@ def steps_to_time(bench: Bench) -> dict[str, Callable[[], None]]:
     s = bench.s
     half = max(1, s.batch // 2)
     plain = bench.session("label_only", "fp32", s.batch)
-    labelled = to_device(next(iter(plain.loader())), bench.device)
+    labelled = {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in next(iter(plain.loader())).items()}
     mixed_session = bench.session("student", "fp32", half, **FULL, divergence=s.divergence)
     mixed = next(iter(mixed_session.loader()))
     stock_batch = {k: v for k, v in labelled.items() if isinstance(v, Tensor)}

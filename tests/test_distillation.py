@@ -14,11 +14,11 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, build_detector, detector_bytes, read_detector
 from dfssd.models.pairing import pair
 from dfssd.models.taps import Taps
-from dfssd.pseudo.thresholds import FixedThreshold
+from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
+from dfssd.train.in_process import train_in_process
 from dfssd.train.session import Student, build_session
-from dfssd.train.worker import train_in_process
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")
@@ -43,7 +43,12 @@ def _batch():
         "batch_idx": torch.tensor([0.0, 1.0, 2.0]),
         "score": torch.tensor([1.0, 1.0, 0.9]),
         "agreement": torch.ones(3),
+        "img": torch.zeros(4),
     }
+
+
+def _targets(batch=None, classes=3):
+    return targets_of(batch or _batch(), 2, torch.full((classes,), 0.5), Rules())
 
 
 def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES, teacher_names=NAMES, **settings):
@@ -53,10 +58,7 @@ def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES,
     teacher = Teacher(build_detector(teacher_spec, teacher_names, 64), CPU, teacher_taps or taps)
     pairing = pair(teacher, detector.model[-1], names, config.prediction)
     student = Student(detector, teacher.channels, taps, config.divergence == "mgd").train()
-    criterion = Criterion(
-        DetectionLoss(detector), config, FixedThreshold(torch.full((len(names),), 0.5)), 2, WorkerGroup(), pairing,
-        student.projections.generators,
-    )  # fmt: skip
+    criterion = Criterion(DetectionLoss(detector), config, WorkerGroup(), pairing, student.projections.generators)
     return student, teacher, criterion, pairing
 
 
@@ -72,7 +74,7 @@ def test_a_pair_of_families(teacher_spec, student_spec, taps, teacher_taps):
     both = {"one2many", "one2one"}
     assert set(pairing.branches) == (both if "26" in teacher_spec and "26" in student_spec else {"one2many"})
     assert pairing.bins == (("26" in teacher_spec) == ("26" in student_spec))
-    terms = criterion(out, said, _batch(), 0.0)
+    terms = criterion(out, said, _targets(), 0.0)
     assert {"pred/cls", "pred/loc", f"feat/{Distill().divergence}"} <= set(terms.losses)
     first = next(p for p in student.parameters() if p.requires_grad)
     norms = guards.check_reach(terms.losses, out, first, terms.silent)
@@ -92,9 +94,9 @@ def test_an_end_to_end_student_is_taught_in_both_branches():
         student, teacher, criterion, _ = _together(teacher_spec, "yolo26n.yaml")
         images = torch.rand(4, 3, 64, 64)
         out = student(images)
-        losses = criterion(out, teacher(images), _batch(), 0.0).losses
+        losses = criterion(out, teacher(images), _targets(), 0.0).losses
         grads = torch.autograd.grad(
-            losses["pred/cls"], [out.raw[b]["scores"] for b in ("one2many", "one2one")], allow_unused=True
+            losses["pred/cls"], [out.raw[b].scores for b in ("one2many", "one2one")], allow_unused=True
         )
         assert grads[0].abs().sum() > 0 and (grads[1] is not None) == taught
 
@@ -105,7 +107,7 @@ def test_every_divergence_trains_the_student_through_any_tap(kind):
         "yolov8s.yaml", "yolov8n.yaml", (4, 15, 21), divergence=kind, lambda_p=0, lambda_l=0, lambda_u=0
     )
     images = torch.rand(4, 3, 64, 64)
-    losses = criterion(student(images), teacher(images), _batch(), 0.0).losses
+    losses = criterion(student(images), teacher(images), _targets(), 0.0).losses
     losses[f"feat/{kind}"].backward()
     assert student.detector.model[0].conv.weight.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.projections.convs.parameters()) or kind in (
@@ -121,11 +123,11 @@ def test_a_teacher_with_more_classes_teaches_those_of_the_same_name():
     for conv in teacher.head.cv3:
         conv[-1].bias.data += torch.arange(4.0)  # untrained, all classes score nearly the same
     said = teacher(torch.rand(4, 3, 64, 64)).raw["one2many"]
-    torch.testing.assert_close(pairing.scores(said), said["scores"][:, [2, 0]])
+    torch.testing.assert_close(pairing.scores(said), said.scores[:, [2, 0]])
     batch = _batch()
     batch["cls"] = torch.tensor([0.0, 1.0, 1.0])
     images = torch.rand(4, 3, 64, 64)
-    criterion(student(images), teacher(images), batch, 0.0).total().backward()
+    criterion(student(images), teacher(images), _targets(batch, 2), 0.0).total().backward()
     with pytest.raises(DfssdError, match="does not know e") as caught:
         pair(teacher, student.detector.model[-1], ["a", "e"], "soft")
     assert caught.value.todo
@@ -137,7 +139,7 @@ def test_raw_mse_needs_heads_of_one_shape():
     assert "--prediction soft" in caught.value.todo
     student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml", prediction="mse")
     images = torch.rand(4, 3, 64, 64)
-    losses = criterion(student(images), teacher(images), _batch(), 0.0).losses
+    losses = criterion(student(images), teacher(images), _targets(), 0.0).losses
     assert "pred/mse" in losses and "pred/cls" not in losses and "pred/loc" not in losses
 
 
@@ -223,9 +225,9 @@ def test_balance_changes_the_losses_and_nothing_else():
     student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml")
     images = torch.rand(4, 3, 64, 64)
     out, said = student(images), teacher(images)
-    plain = criterion(out, said, _batch(), 0.0).losses
+    plain = criterion(out, said, _targets(), 0.0).losses
     criterion.balance = Balance(Distill(balance="gradnorm"), WorkerGroup())
-    scaled = criterion(out, said, _batch(), 0.0).losses
+    scaled = criterion(out, said, _targets(), 0.0).losses
     for name, value in scaled.items():
         factor = criterion.balance.factors.get(name.split("/")[0], 1.0)
         torch.testing.assert_close(value, plain[name] * factor)
@@ -257,7 +259,8 @@ def test_compiled_networks_give_the_same_losses(prepared):
         s = build_session(job, WorkerGroup(), CPU)
         images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            histories.append(s.criterion(s.wrapped(images), s.teacher(images), _batch(), 0.0).losses)
+            targets = s.targets({**_batch(), "img": images})
+            histories.append(s.criterion(s.wrapped(images), s.teacher(images), targets, 0.0).losses)
     for name, value in histories[0].items():
         torch.testing.assert_close(histories[1][name], value, rtol=1e-3, atol=1e-4)
 

@@ -13,10 +13,10 @@ from dfssd.pseudo.running import HALVED_EVERY, RunningThresholds
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import mean_teacher as module
+from dfssd.train.in_process import train_in_process
 from dfssd.train.loop import label_in_loop
 from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.session import build_session
-from dfssd.train.worker import train_in_process
 
 EAGER = {"floor": 1e-5, "tau_min": 1e-6, "max_candidates": 20}  # an untrained head's scores count
 
@@ -111,7 +111,7 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     assert (xywh[:, :2] - xywh[:, 2:] / 2 > -1e-5).all() and (xywh[:, :2] + xywh[:, 2:] / 2 < 1 + 1e-5).all()
     assert full["score"][own].max() <= 1 and (full["score"][~own] == 1).all()
     # The loss of the pseudo-labels reaches the network, and the network alone.
-    terms = s.criterion(s.student(images), None, full, 0.1)
+    terms = s.criterion(s.student(images), None, s.targets(full), 0.1)
     (terms.losses["pse/cls"] + terms.losses["pse/box"]).backward()
     assert next(s.student.parameters()).grad.abs().sum() > 0
     assert all(p.grad is None for p in s.ema.ema.parameters())

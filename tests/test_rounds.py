@@ -25,7 +25,7 @@ from dfssd.runtime.artefact_names import (
     newest_round,
 )
 from dfssd.runtime.storage import Storage
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 ROOT = Path(__file__).parents[1]
 

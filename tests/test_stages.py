@@ -27,7 +27,7 @@ from dfssd.runtime.artefact_names import (
     ArtefactName,
 )
 from dfssd.runtime.storage import Storage
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 ROOT = Path(__file__).parents[1]
 KEYS = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]

@@ -11,7 +11,7 @@ from dfssd.data.prepare import prepare
 from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial, apply, draw, make_trial, trials
 from dfssd.sweep.space import load_space
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 SPACES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))}
 TINY = {

@@ -16,7 +16,7 @@ from dfssd.evaluate.validation import summarise, validate
 from dfssd.models.detector import load_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 
 @pytest.fixture(scope="module")

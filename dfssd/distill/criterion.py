@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,11 @@ from dfssd.config import Distill
 from dfssd.distill import predictions as p
 from dfssd.distill.balance import Balance
 from dfssd.distill.features import joined, layer_terms
-from dfssd.models.detection_loss import COMPONENTS, DetectionLoss, Targets
-from dfssd.models.detector import Branch, TeacherOutput
+from dfssd.models.detection_loss import COMPONENTS, DetectionLoss
+from dfssd.models.detector import TeacherOutput
+from dfssd.models.head import HeadOutput
 from dfssd.models.pairing import Pairing
-from dfssd.pseudo.running import RunningThresholds
-from dfssd.pseudo.thresholds import Policy, class_sums
+from dfssd.pseudo.selection import COUNTS, StepTargets
 from dfssd.runtime.worker_group import WorkerGroup
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (K,...) sums and their (K,) normalisers
@@ -39,10 +38,10 @@ class StudentOutput:
         teacher: head output of an online teacher for the labelled images.
     """
 
-    raw: dict[str, Branch]
+    raw: dict[str, HeadOutput]
     taps: list[Tensor]
     projected: list[Tensor]
-    teacher: dict[str, Branch] | None = None
+    teacher: dict[str, HeadOutput] | None = None
 
 
 @dataclass
@@ -50,11 +49,13 @@ class Terms:
     """Weighted loss terms of one step by name (this worker's share), and numbers worth logging (global).
 
     Args:
+        policy: (2C,) sums of scores and numbers of candidates by class in the global batch, for a policy that learns.
         paused: terms whose schedule is at 0.
     """
 
     losses: dict[str, Tensor]
     counts: dict[str, Tensor]
+    policy: Tensor
     paused: frozenset[str] = frozenset()
 
     @property
@@ -73,8 +74,6 @@ class Criterion:
     Args:
         detection: detection loss of the student.
         config: weights and settings; None trains on labels alone.
-        policy: class thresholds; needed with `config`.
-        labelled: labelled images of this worker's batch, which come first.
         pairing: how the teacher's predictions stand to the student's; needed with a teacher.
         generators: MGD's networks.
         teacher_detection: detection loss of an online teacher.
@@ -84,37 +83,33 @@ class Criterion:
         self,
         detection: DetectionLoss,
         config: Distill | None,
-        policy: Policy | RunningThresholds | None,
-        labelled: int,
         world: WorkerGroup,
         pairing: Pairing | None = None,
         generators: nn.ModuleList | None = None,
         teacher_detection: DetectionLoss | None = None,
     ) -> None:
-        self.detection, self.config, self.policy = detection, config, policy
-        self.labelled, self.world, self.pairing = labelled, world, pairing
+        self.detection, self.config, self.world, self.pairing = detection, config, world, pairing
         self.generators, self.teacher_detection = list(generators or []), teacher_detection
         self.balance = Balance(config, world) if config and config.balance == "gradnorm" else None
 
     def __call__(
-        self, out: StudentOutput, teacher: TeacherOutput | None, batch: dict[str, Any], progress: float
+        self, out: StudentOutput, teacher: TeacherOutput | None, targets: StepTargets, progress: float
     ) -> Terms:
         """Compute the terms of one step.
 
         Args:
             teacher: what the teacher says of the same images, or None.
-            batch: collated boxes on the student's device (see `dfssd.data.dataset.collate`).
+            targets: boxes, on the student's device.
             progress: share of the training that is done (0..1).
         """
         self.detection.set_progress(progress)
         sums: Sums = {}
-        counts: dict[str, Tensor] = {}
-        config, images = self.config, out.raw["one2many"]["scores"].shape[0]
-        real = batch["batch_idx"] < self.labelled
-        labels = _targets(batch, real, 0)
-        sums["sup"] = self.detection(_slice(out.raw, 0, self.labelled), labels)
-        if config and images > self.labelled and config.lambda_u > 0:
-            sums["pse"] = self._pseudo(_slice(out.raw, self.labelled, images), batch, ~real, counts)
+        config, labelled = self.config, targets.labelled
+        values, normalisers = self.detection(out.raw, targets.boxes)  # one pass for labels and pseudo-labels
+        sums["sup"] = values[:, :labelled].sum(1), normalisers[:, :labelled].sum(1)
+        learns = config is not None and config.lambda_u > 0 and targets.pseudo
+        if learns:
+            sums["pse"] = values[:, labelled:].sum(1), normalisers[:, labelled:].sum(1)
         s_t = schedule(config, progress) if config else 1.0
         if teacher is not None:
             sums |= self._predictions(out.raw, teacher)
@@ -123,12 +118,14 @@ class Criterion:
                 sums["feat"] = self._features(out.projected, teacher)
         if out.teacher is not None and self.teacher_detection is not None:
             self.teacher_detection.set_progress(progress)
-            sums["teacher"] = self.teacher_detection(out.teacher, labels)
-        losses = self._normalised(sums, counts)
+            own = self.teacher_detection(out.teacher, targets.boxes.of_images(0, labelled))
+            sums["teacher"] = own[0].sum(1), own[1].sum(1)
+        losses, counts, policy = self._normalised(sums, targets)
         self._scale(losses, out, s_t)
-        return Terms(losses, counts, frozenset({"feat"} if s_t == 0 else ()))
+        named = dict(zip(COUNTS, counts, strict=True)) if learns else {}
+        return Terms(losses, named, policy, frozenset({"feat"} if s_t == 0 else ()))
 
-    def _predictions(self, raw: dict[str, Branch], teacher: TeacherOutput) -> Sums:
+    def _predictions(self, raw: dict[str, HeadOutput], teacher: TeacherOutput) -> Sums:
         """Prediction terms of all branches that both heads have, each (K,1) sums and (K,) normalisers."""
         assert self.config is not None and self.pairing is not None
         config, terms = self.config, {}
@@ -138,17 +135,17 @@ class Criterion:
         best = [p.best_score(t) for t in scores]
         if config.lambda_p > 0 and config.prediction == "mse":
             terms["pred/mse"] = [
-                p.raw_mse(s["boxes"], t["boxes"], s["scores"], c) for (s, t), c in zip(pairs, scores, strict=True)
+                p.raw_mse(s.boxes, t.boxes, s.scores, c) for (s, t), c in zip(pairs, scores, strict=True)
             ]
         elif config.lambda_p > 0:
             terms["pred/cls"] = [
-                p.dense_class(s["scores"], c, b) for (s, _), c, b in zip(pairs, scores, best, strict=True)
+                p.dense_class(s.scores, c, b) for (s, _), c, b in zip(pairs, scores, best, strict=True)
             ]
         if config.lambda_l > 0 and config.prediction == "soft":
             terms["pred/loc"] = [
-                p.dfl_localisation(s["boxes"], t["boxes"], b, config.loc_tau, config.loc_top)
-                if self.pairing.bins and s["boxes"].shape[1] > 4
-                else p.distance_localisation(s["boxes"], t["boxes"], b, config.loc_top)
+                p.dfl_localisation(s.boxes, t.boxes, b, config.loc_tau, config.loc_top)
+                if self.pairing.bins and s.boxes.shape[1] > 4
+                else p.distance_localisation(s.boxes, t.boxes, b, config.loc_top)
                 for (s, t), b in zip(pairs, best, strict=True)
             ]
         weights = [shares[b] for b in self.pairing.branches]
@@ -167,48 +164,15 @@ class Criterion:
         best = p.best_score(self.pairing.scores(teacher.raw["one2many"])) if kind == "score_l2" else None
         return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators)
 
-    def _pseudo(
-        self, raw: dict[str, Branch], batch: dict[str, Any], mine: Tensor, counts: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Detection loss on unlabelled images: pseudo-labels weighted by score, uncertain boxes left out.
-
-        A box that moved under flips (agreement below the limit) still says that there is a defect of this class, but
-        not where exactly: its box and DFL terms have no weight (Soft Teacher, Xu et al., ICCV 2021, section 3.3).
-
-        An image without any candidate is left out as a whole (its area travels through a mosaic as a box of score 0), and
-        every anchor inside an uncertain box is neither positive nor background: an unlabelled image never says "no defect
-        here" where the teacher was not sure.
-        """
-        assert self.config is not None and self.policy is not None
-        candidates, score = _targets(batch, mine, self.labelled), batch["score"][mine]
-        tau = self.policy.thresholds().to(score.device)
-        seen = score > 0  # a score of 0 marks the area of an image without candidates
-        stats = torch.cat(class_sums(candidates.cls[seen], score[seen], len(tau)))
-        stats = self.world.sum(stats)
-        self.policy.update(*stats.cpu().chunk(2))
-        sure = score >= tau[candidates.cls.long()]  # thresholds are above 0
-        candidates.weight = score.pow(self.config.score_power)
-        placed = batch["agreement"][mine] >= self.config.agreement_min
-        candidates.box_weight = candidates.weight * placed
-        counts["pse/pseudo_labels"] = sure.sum().float()
-        counts["pse/uncertain"] = (~sure & seen).sum().float()
-        counts["pse/without_box_term"] = (sure & ~placed).sum().float()
-        if self.config.uncertain == "background":
-            return self.detection(raw, candidates.where(sure))
-        size = raw["one2many"]["scores"].shape[0]
-        ignore = self.detection.anchors_inside(raw["one2many"]["feats"], candidates.where(~sure), size)
-        silent = torch.ones(size, dtype=torch.bool, device=score.device)
-        silent[candidates.image[seen].long()] = False
-        return self.detection(raw, candidates.where(sure), ignore | silent[:, None])
-
-    def _normalised(self, sums: Sums, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Divide every sum by its normaliser over all workers (one reduction for all), and weight it."""
-        layers = sums["feat"][0].detach() if "feat" in sums else torch.zeros(0)
-        parts = [n.detach().float() for _, n in sums.values()]
-        flat = self.world.sum(torch.cat([*parts, layers.to(parts[0].device), *(c.view(1) for c in counts.values())]))
-        totals = dict(zip(sums, flat.split([len(n) for n in parts] + [len(layers) + len(counts)])[:-1], strict=True))
-        rest = flat[sum(len(n) for n in parts) :]
-        counts |= dict(zip(counts, rest[len(layers) :], strict=True))
+    def _normalised(self, sums: Sums, targets: StepTargets) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Divide every sum by its normaliser over all workers, and weight it: the one reduction of a step, which also adds
+        up the values of the layers, the counts (3,) and what a threshold policy learns from (2C,)."""
+        parts = {name: n.detach().float() for name, (_, n) in sums.items()}
+        if "feat" in sums:
+            parts["layers"] = sums["feat"][0].detach()
+        parts |= {"counts": targets.counts, "policy": targets.policy}
+        flat = self.world.sum(torch.cat(list(parts.values())))
+        totals = dict(zip(parts, flat.split([len(p) for p in parts.values()]), strict=True))
         losses: dict[str, Tensor] = {}
         weights = self._weights()
         for name, (values, _) in sums.items():
@@ -216,13 +180,13 @@ class Criterion:
                 assert self.config is not None
                 scale = totals[name].clamp(min=1e-12)
                 kind = self.config.divergence
-                losses[f"feat/{kind}"] = weights[name] * joined(kind, values / scale, rest[: len(layers)] / scale)
+                losses[f"feat/{kind}"] = weights[name] * joined(kind, values / scale, totals["layers"] / scale)
             elif values.ndim == 1:  # a prediction term, a number a branch
                 losses[name] = weights[name] * (values / totals[name].clamp(min=1)).sum()
             else:
                 mean = (values / totals[name].clamp(min=1).unsqueeze(1)).sum(0)
                 losses.update({f"{name}/{part}": weights[name] * mean[k] for k, part in enumerate(COMPONENTS)})
-        return losses
+        return losses, totals["counts"], totals["policy"]
 
     def _weights(self) -> dict[str, float]:
         """Lambda of each term."""
@@ -236,7 +200,7 @@ class Criterion:
         """Apply the automatic balance, where there is one, and then the schedule of the feature term."""
         factors: dict[str, float] = {}
         if self.balance:
-            neck = out.raw["one2many"]["feats"]
+            neck = out.raw["one2many"].feats
             self.balance.update(grouped(losses), [*neck, *(t for t in out.taps if all(t is not n for n in neck))])
             factors = self.balance.factors
         for name in losses:
@@ -264,21 +228,3 @@ def schedule(config: Distill, progress: float) -> float:
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
     off = config.feature_schedule == "off_last_epochs" and progress >= 1 - config.off_last
     return 0.0 if off else 1.0
-
-
-def _slice(raw: dict[str, Branch], first: int, last: int) -> dict[str, Branch]:
-    """Head output of the images first..last-1."""
-    return {
-        name: {
-            "boxes": b["boxes"][first:last],
-            "scores": b["scores"][first:last],
-            "feats": [f[first:last] for f in b["feats"]],
-        }
-        for name, b in raw.items()
-    }
-
-
-def _targets(batch: dict[str, Any], keep: Tensor, first: int) -> Targets:
-    """Boxes chosen by `keep`, with images counted from `first`, all with weight 1."""
-    image = batch["batch_idx"][keep] - first
-    return Targets(batch["cls"][keep], batch["bboxes"][keep], image, torch.ones_like(image), torch.ones_like(image))

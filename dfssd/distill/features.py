@@ -62,7 +62,7 @@ def layer_terms(
     sums, normalisers = [], []
     for k, (raw, other) in enumerate(zip(student, teacher, strict=True)):
         s, t = resized(raw.float(), other.shape[2:]), other.float()
-        images = torch.tensor(float(s.shape[0]), device=s.device)
+        images = s.new_full((), float(s.shape[0]))  # a kernel, not a copy that is waited for
         if kind == "score_l2":
             assert score_ba is not None, "score_l2 is weighted by the teacher's scores"
             value, images = d.score_l2_sums(s, t, score_map(score_ba, s.shape[2:]))

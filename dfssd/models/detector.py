@@ -1,7 +1,6 @@
 """Build, load and save Ultralytics detectors, and read their head's raw output.
 
-Legend: B images, A anchor points over all levels, C classes, R DFL bins (16; 1 in YOLO26).
-Raw output of one branch: {"boxes": (B, 4R, A), "scores": (B, C, A) logits, "feats": [P3, P4, P5] entering the head}.
+Legend: B images, C classes.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_loa
 
 from dfssd import __version__
 from dfssd.errors import DfssdError
+from dfssd.models.head import HeadOutput, branches
 from dfssd.models.layout import refuse_code, require_safe_loader
 from dfssd.models.taps import Taps
 
-Branch = dict[str, Any]  # {"boxes", "scores", "feats"}
 LOSS_EPOCHS = 100  # E2ELoss decays by epochs; one of ours is a hundredth of the training
 
 
@@ -171,15 +170,6 @@ def detector_bytes(model: DetectionModel, extra: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def branches(output: Any) -> dict[str, Branch]:
-    """Raw output by branch: {"one2many": ...} and, for end-to-end heads, {"one2one": ...}; all in float32."""
-    raw = output[1] if isinstance(output, tuple) else output
-    named = {k: v for k, v in raw.items() if k in ("one2many", "one2one") and v} or {"one2many": raw}
-    return {
-        k: {"boxes": b["boxes"].float(), "scores": b["scores"].float(), "feats": b["feats"]} for k, b in named.items()
-    }
-
-
 def feature_channels(model: DetectionModel) -> list[int]:
     """Channels of the neck outputs P3, P4, P5 that enter the head."""
     return [int(m[0].conv.in_channels) for m in model.model[-1].cv2]
@@ -193,7 +183,7 @@ def count_parameters(model: nn.Module) -> int:
 class TeacherOutput:
     """What a teacher says of a batch: raw head output by branch, and its taps, (B,C,H,W) each."""
 
-    raw: dict[str, Branch]
+    raw: dict[str, HeadOutput]
     taps: list[Tensor]
 
 
@@ -228,7 +218,7 @@ class Teacher:
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def __call__(self, images_bchw: Tensor) -> TeacherOutput:
         raw = branches(self.model(images_bchw))
-        return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"]["feats"])
+        return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"].feats)
 
 
 @contextmanager

@@ -137,8 +137,9 @@ def _check_resources(config: Config) -> int:
 
 def time_step(config: Config, spec: str, threads: int, unlabelled: bool, distills: bool) -> float:
     """Seconds of one training step on this machine: the faster of two, on random images."""
-    from dfssd.models.detector import autocast_dtype, branches, build_detector, resolve_weights
+    from dfssd.models.detector import autocast_dtype, build_detector, resolve_weights
     from dfssd.models.detector import threads as using_threads
+    from dfssd.models.head import branches
 
     images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
     images = max(1, images // config.run.workers[0])
@@ -149,7 +150,7 @@ def time_step(config: Config, spec: str, threads: int, unlabelled: bool, distill
         dtype = autocast_dtype(amp, device)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             raw = branches(model(batch))["one2many"]
-        return torch.as_tensor(raw["boxes"].mean() + raw["scores"].mean())
+        return torch.as_tensor(raw.boxes.mean() + raw.scores.mean())
 
     with using_threads(threads):
         student = build_detector(spec, names, config.train.imgsz, resolve_weights(spec)[1]).train()

@@ -31,6 +31,8 @@ class RunningThresholds:
         policy: 'match' (pseudo-labels an image as many as labelled boxes an image), 'gmm' or 'fixed'.
     """
 
+    learns = False  # from what the criterion adds up; see `see`
+
     def __init__(self, classes: int, config: Thresholds, policy: str = "match") -> None:
         self.config, self.policy, self.classes = config, policy, classes
         self.counts = torch.zeros(classes, BINS, dtype=torch.float64)

@@ -74,6 +74,8 @@ class FixedThreshold:
         tau_c: (C,) thresholds.
     """
 
+    learns = False  # from batches: nothing has to be added up over workers, and nobody waits for it
+
     def __init__(self, tau_c: Tensor) -> None:
         self._tau = tau_c
 
@@ -98,6 +100,8 @@ class EmaThreshold:
     a class without a candidate in the batch stays where it is. The caller adds up `score_sum_c` and `count_c` over all
     workers, so the number of workers does not matter.
     """
+
+    learns = True
 
     def __init__(self, classes: int, decay: float, tau_min: float, tau_max: float = 1.0) -> None:
         self.decay, self.tau_min, self.tau_max = decay, tau_min, tau_max

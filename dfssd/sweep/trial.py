@@ -24,9 +24,10 @@ from dfssd.sweep.points import Trial
 from dfssd.sweep.population import CLOCK, take_over
 from dfssd.sweep.shared import adopt, copy_inputs
 from dfssd.sweep.space import MEASURES, Space
+from dfssd.train.in_process import train_in_process
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
-from dfssd.train.worker import fit, train_in_process
+from dfssd.train.worker import fit
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 
 State = dict[str, Any]
+KEEP = 2  # checkpoints; the newest may be the one that was being written
 FORMAT = 1  # of the state; a change that older versions cannot read counts it up
 READS = (1,)  # formats that this version reads
 NEEDED = ("format", "fingerprint", "step")

@@ -50,7 +50,7 @@ def check_teacher(teacher: TeacherOutput | None, step: int) -> None:
     """
     if teacher is None:
         return
-    tensors = {f"{k} of branch {b}": raw[k] for b, raw in teacher.raw.items() for k in ("boxes", "scores")}
+    tensors = {f"{k} of branch {b}": getattr(raw, k) for b, raw in teacher.raw.items() for k in ("boxes", "scores")}
     tensors |= {f"tap {k}": tap for k, tap in enumerate(teacher.taps)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -82,9 +82,9 @@ def check_reach(
     Raises:
         DfssdError: a term's gradient does not arrive, or is not finite.
     """
-    heads = [t for b in out.raw.values() for t in (b["boxes"], b["scores"])]
+    heads = [t for b in out.raw.values() for t in (b.boxes, b.scores)]
     targets = [first_layer] if first_layer is not None else [t for t in heads + out.projected if t.requires_grad]
-    own = [t for b in (out.teacher or {}).values() for t in (b["boxes"], b["scores"])]
+    own = [t for b in (out.teacher or {}).values() for t in (b.boxes, b.scores)]
     terms = grouped(losses)
     squares = []
     for name, term in terms.items():

@@ -16,6 +16,7 @@ from dfssd.distill.criterion import StudentOutput, Terms
 from dfssd.errors import DfssdError
 from dfssd.evaluate.validation import validate
 from dfssd.models.detector import TeacherOutput, detector_bytes
+from dfssd.pseudo.selection import StepTargets
 from dfssd.runtime.progress import clock
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
@@ -58,17 +59,17 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
 
     while s.step < steps and not out_of_patience(s) and not collapsed(s, last_metrics):
         meter.start()
-        batch = to_device(next(batches), device)
-        images = network_input(batch["img"], device)
+        batch = next(batches)
         meter.data_ready()
-        if s.in_loop:
-            images, batch = label_in_loop(s, images, batch)
+        images, targets, chosen = to_device(s, batch)
 
         lr = learning_rate(job.train, s.step, steps)
         for group in s.optimiser.param_groups:
             group["lr"] = lr * group["lr_factor"]
         out, teacher = forward(s, images)
-        terms = s.criterion(out, teacher, batch, s.step / steps)
+        terms = s.criterion(out, teacher, targets, s.step / steps)
+        if s.policy and s.policy.learns and chosen.pseudo:
+            s.policy.update(*(terms.policy if world.size > 1 else chosen.policy).cpu().chunk(2))
 
         is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
         if is_log_step:
@@ -194,9 +195,13 @@ def record(s: Session, metrics: dict[str, float], log: Log) -> None:
     log(metrics, s.step)
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Boxes to the device; the images follow in `network_input`."""
-    return {k: v.to(device) if isinstance(v, Tensor) and not k.startswith("img") else v for k, v in batch.items()}
+def to_device(s: Session, batch: dict[str, Any]) -> tuple[Tensor, StepTargets, StepTargets]:
+    """Images and boxes of a collated batch on the device, and the boxes as they were chosen on the CPU."""
+    images = network_input(batch["img"], s.device)
+    if s.in_loop:
+        images, batch = label_in_loop(s, images, batch)
+    chosen = s.targets(batch)
+    return images, (chosen.pin_memory() if s.device.type == "cuda" else chosen).to(s.device), chosen
 
 
 def step_metrics(

@@ -59,11 +59,11 @@ class InLoopTeacher:
         """
         own = self.config.pseudo
         found = predict(self.average, weak_bchw, own.floor, own.nms_iou, own.max_candidates)
-        candidates = _candidates(found, weak_bchw.shape[3], weak_bchw.shape[2], self.labelled)
+        candidates = _candidates(found, weak_bchw.shape[3], weak_bchw.shape[2], self.labelled).cpu()
         real = batch["batch_idx"] < self.labelled
-        rows = candidates.cpu().numpy()
+        rows = candidates.numpy()
         counted = self.thresholds.counted(
-            rows[:, 0], rows[:, 5], len(weak_bchw), batch["cls"][real].cpu().numpy(), self.labelled
+            rows[:, 0], rows[:, 5], len(weak_bchw), batch["cls"][real].numpy(), self.labelled
         )
         self.thresholds.see(self.world.sum(counted.to(weak_bchw.device)) if self.world.size > 1 else counted)
         columns = {"cls": candidates[:, 0], "bboxes": candidates[:, 1:5], "score": candidates[:, 5]}

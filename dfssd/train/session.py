@@ -24,9 +24,11 @@ from dfssd.distill.features import Projections
 from dfssd.errors import DfssdError
 from dfssd.models.batch_norm import share_statistics
 from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
+from dfssd.models.detector import Teacher, autocast_dtype, build_detector, feature_channels
+from dfssd.models.head import branches
 from dfssd.models.taps import Taps
 from dfssd.pseudo.running import RunningThresholds
+from dfssd.pseudo.selection import Rules, StepTargets, or_no_candidate, targets_of
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
@@ -67,7 +69,7 @@ class Student(nn.Module):
 
     def forward(self, images_bchw: Tensor) -> StudentOutput:
         raw = branches(self.detector(images_bchw))
-        taps = self.taps.take() if self.taps else raw["one2many"]["feats"]
+        taps = self.taps.take() if self.taps else raw["one2many"].feats
         projected = self.projections(taps) if self.projections is not None else []
         teacher = branches(self.online(images_bchw[: self.labelled])) if self.online is not None else None
         return StudentOutput(raw, taps, projected, teacher)
@@ -105,6 +107,12 @@ class Session:
     @property
     def teacher_ema(self) -> ModelEMA | None:
         return self.teaching.ema if self.teaching else None
+
+    def targets(self, batch: dict[str, Any]) -> StepTargets:
+        """What a collated batch teaches, on the CPU; thresholds are those of before the batch."""
+        config = self.criterion.config
+        tau = self.policy.thresholds() if self.policy and config and config.lambda_u > 0 else None
+        return targets_of(batch, self.student.labelled, tau, Rules.of(config) if config else Rules())
 
     def loader(self) -> torch.utils.data.DataLoader:
         """Batches of this worker from the present step to the last."""
@@ -219,8 +227,6 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     criterion = Criterion(
         DetectionLoss(detector, box_loss),
         method,
-        policy,
-        labelled,
         world,
         pairing=teaching.pairing if teaching else None,
         generators=student.projections.generators if student.projections is not None else None,
@@ -258,7 +264,7 @@ def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> 
 def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill, labelled: int) -> Student:
     """The student with what its teacher makes necessary."""
     if teaching is None:
-        return Student(detector)
+        return Student(detector, labelled=labelled)
     for note in teaching.pairing.notes:
         print(f"WARNING: {note}", flush=True)
     channels = teaching.teacher.channels if config.lambda_f > 0 else None
@@ -294,11 +300,6 @@ def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) ->
                 "there is no unlabelled image to learn from",
                 todo="lower --label-fraction, add --unlabelled DIR, or set --unlabelled-ratio 0",
             )
-        boxes = [None if job.labels_itself else _or_silent(candidates[r.image_id]) for r in rows]
+        boxes = [None if job.labels_itself else or_no_candidate(candidates[r.image_id]) for r in rows]
         streams["unlabelled"] = _dataset(job, manifest, rows, boxes, augmented=True)
     return streams
-
-
-def _or_silent(boxes: Boxes) -> Boxes:
-    """The candidates; for an image without any one box of score 0 over all of it, which marks its area as unknown."""
-    return boxes if len(boxes) else np.array([[0, 0.5, 0.5, 1, 1, 0, 1]], np.float32)

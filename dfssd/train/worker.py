@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray.train
@@ -21,7 +21,6 @@ from dfssd.train import checkpoint
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 
-KEEP = 2  # checkpoints; the newest may be the one that was being written
 RESIZE_S = 30.0  # between looks at whether the cluster can hold more workers; a resize restarts from the checkpoint
 MAX_FAILURES = 3  # restarts of the worker group from the newest checkpoint
 
@@ -97,7 +96,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
         """Persist a checkpoint, manifest last, and report. Ray itself would upload the files in an order of its own, and a
         worker killed on the way would leave a checkpoint that only looks like one."""
         if world.rank == 0:
-            checkpoint.store_newest(job.store.at("train"), session.step, session.state(), KEEP)
+            checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
         ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
     try:
@@ -109,27 +108,3 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     finally:
         if tracker:
             tracker.close()
-
-
-def train_in_process(
-    job: TrainJob, device: torch.device | None = None, on_validation: Callable[[Session], None] | None = None
-) -> dict[str, Any]:
-    """Run the loop in this process, with checkpoints, without a worker group: for trials of a sweep and for tests.
-
-    Args:
-        device: default the CPU.
-        on_validation: called after each validation, once its checkpoint is stored.
-    """
-    from dfssd.train.loop import train
-
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id)
-
-    def save(metrics: dict[str, Any], session: Session) -> None:
-        checkpoint.store_newest(job.store.at("train"), session.step, session.state(), KEEP)
-        if on_validation:
-            on_validation(session)
-
-    try:
-        return train(job, WorkerGroup(), device or torch.device("cpu"), tracker.log, save)
-    finally:
-        tracker.close()

@@ -13,7 +13,8 @@ from dfssd.data.prepare import prepare
 from dfssd.models.batch_norm import GlobalBatchNorm, share_statistics
 from dfssd.runtime.cluster import Resources
 from dfssd.runtime.storage import Storage
-from dfssd.train.worker import fit, train_in_process
+from dfssd.train.in_process import train_in_process
+from dfssd.train.worker import fit
 
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
 SHAPE = (4, 3, 5, 6)

@@ -11,7 +11,7 @@ from dfssd.models.detector import detector_bytes, load_detector
 from dfssd.models.taps import Taps
 from dfssd.runtime.storage import Storage
 from dfssd.train import loop
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 LOG_EVERY = 3
 

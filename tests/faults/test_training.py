@@ -13,8 +13,8 @@ from dfssd.models.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards, loop
+from dfssd.train.in_process import train_in_process
 from dfssd.train.session import build_session
-from dfssd.train.worker import train_in_process
 
 
 class Killed(Exception):
