@@ -313,7 +313,8 @@ class Export(Section):
         200, ge=1, description="Labelled test pictures on which the files must equal the network."
     )
     register_as: Annotated[str, tyro.conf.arg(name="register")] = Field(
-        "", description="Register the exported model in MLflow under this name; champion where it beats the present one."
+        "",
+        description="Register the exported model in MLflow under this name; champion where it beats the present one.",
     )
 
 

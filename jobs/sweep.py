@@ -6,7 +6,7 @@ Without --data it makes a synthetic data set. The same command again goes on: fi
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from pydantic import Field
@@ -23,10 +23,6 @@ FLAGS: dict[str, Any] = {
     "space": (tyro.conf.Positional[str], Field("", description="The file of the space.")),
     "max_concurrent": (int, Field(0, ge=0, description="Most trials at a time; 0: as many as the cluster holds.")),
     "resume": (bool, Field(False, description="Go on with a sweep, and stop where there is none to go on with.")),
-    "register_as": (
-        Annotated[str, tyro.conf.arg(name="register")],
-        Field("", description="Register the best trial's model in MLflow under this name."),
-    ),
     "table": (str, Field("", description="Only rebuild the table of this sweep (its run name) from MLflow.")),
 }
 
@@ -38,9 +34,7 @@ def job() -> None:
     if flags.table:
         table_of(config, flags.table)
         return
-    options = Options(
-        max_concurrent=flags.max_concurrent, resume=flags.resume, register=flags.register_as, file=flags.space
-    )
+    options = Options(max_concurrent=flags.max_concurrent, resume=flags.resume, file=flags.space)
     (describe if config.run.dry_run else run_sweep)(config, space or load_space(flags.space), options)
 
 

@@ -104,7 +104,7 @@ def compare(
 
 
 def _differences(one: dict[str, Any], two: dict[str, Any]) -> tuple[int, int, float, float, int]:
-    """Boxes of `one` that `two` lacks, pairs of another choice, largest difference of box (px) and score over pairs, boxes looked at."""
+    """Boxes of `one` that `two` lacks, pairs of another choice, largest difference of box (px) and score, boxes looked at."""
     keep = one["conf"] >= LOOK + SCORE_LIMIT
     near = two["conf"] >= LOOK
     a, b = ({k: r[k][which] for k in ("boxes", "conf", "pred_cls")} for r, which in ((one, keep), (two, near)))

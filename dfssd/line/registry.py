@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,11 +49,13 @@ def log_model(
     """
     if not run_id:
         return ""
-    numbers = measured[model] if model in measured else {}
-    metrics = {f"{split}/{k}": float(numbers[split][k]) for split in ("val", "test") for k in ("map50", MEASURE)} if numbers else {}
+    numbers = measured[model]
+    metrics = {f"{split}/{k}": float(numbers[split][k]) for split in ("val", "test") for k in ("map50", MEASURE)}
     tags = {"dataset": dataset_digest, "model": model, "score": str(done["operating_point"]["score"])}
     name = model.replace("/", "_")
-    uri = runs.attempt(lambda client: _log(runs.uri, run_id, name, store.read(f"{model}.onnx"), done, metrics, tags), "")
+    uri = runs.attempt(
+        lambda client: _log(runs.uri, run_id, name, store.read(f"{model}.onnx"), done, metrics, tags), ""
+    )
     if uri and register:
         said = runs.attempt(lambda client: _register(client, runs.uri, uri, register, metrics, dataset_digest), "")
         print(said or f"WARNING: {register} was not registered", flush=True)
@@ -60,7 +63,13 @@ def log_model(
 
 
 def _log(
-    uri: str, run_id: str, name: str, onnx: bytes, done: Mapping[str, Any], metrics: Mapping[str, float], tags: dict[str, str]
+    uri: str,
+    run_id: str,
+    name: str,
+    onnx: bytes,
+    done: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    tags: dict[str, str],
 ) -> str:
     """Log one model with signature, input example and requirements; returns models:/m-..."""
     import mlflow
@@ -78,7 +87,8 @@ def _log(
         ),
         params=ParamSchema([ParamSpec("score", DataType.double, -1.0)]),
     )
-    with _tracking(uri):
+    with _tracking(uri), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Tt]ype hint")  # the signature is given
         mlflow.start_run(run_id=run_id, log_system_metrics=False)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
@@ -91,7 +101,10 @@ def _log(
                 signature=signature,
                 input_example=_example(),
                 pip_requirements=_requirements(),
-                metadata={"operating_point": done["operating_point"], "names": list(done["operating_point"]["thresholds"])},
+                metadata={
+                    "operating_point": done["operating_point"],
+                    "names": list(done["operating_point"]["thresholds"]),
+                },
             )
             client = mlflow.MlflowClient(uri)
             for key, value in tags.items():
@@ -157,8 +170,8 @@ def _register(
         return f"registered {name}, version {version}: the first one, so it is {CHAMPION}"
     if present.tags.get("dataset") != dataset_digest:
         return (
-            f"registered {name}, version {version}; {CHAMPION} stays version {present.version}, which was measured on another "
-            f"data set (to change it: mlflow's client.set_registered_model_alias)"
+            f"registered {name}, version {version}; {CHAMPION} stays version {present.version}, which was measured "
+            f"on another data set (to change it: mlflow's client.set_registered_model_alias)"
         )
     best = float(present.tags[f"val.{MEASURE}"])
     numbers = f"val mAP50-95 {own:.4f}, that of version {present.version} {best:.4f}"

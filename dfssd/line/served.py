@@ -19,7 +19,7 @@ except ImportError:
 COLUMNS = ["picture", "name", "score", "x1", "y1", "x2", "y2"]
 
 
-class Served(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class Served(mlflow.pyfunc.PythonModel):
     """Boxes at the operating point, or from `score` on (a parameter), in pixels of the picture."""
 
     def load_context(self, context: Any) -> None:

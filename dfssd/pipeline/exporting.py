@@ -51,7 +51,9 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     context.runs.metrics(run_id, tracked(done))
     digest = context.run.read_json(f"{DATASET}/stage.json")["digest"]
     measured = context.run.read_json(f"{REPORT}/metrics.json")
-    logged = log_model(context.runs, run_id, stage.store, model, done, measured, digest, context.config.export.register_as)
+    logged = log_model(
+        context.runs, run_id, stage.store, model, done, measured, digest, context.config.export.register_as
+    )
     summary = {"model": model, "speedup": done["speedup"], "mlflow_model": logged, **_short(done)}
     return summary, [f for f in stage.store.files() if f != "started.json"]
 
@@ -64,4 +66,3 @@ def tracked(done: dict[str, Any]) -> dict[str, float]:
 
 def _short(done: dict[str, Any]) -> dict[str, Any]:
     return {"loss": {name: p["loss"] for name, p in done["parity"].items()}}
-

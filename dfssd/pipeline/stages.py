@@ -261,7 +261,9 @@ def finished_models(run: Storage) -> list[ArtefactName]:
 
 def exported_model(config: Config, run: Storage) -> ArtefactName:
     """What goes to the line: the distilled student, without one the label-only student, without any the best teacher."""
-    return next((n for n in (STUDENT, LABEL_ONLY, best_teacher(run, newest_round(run))) if is_finished(run, n)), STUDENT)
+    return next(
+        (n for n in (STUDENT, LABEL_ONLY, best_teacher(run, newest_round(run))) if is_finished(run, n)), STUDENT
+    )
 
 
 def settings_of(config: Config, name: ArtefactName) -> dict[str, Any]:
