@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dfssd.config import Config
-from dfssd.pipeline.settings import counted, section
+from dfssd.config import Config, section
+from dfssd.pipeline.settings import counted
 from dfssd.runtime.artefact_names import (
     DATASET,
     EXPORT,
@@ -56,6 +56,7 @@ class Row:
         needs: "module:function" that stops where something else than an artefact is missing, and says what is there, in
             lines; takes (context, stage, names of the stages planned before it). It is asked before anything is begun or
             deleted, and by the dry run.
+        renew: "module:function" that is asked where what is there differs, before it is refused; takes (context, stage).
         wanted: is it part of a pipeline with these settings?
         in_rounds: does a later round (`--rounds`) do it again?
         ends_rounds: after it, of (run, round): is there no further stage of this round, nor a further round?
@@ -71,6 +72,7 @@ class Row:
     free: tuple[str, ...] = ()
     training: Training | None = None
     needs: str = ""
+    renew: str = ""
     wanted: Callable[[Config], bool] = lambda config: True
     in_rounds: bool = False
     ends_rounds: Callable[[Storage, int], bool] = lambda run, number: False
@@ -139,6 +141,7 @@ STAGES = (
         inputs=lambda config, run, number: (),
         body="dfssd.pipeline.data:prepare_stage",
         needs="dfssd.pipeline.data:needs",
+        renew="dfssd.pipeline.data:renew",
     ),
     Row(
         role=TEACHER.role,
