@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
@@ -116,62 +115,23 @@ def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], stor
 def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     """What each worker runs.
 
-    A user error is returned and not raised, on all workers: a restart would only meet it again. The one that has met it tells
-    the others and leaves the group, which ends whatever they wait for.
+    A user error is returned and not raised where nobody waits for this worker: a restart would only meet it again. Where others
+    wait for it in a collective it is left for the next group, which this one's failure starts and which returns it at once.
     """
     context = ray.train.get_context()
     world = WorkerGroup(context.get_world_rank(), context.get_world_size())
     store = Store(settings["key"])
-    met = store.error()  # by a group before this one, which could not end in order
+    met = store.error()
     if met is not None:
         return met
     try:
-        with Heart(store, world.rank, world.size, lambda: _leave_where_another_has_failed(store, world)):
+        with Heart(store, world.rank, world.size):
             return _train(settings["job"], world, settings["threads"])
     except DfssdError as error:
+        if world.size == 1:
+            return error
         store.leave_error(error)
-        _leave_group()
-        return error
-    except Exception:
-        met = _told(store) if world.size > 1 else None
-        if met is None:
-            raise
-        return met
-
-
-def _told(store: Store) -> DfssdError | None:
-    """The user error of another worker, which may be about to tell it: its leaving the group comes first."""
-    for _ in range(20):
-        met = store.error()
-        if met is not None:
-            return met
-        time.sleep(0.25)
-    return None
-
-
-def _leave_where_another_has_failed(store: Store, world: WorkerGroup) -> None:
-    """NCCL does not notice that another rank has left: end this one's collectives."""
-    if (
-        world.size > 1
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_backend() == "nccl"
-        and store.error()
-    ):
-        _leave_group()
-
-
-def _leave_group() -> None:
-    """Close this worker's connections, so that whoever waits for it in a collective gets an error."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    try:
-        if distributed.get_backend() == "nccl":
-            distributed.distributed_c10d._abort_process_group()
-        else:
-            distributed.destroy_process_group()
-    except (RuntimeError, ValueError) as error:
-        print(f"the worker group could not be left: {error}", flush=True)
+        raise
 
 
 def _shorten_timeout(world: WorkerGroup) -> None:
