@@ -97,10 +97,12 @@ def test_a_file_that_still_grows_is_left_alone(tmp_path, monkeypatch):
     folder.mkdir()
     whole = _picture(tmp_path / "whole.png").read_bytes()
     labelling = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=lambda text: None)
-    sizes = iter(range(10, len(whole), max(1, len(whole) // 8)))
+    sizes = iter([*range(10, len(whole), max(1, len(whole) // 8)), len(whole)])
 
     def grow(_):
-        (folder / "x.png").write_bytes(whole[: next(sizes, len(whole))])
+        size = next(sizes, None)
+        if size is not None:
+            (folder / "x.png").write_bytes(whole[:size])
 
     monkeypatch.setattr(line.time, "sleep", grow)
     line.watch(labelling, folder, poll_s=1.0, rounds=16)

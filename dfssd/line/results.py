@@ -85,7 +85,7 @@ class Results:
 
 def coco(pictures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """COCO annotations (with scores) of all pictures, boxes as x, y, width, height (px)."""
-    boxes = []
+    boxes: list[dict[str, Any]] = []
     for k, one in enumerate(pictures, 1):
         for found in one["boxes"]:
             x1, y1, x2, y2 = found["box"]
