@@ -7,9 +7,22 @@ names are unique over all sections, because the command line drops the section: 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from dfssd.choices import DIVERGENCES, POLICIES, Choice, floors, in_words, temperatures
+
+
+def split_layers(value: Any) -> Any:
+    """Let layers be written as in papers: "15,18,21" beside a list."""
+    words = [value] if isinstance(value, str) else value
+    return tuple(
+        part for word in words for part in (word.split(",") if isinstance(word, str) else [word]) if part != ""
+    )
+
+
+Layers = Annotated[tuple[int, ...], BeforeValidator(split_layers)]
 
 
 class Section(BaseModel):
@@ -74,6 +87,11 @@ class Data(Section):
     )
     names: tuple[str, ...] = Field(
         (), description="Class names in order of their id where the data has none; else the order of its own names."
+    )
+    update: bool = Field(
+        False,
+        description="Where images or labels have changed: make the next version of the manifest, in which every earlier "
+        "image keeps its split.",
     )
     unlabelled: tuple[str, ...] = Field((), description="Further folders with images that have no labels.")
     missing_labels: Literal["unlabelled", "background"] = Field(
@@ -197,19 +215,21 @@ class Pseudo(Section):
 class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
-    threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
-        "gmm", description="How class thresholds are set (docs/design.md, section 5)."
+    threshold_policy: Annotated[str, Choice(POLICIES)] = Field(
+        "gmm", description=f"How class thresholds are set. {in_words(POLICIES)}."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
     )
-    tau_min: float = Field(0.0, ge=0, lt=1, description="Lowest threshold of 'ema', 'gmm', 'match'; 0: 0.5, 0.1, 0.1.")
-    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of 'ema', 'gmm', 'match'.")
+    tau_min: float = Field(
+        0.0, ge=0, lt=1, description=f"Lowest threshold of a policy that sets them itself; 0: {floors()}."
+    )
+    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of a policy that sets them itself.")
     tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of 'ema'.")
 
     def lowest(self, policy: str = "") -> float:
         """Lowest threshold of a policy, by default of the chosen one."""
-        return self.tau_min or {"ema": 0.5}.get(policy or self.threshold_policy, 0.1)
+        return self.tau_min or POLICIES[policy or self.threshold_policy].floor
 
 
 class Distill(Section):
@@ -230,6 +250,21 @@ class Distill(Section):
     uncertain: Literal["ignore", "background"] = Field(
         "ignore", description="What a candidate below its threshold says: nothing, or (harmful) 'no defect here'."
     )
+    silent: Literal["ignore", "background"] = Field(
+        "ignore", description="What an unlabelled image without any candidate says: nothing, or 'no defect here'."
+    )
+    student_view: float = Field(
+        0.0,
+        ge=0,
+        le=3,
+        description="Strength of the student's strong view of unlabelled images (see --strong-view); 0: none.",
+    )
+    fade: float = Field(
+        0.02,
+        ge=0,
+        description="Lead over its teacher (val mAP50-95, 0..1) at which the student learns from its own average instead; "
+        "0: the teacher's terms never fade.",
+    )
     agreement_min: float = Field(
         0.0, ge=0, le=1, description="Agreement under flips from which a pseudo-label teaches its box; 0: always."
     )
@@ -244,18 +279,18 @@ class Distill(Section):
         0.05, gt=0, le=1, description="Share of an image's anchor points that the localisation term looks at."
     )
     lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
-    divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
-        "pkd", description="How two feature maps are compared (docs/design.md, section 5)."
+    divergence: Annotated[str, Choice(DIVERGENCES)] = Field(
+        "pkd", description=f"How two feature maps are compared. {in_words(DIVERGENCES)}."
     )
     feature_tau: float = Field(
-        0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
+        0.0, ge=0, description=f"Temperature of the softmax, where there is one; 0: {temperatures()}."
     )
     feature_schedule: Literal["constant", "cosine", "off_last_epochs"] = Field(
         "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."
     )
     off_last: float = Field(0.1, ge=0, le=1, description="Share of the steps that 'off_last_epochs' switches off.")
-    taps: tuple[int, ...] = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
-    teacher_taps: tuple[int, ...] = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
+    taps: Layers = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
+    teacher_taps: Layers = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
     balance: Literal["none", "gradnorm"] = Field(
         "gradnorm",
         description="gradnorm: weights follow so that each term's gradient keeps its share of the supervised one.",
@@ -275,6 +310,9 @@ class Distill(Section):
 class MeanTeacher(Section):
     """The stage `mean_teacher`: the teacher goes on with labelled and unlabelled images, which its average labels."""
 
+    mean_teacher: bool = Field(
+        True, description="Let the teacher learn from the unlabelled images before it labels them."
+    )
     mean_teacher_steps: int = Field(0, ge=0, description="Its optimiser steps; 0: as many as the teacher's.")
     mean_teacher_lr: float = Field(0.0005, gt=0, description="Its peak learning rate: the teacher has learnt already.")
     mean_teacher_decay: float = Field(0.998, gt=0, lt=1, description="Decay of the weight average that labels.")
@@ -304,6 +342,27 @@ class Evaluate(Section):
     )
 
 
+class Export(Section):
+    """Files for the machine at the line."""
+
+    formats: tuple[Literal["onnx", "openvino"], ...] = Field(
+        ("onnx",), description="What is written: onnx always, openvino too; without any the pipeline exports nothing."
+    )
+    nms_inside: bool = Field(
+        False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."
+    )
+    int8: bool = Field(False, description="Also int8, calibrated on unlabelled pictures; what it loses is said.")
+    calibration_pictures: int = Field(128, ge=8, description="Unlabelled pictures that int8 is calibrated on.")
+    parity_pictures: int = Field(
+        200, ge=1, description="Labelled test pictures on which the files must equal the network."
+    )
+    register_as: str = Field(
+        "",
+        description="Register the exported model in MLflow under this name; champion where it beats the present one.",
+        json_schema_extra={"flag": "register"},
+    )
+
+
 class Config(Section):
     """Everything; each job shows the sections it uses."""
 
@@ -316,6 +375,7 @@ class Config(Section):
     distill: Distill = Distill()
     mean_teacher: MeanTeacher = MeanTeacher()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
     baseline: bool = Field(True, description="Also train the label-only student for as many steps, as a gate.")
     publish_best: bool = Field(
         False, description="Where the label-only student is better on val, publish it as student/best.pt."
@@ -362,3 +422,22 @@ class Config(Section):
     def mean_teacher_steps(self) -> int:
         """Optimiser steps of the mean teacher."""
         return self.mean_teacher.mean_teacher_steps or self.teacher_steps()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def section(name: str, *without: str) -> tuple[str, ...]:
+    """Dotted keys of a section, without some of its fields."""
+    fields = SECTIONS[name].model_fields
+    assert set(without) <= set(fields), f"{without} are fields of {name}"
+    return tuple(f"{name}.{field}" for field in fields if field not in without)
+
+
+def all_keys() -> tuple[str, ...]:
+    """Dotted keys of all settings, in order; the pipeline's own have no section."""
+    return tuple(key for name in Config.model_fields for key in (section(name) if name in SECTIONS else (name,)))

@@ -8,10 +8,9 @@ from typing import Any
 from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.pipeline.context import Context
-from dfssd.pipeline.dry_run import dry_run
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
-from dfssd.runtime.artefact_names import ArtefactName, is_finished
+from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
 
 
 def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
@@ -27,12 +26,15 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
     refuse_relative_paths_in_a_job(config)
     context = Context(config)
     if config.run.dry_run:
+        from dfssd.pipeline.dry_run import dry_run  # imports torch, to time a step
+
         dry_run(context, names)
         return
     context.run.check_writable()
-    status, ended = "FAILED", False
+    status, ended, planned = "FAILED", False, list(plan(config, names))
+    _start_ray_early(context, planned)
     try:
-        for name in plan(config, names):
+        for name in planned:
             if name.round > 1 and ended:
                 continue
             run_stage(context, name)
@@ -43,6 +45,15 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
         raise
     finally:
         context.runs.end_parent(status)
+
+
+def _start_ray_early(context: Context, planned: Sequence[ArtefactName]) -> None:
+    """Where stages that use Ray come after one that does not, Ray starts while that one works."""
+    left = [name for name in planned if not is_finished(context.run, name)]
+    if not context.fit and left[:1] == [DATASET] and len(left) > 1:
+        from dfssd.runtime.cluster import start_early
+
+        start_early()
 
 
 def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:
@@ -60,6 +71,8 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
     """`run_stage`, where no other driver makes the same artefact."""
     name, row = stage.name, row_of(stage.name)
     overwrite = context.config.run.overwrite
+    if row.renew and (not overwrite or context.config.data.update) and stage.differs():
+        resolve(row.renew)(context, stage)
     if row.needs and (stage.differs() or not is_finished(context.run, name)):
         if not overwrite:
             stage.state()  # refuses what was made with other settings

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.config_checks import check_weights
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
@@ -149,6 +150,7 @@ class Session:
             "teacher_ema_updates": self.teacher_ema.updates if self.teacher_ema else 0,
             "rng": torch.get_rng_state(),
             "best": self.best,
+            "lead": self.criterion.lead,
             "started_at": self.in_loop.started_at if self.in_loop else None,
             "history": self.history,
             "clock": {"begun": self.job.begun, "at": time.time(), "before_s": self.before_s},
@@ -170,6 +172,7 @@ class Session:
         if self.teacher_ema and state["teacher_ema"]:
             self.teacher_ema.ema.load_state_dict(state["teacher_ema"])
             self.teacher_ema.updates = state["teacher_ema_updates"]
+        self.criterion.lead = state.get("lead", 1.0)
         if self.in_loop:
             self.in_loop.started_at = state["started_at"]
         torch.set_rng_state(state["rng"])
@@ -195,7 +198,12 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     if job.distills:
         check_weights(config.distill)
     teaching = build_teaching(job, run, detector, manifest, device)
+    if teaching and teaching.reached is not None and config.distill.fade > 0:
+        teaching.own = Teacher(ema.ema, device, frozen=False)
     labelled = world.share_of(config.train.batch)
+    strong = (
+        config.mean_teacher.strong_view if job.labels_itself else config.distill.student_view if job.distills else 0.0
+    )
     student = _student(detector, teaching, config.distill, labelled).to(device).train()
     student.to(memory_format=torch.channels_last)
     if config.train.batch_norm == "global" or (config.train.batch_norm == "auto" and world.size > 1):
@@ -232,9 +240,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         policy=policy,
         teaching=teaching,
         criterion=criterion,
-        streams=Streams(
-            _streams(job, manifest, candidates, caches), config.mean_teacher.strong_view if in_loop else 0.0
-        ),
+        streams=Streams(_streams(job, manifest, candidates, caches), strong),
         val=ManifestDataset(val, [r.boxes for r in val], manifest.names, config.train.imgsz, **caches),
         in_loop=in_loop,
     )
@@ -255,7 +261,8 @@ def _student(detector: DetectionModel, teaching: Teaching | None, config: Distil
     for note in teaching.pairing.notes:
         print(f"WARNING: {note}", flush=True)
     channels = teaching.teacher.channels if config.lambda_f > 0 else None
-    return Student(detector, channels, config.taps, config.divergence == "mgd", teaching.online, labelled)
+    generators = DIVERGENCES[config.divergence].needs == "generator"
+    return Student(detector, channels, config.taps, generators, teaching.online, labelled)
 
 
 def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCounts, np.ndarray]:
