@@ -23,8 +23,8 @@ from dfssd.evaluate.verdict import share
 from dfssd.report import cases, charts, pictures, tables
 from dfssd.report.quality import rows as quality_rows
 from dfssd.report.terminal import said
-from dfssd.runtime.artefact import code_version
 from dfssd.runtime.artefact_names import QUALITY, newest_round
+from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
 
 CONTENTS = (
