@@ -6,6 +6,7 @@ import torch
 from small import make_job, tiny_config
 
 from dfssd.config import Thresholds
+from dfssd.data.dataset import network_input
 from dfssd.data.manifest import read_manifest
 from dfssd.data.strong_view import strong_view
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
@@ -13,6 +14,7 @@ from dfssd.pseudo.running import HALVED_EVERY, RunningThresholds
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import mean_teacher as module
+from dfssd.train.feed import moved
 from dfssd.train.in_process import train_in_process
 from dfssd.train.loop import label_in_loop
 from dfssd.train.mean_teacher import InLoopTeacher
@@ -95,13 +97,15 @@ def test_the_strong_view_keeps_the_geometry_and_can_be_repeated():
 def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong_one(prepared):
     s = build_session(_job(prepared, sure=True), WorkerGroup(), torch.device("cpu"))
     batch = next(iter(s.loader()))
-    labelled = s.in_loop.labelled
+    labelled = s.job.config.train.batch
     assert "img_strong" in batch and len(batch["img_strong"]) == len(batch["img"]) - labelled
     assert (batch["batch_idx"] < labelled).all()  # an unlabelled image brings no box
     seen = []
     s.in_loop.average.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     weak = batch["img"].float() / 255
-    images, full = label_in_loop(s, weak, dict(batch))
+    micro = moved(0, batch, s.targets(batch, labelled), s.device)
+    label_in_loop(s, [micro])
+    images, full = network_input(micro.images, s.device), s.in_loop.label(weak[labelled:], batch, labelled)[0]
     assert torch.equal(seen[0], weak[labelled:])
     assert torch.equal(images[:labelled], weak[:labelled]) and not torch.equal(images[labelled:], weak[labelled:])
     own = full["batch_idx"] >= labelled
@@ -111,7 +115,7 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     assert (xywh[:, :2] - xywh[:, 2:] / 2 > -1e-5).all() and (xywh[:, :2] + xywh[:, 2:] / 2 < 1 + 1e-5).all()
     assert full["score"][own].max() <= 1 and (full["score"][~own] == 1).all()
     # The loss of the pseudo-labels reaches the network, and the network alone.
-    terms = s.criterion(s.student(images), None, s.targets(full), 0.1)
+    terms = s.criterion(s.student(images), None, micro.targets, 0.1)
     (terms.losses["pse/cls"] + terms.losses["pse/box"]).backward()
     assert next(s.student.parameters()).grad.abs().sum() > 0
     assert all(p.grad is None for p in s.ema.ema.parameters())
@@ -161,7 +165,7 @@ def test_it_resumes_bit_for_bit(prepared, tmp_path_factory):
 def test_a_teacher_that_fails_is_told_by_its_running_numbers(prepared, reason, found, labels, map50_95):
     config = tiny_config(prepared)
     policy = RunningThresholds(2, Thresholds(), "fixed")
-    teacher = InLoopTeacher(torch.nn.Identity(), policy, config, 4, WorkerGroup())
+    teacher = InLoopTeacher(torch.nn.Identity(), policy, config, WorkerGroup())
     teacher.started_at = 0.4
     rows = np.array(found, float).reshape(-1, 2)
     for _ in range(module.SETTLED):

@@ -46,6 +46,7 @@ def layer_terms(
     score_ba: Tensor | None = None,
     tau: float = 0.0,
     generators: Sequence[nn.Module] = (),
+    masks: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each tap layer as a sum over images, and its normaliser.
 
@@ -55,6 +56,7 @@ def layer_terms(
         teacher: (B,C,H,W) a tap.
         score_ba: (B,A) teacher's best class score at each anchor point, levels one after the other; for 'score_l2'.
         tau: temperature; 0 takes OWN_TAU.
+        masks: draws what MGD hides; None: the process's own.
 
     Returns:
         (L,) sums and (L,) normalisers; divided, the divergence of each of the L layers.
@@ -67,7 +69,7 @@ def layer_terms(
             assert score_ba is not None, "score_l2 is weighted by the teacher's scores"
             value, images = d.score_l2_sums(s, t, score_map(score_ba, s.shape[2:]))
         elif kind == "mgd":
-            value = images * d.mgd(s, t, generators[k], d.hidden_positions(s))
+            value = images * d.mgd(s, t, generators[k], d.hidden_positions(s, generator=masks))
         elif kind in _SOFTMAX:
             value = images * _SOFTMAX[kind](d.standardise(s), d.standardise(t), tau or OWN_TAU[kind])
         else:

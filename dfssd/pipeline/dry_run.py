@@ -137,9 +137,10 @@ def _check_resources(config: Config) -> int:
 
 def time_step(config: Config, spec: str, threads: int, unlabelled: bool, distills: bool) -> float:
     """Seconds of one training step on this machine: the faster of two, on random images."""
-    from dfssd.models.detector import autocast_dtype, build_detector, resolve_weights
+    from dfssd.models.detector import build_detector, resolve_weights
     from dfssd.models.detector import threads as using_threads
     from dfssd.models.head import branches
+    from dfssd.models.precision import autocast_dtype
 
     images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
     images = max(1, images // config.run.workers[0])
