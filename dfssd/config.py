@@ -7,9 +7,20 @@ names are unique over all sections, because the command line drops the section: 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+
+def split_layers(value: Any) -> Any:
+    """Let layers be written as in papers: "15,18,21" beside a list."""
+    words = [value] if isinstance(value, str) else value
+    return tuple(
+        part for word in words for part in (word.split(",") if isinstance(word, str) else [word]) if part != ""
+    )
+
+
+Layers = Annotated[tuple[int, ...], BeforeValidator(split_layers)]
 
 
 class Section(BaseModel):
@@ -74,6 +85,11 @@ class Data(Section):
     )
     names: tuple[str, ...] = Field(
         (), description="Class names in order of their id where the data has none; else the order of its own names."
+    )
+    update: bool = Field(
+        False,
+        description="Where images or labels have changed: make the next version of the manifest, in which every earlier "
+        "image keeps its split.",
     )
     unlabelled: tuple[str, ...] = Field((), description="Further folders with images that have no labels.")
     missing_labels: Literal["unlabelled", "background"] = Field(
@@ -156,7 +172,14 @@ class Train(Section):
     val_every: int = Field(0, ge=0, description="Steps between validations and checkpoints; 0: a tenth of all.")
     log_every: int = Field(20, ge=1, description="Steps between two lines of progress.")
     loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: automatic.")
-    cache_gib: float = Field(1.0, ge=0, description="Memory for decoded images, per loading process (GiB).")
+    cache_gib: float = Field(
+        16.0,
+        ge=0,
+        description="Most decoded images kept on each machine's disk, for all processes there (GiB); 0: none.",
+    )
+    decoded_dir: str = Field(
+        "", description="Folder on each machine for decoded images; '': the one for temporary files."
+    )
     cache_dir: str = Field("", description="Folder on each machine for files fetched from s3:// or gs://; '': none.")
     cache_dir_gib: float = Field(20.0, gt=0, description="Most that is kept in --cache-dir, per machine (GiB).")
     box_loss: Literal["ciou", "inner_focaler_eiou"] = Field(
@@ -204,7 +227,7 @@ class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
     threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
-        "gmm", description="How class thresholds are set (docs/design.md, section 5)."
+        "gmm", description="How class thresholds are set."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
@@ -236,6 +259,21 @@ class Distill(Section):
     uncertain: Literal["ignore", "background"] = Field(
         "ignore", description="What a candidate below its threshold says: nothing, or (harmful) 'no defect here'."
     )
+    silent: Literal["ignore", "background"] = Field(
+        "ignore", description="What an unlabelled image without any candidate says: nothing, or 'no defect here'."
+    )
+    student_view: float = Field(
+        0.0,
+        ge=0,
+        le=3,
+        description="Strength of the student's strong view of unlabelled images (see --strong-view); 0: none.",
+    )
+    fade: float = Field(
+        0.02,
+        ge=0,
+        description="Lead over its teacher (val mAP50-95, 0..1) at which the student learns from its own average instead; "
+        "0: the teacher's terms never fade.",
+    )
     agreement_min: float = Field(
         0.0, ge=0, le=1, description="Agreement under flips from which a pseudo-label teaches its box; 0: always."
     )
@@ -251,7 +289,7 @@ class Distill(Section):
     )
     lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
     divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
-        "pkd", description="How two feature maps are compared (docs/design.md, section 5)."
+        "pkd", description="How two feature maps are compared."
     )
     feature_tau: float = Field(
         0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
@@ -260,8 +298,8 @@ class Distill(Section):
         "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."
     )
     off_last: float = Field(0.1, ge=0, le=1, description="Share of the steps that 'off_last_epochs' switches off.")
-    taps: tuple[int, ...] = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
-    teacher_taps: tuple[int, ...] = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
+    taps: Layers = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
+    teacher_taps: Layers = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
     balance: Literal["none", "gradnorm"] = Field(
         "gradnorm",
         description="gradnorm: weights follow so that each term's gradient keeps its share of the supervised one.",
@@ -281,6 +319,9 @@ class Distill(Section):
 class MeanTeacher(Section):
     """The stage `mean_teacher`: the teacher goes on with labelled and unlabelled images, which its average labels."""
 
+    mean_teacher: bool = Field(
+        True, description="Let the teacher learn from the unlabelled images before it labels them."
+    )
     mean_teacher_steps: int = Field(0, ge=0, description="Its optimiser steps; 0: as many as the teacher's.")
     mean_teacher_lr: float = Field(0.0005, gt=0, description="Its peak learning rate: the teacher has learnt already.")
     mean_teacher_decay: float = Field(0.998, gt=0, lt=1, description="Decay of the weight average that labels.")
@@ -380,3 +421,22 @@ class Config(Section):
     def mean_teacher_steps(self) -> int:
         """Optimiser steps of the mean teacher."""
         return self.mean_teacher.mean_teacher_steps or self.teacher_steps()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def section(name: str, *without: str) -> tuple[str, ...]:
+    """Dotted keys of a section, without some of its fields."""
+    fields = SECTIONS[name].model_fields
+    assert set(without) <= set(fields), f"{without} are fields of {name}"
+    return tuple(f"{name}.{field}" for field in fields if field not in without)
+
+
+def all_keys() -> tuple[str, ...]:
+    """Dotted keys of all settings, in order; the pipeline's own have no section."""
+    return tuple(key for name in Config.model_fields for key in (section(name) if name in SECTIONS else (name,)))

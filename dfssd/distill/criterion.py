@@ -25,6 +25,7 @@ from dfssd.pseudo.selection import COUNTS, StepTargets
 from dfssd.runtime.worker_group import WorkerGroup
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (K,...) sums and their (K,) normalisers
+OWN = " (own)"  # ending of the terms that the student's own average teaches
 Totals = dict[str, Tensor]  # what is added up over all micro-batches and workers, by name
 
 
@@ -118,12 +119,18 @@ class Criterion:
         self.detection, self.config, self.world, self.pairing = detection, config, world, pairing
         self.generators, self.teacher_detection, self.masks = list(generators or []), teacher_detection, masks
         self.balance = Balance(config) if config and config.balance == "gradnorm" else None
+        self.lead = 1.0  # weight of the teacher's terms; what is missing to 1 goes to the student's own average
 
     def __call__(
-        self, out: StudentOutput, teacher: TeacherOutput | None, targets: StepTargets, progress: float
+        self,
+        out: StudentOutput,
+        teacher: TeacherOutput | None,
+        targets: StepTargets,
+        progress: float,
+        own: TeacherOutput | None = None,
     ) -> Terms:
         """The terms of a step of one micro-batch a worker (arguments as in `measure`)."""
-        measured = self.measure(out, teacher, targets, progress)
+        measured = self.measure(out, teacher, targets, progress, own)
         totals = measured.named(self.world.sum(measured.flat()))
         if self.balance:
             if self.balance.due:
@@ -133,7 +140,12 @@ class Criterion:
         return self.terms(measured, totals, progress)
 
     def measure(
-        self, out: StudentOutput, teacher: TeacherOutput | None, targets: StepTargets, progress: float
+        self,
+        out: StudentOutput,
+        teacher: TeacherOutput | None,
+        targets: StepTargets,
+        progress: float,
+        own: TeacherOutput | None = None,
     ) -> Measured:
         """Sums of a micro-batch.
 
@@ -141,6 +153,7 @@ class Criterion:
             teacher: what the teacher says of the same images, or None.
             targets: boxes, on the student's device.
             progress: share of the training that is done (0..1).
+            own: what the student's own average says of them, once it has passed the teacher.
         """
         self.detection.set_progress(progress)
         config, labelled = self.config, targets.labelled
@@ -150,14 +163,18 @@ class Criterion:
         if learns:
             sums["pse"] = values[:, labelled:].sum(1), normalisers[:, labelled:].sum(1)
         if teacher is not None and config is not None:
-            sums |= self._predictions(out.raw, teacher)
+            assert self.pairing is not None
+            sums |= self._predictions(out.raw, teacher, self.pairing)
             # Skipped at weight 0, but not under DDP, which waits for the gradient of every parameter.
             if out.projected and config.lambda_f > 0 and (schedule(config, progress) > 0 or self.world.size > 1):
                 sums["feat"] = self._features(out.projected, teacher)
+        if own is not None:
+            shared = Pairing(None, tuple(out.raw), True)
+            sums |= {k + OWN: v for k, v in self._predictions(out.raw, own, shared).items()}
         if out.teacher is not None and self.teacher_detection is not None:
             self.teacher_detection.set_progress(progress)
-            own = self.teacher_detection(out.teacher, targets.boxes.of_images(0, labelled))
-            sums["teacher"] = own[0].sum(1), own[1].sum(1)
+            learned = self.teacher_detection(out.teacher, targets.boxes.of_images(0, labelled))
+            sums["teacher"] = learned[0].sum(1), learned[1].sum(1)
         parts = {name: n.detach().float() for name, (_, n) in sums.items()}
         if "feat" in sums:
             parts["layers"] = sums["feat"][0].detach()
@@ -182,17 +199,21 @@ class Criterion:
         for name in losses:
             group = name.split("/")[0]
             factor = factors.get(group, 1.0) * (s_t if group == "feat" else 1.0)
+            if group in ("pred", "feat"):
+                factor *= 1 - self.lead if name.endswith(OWN) else self.lead
             if factor != 1.0:
                 losses[name] = losses[name] * factor
+        alone = self.lead == 0 and not any(name.endswith(OWN) for name in losses)
+        paused = {"feat"} if s_t == 0 or self.lead == 0 else set[str]()
         counts = dict(zip(COUNTS, totals["counts"], strict=True)) if "counts" in totals else {}
-        return Terms(losses, counts, totals["policy"], frozenset({"feat"} if s_t == 0 else ()))
+        return Terms(losses, counts, totals["policy"], frozenset(paused | ({"pred"} if alone else set())))
 
-    def _predictions(self, raw: dict[str, HeadOutput], teacher: TeacherOutput) -> Sums:
+    def _predictions(self, raw: dict[str, HeadOutput], teacher: TeacherOutput, pairing: Pairing) -> Sums:
         """Prediction terms of all branches that both heads have, each (K,1) sums and (K,) normalisers."""
-        assert self.config is not None and self.pairing is not None
+        assert self.config is not None
         config, terms = self.config, {}
-        pairs = [(raw[b], teacher.raw[b]) for b in self.pairing.branches]
-        scores = [self.pairing.scores(t) for _, t in pairs]
+        pairs = [(raw[b], teacher.raw[b]) for b in pairing.branches]
+        scores = [pairing.scores(t) for _, t in pairs]
         shares = self.detection.branch_weights()
         best = [p.best_score(t) for t in scores]
         if config.lambda_p > 0 and config.prediction == "mse":
@@ -206,11 +227,11 @@ class Criterion:
         if config.lambda_l > 0 and config.prediction == "soft":
             terms["pred/loc"] = [
                 p.dfl_localisation(s.boxes, t.boxes, b, config.loc_tau, config.loc_top)
-                if self.pairing.bins and s.boxes.shape[1] > 4
+                if pairing.bins and s.boxes.shape[1] > 4
                 else p.distance_localisation(s.boxes, t.boxes, b, config.loc_top)
                 for (s, t), b in zip(pairs, best, strict=True)
             ]
-        weights = [shares[b] for b in self.pairing.branches]
+        weights = [shares[b] for b in pairing.branches]
         return {
             name: (
                 torch.stack([w * s for w, (s, _) in zip(weights, parts, strict=True)]),
@@ -250,6 +271,7 @@ class Criterion:
             return {"sup": 1.0}
         c = self.config
         pred = {"pred/cls": c.lambda_p, "pred/mse": c.lambda_p, "pred/loc": c.lambda_l}
+        pred |= {name + OWN: weight for name, weight in pred.items()}
         return {"sup": 1.0, "teacher": 1.0, "pse": c.lambda_u, "feat": c.lambda_f, **pred}
 
 

@@ -208,7 +208,7 @@ class Teacher:
         frozen: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.dtype, self.frozen, self.device = dtype, frozen, device
+        self.dtype, self.device = dtype, device
         self.names = [model.names[k] for k in sorted(model.names)]
         self.head = model.model[-1]
         self.reg_max = int(self.head.reg_max)
@@ -223,11 +223,12 @@ class Teacher:
             self.model.to(dtype)
         self.taps = Taps(self.model, layers, "teacher") if layers else None
         self.channels = self.taps.channels if self.taps else neck
-        self.head.training = True
+        self.frozen, self.head.training = frozen, frozen
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def __call__(self, images_bchw: Tensor) -> TeacherOutput:
         """What it says of images in float32."""
+        self.head.training = True
         kind = self.device.type
         if self.dtype is None or self.frozen:
             with torch.autocast(kind, enabled=False):
@@ -235,6 +236,7 @@ class Teacher:
         else:
             with torch.autocast(kind, self.dtype):
                 output = self.model(images_bchw)
+        self.head.training = self.frozen  # an average is validated in between, and must then decode
         raw = branches(output)
         return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"].feats)
 

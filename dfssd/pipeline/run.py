@@ -8,9 +8,8 @@ from typing import Any
 from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.pipeline.context import Context
-from dfssd.pipeline.dry_run import dry_run
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
-from dfssd.runtime.artefact import flatten
+from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import ArtefactName, is_finished
 
 
@@ -27,6 +26,8 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
     refuse_relative_paths_in_a_job(config)
     context = Context(config)
     if config.run.dry_run:
+        from dfssd.pipeline.dry_run import dry_run  # imports torch, to time a step
+
         dry_run(context, names)
         return
     context.run.check_writable()
@@ -51,8 +52,17 @@ def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:
     Raises:
         DfssdError: a user error, with the stage left so that the same command goes on.
     """
-    row, stage = row_of(name), make_stage(context.config, context.run, name)
+    stage = make_stage(context.config, context.run, name)
+    with stage.lease():
+        return _run_held(context, stage)
+
+
+def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
+    """`run_stage`, where no other driver makes the same artefact."""
+    name, row = stage.name, row_of(stage.name)
     overwrite = context.config.run.overwrite
+    if row.renew and (not overwrite or context.config.data.update) and stage.differs():
+        resolve(row.renew)(context, stage)
     if row.needs and (stage.differs() or not is_finished(context.run, name)):
         if not overwrite:
             stage.state()  # refuses what was made with other settings

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dfssd.config import Config
-from dfssd.pipeline.settings import counted, section
+from dfssd.config import Config, section
+from dfssd.pipeline.settings import counted
 from dfssd.runtime.artefact_names import (
     DATASET,
     LABEL_ONLY,
@@ -55,6 +55,7 @@ class Row:
         needs: "module:function" that stops where something else than an artefact is missing, and says what is there, in
             lines; takes (context, stage, names of the stages planned before it). It is asked before anything is begun or
             deleted, and by the dry run.
+        renew: "module:function" that is asked where what is there differs, before it is refused; takes (context, stage).
         wanted: is it part of a pipeline with these settings?
         in_rounds: does a later round (`--rounds`) do it again?
         ends_rounds: after it, of (run, round): is there no further stage of this round, nor a further round?
@@ -70,6 +71,7 @@ class Row:
     free: tuple[str, ...] = ()
     training: Training | None = None
     needs: str = ""
+    renew: str = ""
     wanted: Callable[[Config], bool] = lambda config: True
     in_rounds: bool = False
     ends_rounds: Callable[[Storage, int], bool] = lambda run, number: False
@@ -119,14 +121,14 @@ PLACE = section("run", "seed", "num_workers", "cpus_per_worker", "gpu", "wait_mi
 RUN = section("run")
 _ALONE = section("train", "teacher_steps", "teacher_patience")  # of a training of the student
 _PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
-    *(f"distill.{k}" for k in ("unlabelled_ratio", "score_power", "uncertain", "agreement_min", "lambda_u")),
+    *(f"distill.{k}" for k in ("unlabelled_ratio", "score_power", "uncertain", "silent", "agreement_min", "lambda_u")),
     *("distill.balance", "distill.share_u"),
     *section("thresholds"),
 )
 _SELF_LABELLED = (  # of a training whose own average labels
     *section("train", "lr", "ema_decay"),
     *(f"pseudo.{k}" for k in ("floor", "nms_iou", "max_candidates")),
-    *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "balance", "share_u")),
+    *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "silent", "balance", "share_u")),
     *(f"thresholds.{k}" for k in ("tau", "tau_min", "tau_max")),
 )
 
@@ -138,6 +140,7 @@ STAGES = (
         inputs=lambda config, run, number: (),
         body="dfssd.pipeline.data:prepare_stage",
         needs="dfssd.pipeline.data:needs",
+        renew="dfssd.pipeline.data:renew",
     ),
     Row(
         role=TEACHER.role,
@@ -157,12 +160,13 @@ STAGES = (
         role=MEAN_TEACHER.role,
         does="the teacher goes on with labelled and unlabelled images, which its own average labels",
         reads=(*RUN, "models.teacher", *_SELF_LABELLED, *section("mean_teacher")),
-        free=("train.steps", "train.teacher_steps"),  # count as far as mean_teacher_steps comes from them
+        # The steps count as far as mean_teacher_steps comes from them.
+        free=("mean_teacher.mean_teacher", "train.steps", "train.teacher_steps"),
         inputs=lambda config, run, number: (DATASET, TEACHER),
         body="dfssd.pipeline.training:train_stage",
         training=Training("teacher", labels_itself=True),
         needs="dfssd.pipeline.training:needs",
-        wanted=lambda config: False,
+        wanted=lambda config: config.mean_teacher.mean_teacher and config.unlabelled_batch() > 0,
         teaches=True,
     ),
     Row(

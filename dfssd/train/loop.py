@@ -126,22 +126,19 @@ def train(
 
 
 def label_in_loop(s: Session, batches: list[MicroBatch]) -> None:
-    """Let the weight average label the weak view of the unlabelled images; what the network sees is the strong one."""
+    """Let the weight average label the weak view of the unlabelled images."""
     assert s.in_loop is not None
     found, counted = [], []
     for batch in batches:
-        weak = network_input(batch.images, s.device)[batch.targets.labelled :]
+        weak = network_input(batch.images[batch.targets.labelled :], s.device)
         with_candidates, counts = s.in_loop.label(weak, batch.batch, batch.targets.labelled, s.teacher_dtype)
         found.append(with_candidates)
         counted.append(counts)
     s.in_loop.see(torch.stack(counted).sum(0), s.device)
     for batch, with_candidates in zip(batches, found, strict=True):
-        labelled = batch.targets.labelled
-        chosen = s.targets(with_candidates, labelled)
+        chosen = s.targets(with_candidates, batch.targets.labelled)
         batch.chosen = chosen.pin_memory() if s.device.type == "cuda" else chosen
         batch.targets = batch.chosen.to(s.device)
-        if batch.strong is not None:
-            batch.images = torch.cat([batch.images[:labelled], batch.strong])
 
 
 def learn_thresholds(s: Session, batches: list[MicroBatch], terms: Terms) -> None:
@@ -262,13 +259,22 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
         f"{time.monotonic() - begun:.1f} s",
     )
     reached = s.teaching.reached if s.teaching else None
-    if reached is not None and before <= reached < metrics["map50_95"]:
-        say(
-            s.world,
-            f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}), which may hold it back from here "
-            "on: lower --share-p and --share-f may do more, or a better teacher (--teacher-steps, --rounds 2)",
-        )
+    if reached is not None:
+        s.criterion.lead = lead(reached, metrics["map50_95"], s.job.config.distill.fade)
+        if before <= reached < metrics["map50_95"]:
+            fades = s.job.config.distill.fade > 0
+            hint = (
+                "its teacher's terms fade, its own average takes over"
+                if fades
+                else "which may hold it back: set --fade"
+            )
+            say(s.world, f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}); {hint}")
     return metrics
+
+
+def lead(teacher: float, student: float, fade: float) -> float:
+    """Weight (0..1) of the teacher's terms by val mAP50-95: 1 while the student is no better, 0 where it is `fade` ahead."""
+    return 1.0 if fade <= 0 else min(1.0, max(0.0, 1 - (student - teacher) / fade))
 
 
 def out_of_patience(s: Session) -> bool:

@@ -92,7 +92,7 @@ def _fits(s: Session, count: int) -> bool:
     s.norms.still()
     try:
         batch = torch.rand(images, 3, side, side, device=s.device).contiguous(memory_format=torch.channels_last)
-        out, teacher = forward(s, batch, labelled, s.student)
+        out, teacher = forward(s, batch, batch, labelled, s.student)
         measured = s.criterion.measure(out, teacher, _made_up(s, images, labelled), 0.0)
         terms = s.criterion.terms(measured, measured.parts, 0.0)
         terms.total().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,9 @@ from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
 from dfssd.config_checks import check_weights
-from dfssd.data.dataset import ManifestDataset, Streams, collate, disk_cache
+from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
+from dfssd.data.decoded import DecodedCache
+from dfssd.data.loaders import start_server, training_loader
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion
@@ -37,8 +40,6 @@ from dfssd.train.optim import make_optimiser
 from dfssd.train.random_state import random_state, restore_random_state
 from dfssd.train.student import Student
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
-
-MAX_LOADERS = 8  # processes that load images for one GPU
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Session:
         labelled = [len(range(k, batch, count)) for k in range(count)]
         return Feed(iter(self.loader()), self.mine, self.targets, labelled, self.device)
 
-    def loader(self) -> torch.utils.data.DataLoader:
+    def loader(self) -> Iterable[dict[str, Any]]:
         """Batches of this worker from the present step to the last."""
         config = self.job.config
         per_step = {"labelled": config.train.batch}
@@ -121,25 +122,8 @@ class Session:
         sampler = StepSampler(
             repeats, per_step, seed, self.step, self.job.steps, plain_from, world.rank, world.size, self.micro_batches
         )
-        workers = config.train.loader_workers
-        if workers < 0:
-            workers = self._loading_processes()
-        return torch.utils.data.DataLoader(
-            self.streams,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if workers else None,
-        )
-
-    def _loading_processes(self) -> int:
-        """As many as keep the step from waiting, and no more: each holds a cache of decoded images of its own."""
-        threads = torch.get_num_threads()
-        if self.device.type == "cuda":  # the CPUs have nothing else to do
-            return max(1, min(MAX_LOADERS, threads - 1))
-        remote = any(stream.remote for stream in self.streams.streams.values())
-        return 1 if threads > 1 or remote else 0  # who waits for a network needs no core
+        batch_bytes = -(-sum(per_step.values()) // self.micro_batches) * 3 * config.train.imgsz**2
+        return training_loader(self.streams, sampler, config.train.loader_workers, self.device, batch_bytes)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; positions in the data follow from the step."""
@@ -161,6 +145,7 @@ class Session:
             "rng": torch.get_rng_state(),
             "random": random_state(self.device),
             "best": self.best,
+            "lead": self.criterion.lead,
             "started_at": self.in_loop.started_at if self.in_loop else None,
             "history": self.history,
             "clock": {"begun": self.job.begun, "at": time.time(), "before_s": self.before_s},
@@ -182,6 +167,7 @@ class Session:
         if self.teacher_ema and state["teacher_ema"]:
             self.teacher_ema.ema.load_state_dict(state["teacher_ema"])
             self.teacher_ema.updates = state["teacher_ema_updates"]
+        self.criterion.lead = state.get("lead", 1.0)
         if self.in_loop:
             self.in_loop.started_at = state["started_at"]
         if self.scaler and state.get("scaler"):
@@ -203,6 +189,8 @@ class Session:
 
 def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Session:
     """Build all parts of a training run; nothing is restored yet."""
+    if job.config.train.loader_workers:
+        start_server()  # which takes as long as the models do
     config, method = job.config, job.distill_settings()
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
@@ -215,6 +203,12 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     if job.distills:
         check_weights(config.distill)
     teaching = build_teaching(job, run, detector, manifest, device)
+    if teaching and teaching.reached is not None and config.distill.fade > 0:
+        own_dtype = autocast_dtype(config.distill.teacher_amp, device)
+        teaching.own = Teacher(ema.ema, device, frozen=False, dtype=own_dtype)
+    strong = (
+        config.mean_teacher.strong_view if job.labels_itself else config.distill.student_view if job.distills else 0.0
+    )
     student = _student(detector, teaching, config.distill).to(device).train()
     student.to(memory_format=torch.channels_last)
     if config.train.compile:
@@ -237,7 +231,8 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
         masks=torch.Generator(device),
     )
-    val, dtype = manifest.of_split("val"), autocast_dtype(config.train.amp, device)
+    val, caches = manifest.of_split("val"), _caches(job, manifest)
+    dtype = autocast_dtype(config.train.amp, device)
     return Session(
         job=job,
         world=world,
@@ -252,8 +247,8 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         policy=policy,
         teaching=teaching,
         criterion=criterion,
-        streams=Streams(_streams(job, manifest, candidates), config.mean_teacher.strong_view if in_loop else 0.0),
-        val=_dataset(job, manifest, val, [r.boxes for r in val], augmented=False),
+        streams=Streams(_streams(job, manifest, candidates, caches), strong),
+        val=ManifestDataset(val, [r.boxes for r in val], manifest.names, config.train.imgsz, **caches),
         in_loop=in_loop,
         norms=GhostNorm(student),
         clock=StepClock(device),
@@ -288,20 +283,25 @@ def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCoun
     return scores, labelled_rates(manifest.labelled_rows(), len(manifest.names))
 
 
-def _dataset(job: TrainJob, manifest: Manifest, rows: list[Any], boxes: list[Any], augmented: bool) -> ManifestDataset:
-    """These images with these boxes, cached as the settings say."""
+def _caches(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
+    """Where files and pixels are kept on this machine, as the settings say."""
     own = job.config.train
-    augment = own if augmented else None
-    return ManifestDataset(rows, boxes, manifest.names, own.imgsz, augment, own.cache_gib, disk_cache(own))
+    decoded = DecodedCache(own.decoded_dir, own.cache_gib) if own.cache_gib else None
+    if decoded:
+        decoded.make_room(manifest.rows, own.imgsz)
+    return {"files": disk_cache(own), "decoded": decoded}
 
 
-def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> dict[str, ManifestDataset]:
+def _streams(
+    job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes], caches: dict[str, Any]
+) -> dict[str, TrainingSet]:
     """Labelled images, and where there are candidates the unlabelled ones with them."""
     labelled = manifest.labelled_rows()
     if not any(r.boxes is not None and len(r.boxes) for r in labelled):
         raise DfssdError("no labelled train image shows a defect", todo="raise --label-fraction, or label more images")
 
-    streams = {"labelled": _dataset(job, manifest, labelled, [r.boxes for r in labelled], augmented=True)}
+    train = job.config.train
+    streams = {"labelled": TrainingSet(labelled, [r.boxes for r in labelled], train, **caches)}
     if (job.pseudo or job.labels_itself) and job.config.unlabelled_batch():
         rows = [r for r in manifest.unlabelled_rows() if job.labels_itself or r.image_id in candidates]
         if not rows:
@@ -310,5 +310,5 @@ def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) ->
                 todo="lower --label-fraction, add --unlabelled DIR, or set --unlabelled-ratio 0",
             )
         boxes = [None if job.labels_itself else or_no_candidate(candidates[r.image_id]) for r in rows]
-        streams["unlabelled"] = _dataset(job, manifest, rows, boxes, augmented=True)
+        streams["unlabelled"] = TrainingSet(rows, boxes, train, **caches)
     return streams

@@ -32,6 +32,9 @@ from dfssd.train.feed import MicroBatch
 from dfssd.train.guards import check_finite, check_teacher, judge, reach
 from dfssd.train.session import Session
 
+# What the teacher, and the student's own average, say of each micro-batch.
+Taught = dict[int, tuple[TeacherOutput | None, TeacherOutput | None]]
+
 
 @dataclass
 class Pass:
@@ -69,17 +72,17 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         DfssdError: a term is not finite or reaches nothing.
     """
     progress = s.step / s.job.steps
-    teachers: dict[int, TeacherOutput | None] = {}
-    alone = _forward(s, batches[0], teachers, s.wrapped, 0, 1) if len(batches) == 1 else None
-    totals, asked_sum = _totals(s, batches, alone, teachers, asked)
+    taught: Taught = {}
+    alone = _forward(s, batches[0], taught, s.wrapped, 0, 1) if len(batches) == 1 else None
+    totals, asked_sum = _totals(s, batches, alone, taught, asked)
     if s.criterion.balance:
-        _follow_balance(s, batches, alone, teachers, totals)
+        _follow_balance(s, batches, alone, taught, totals)
     scale = s.scaler.get_scale() if s.scaler and log else 1.0
     shares: list[Terms] = []
     squares: list[Tensor] = []
     for turn, batch in enumerate(batches):
         with _synchronised(s.wrapped, turn == len(batches) - 1):
-            one = alone or _forward(s, batch, teachers, s.wrapped, turn, len(batches))
+            one = alone or _forward(s, batch, taught, s.wrapped, turn, len(batches))
             terms = s.criterion.terms(one.measured, totals, progress)
             if log:
                 check_teacher(one.teacher, s.step)
@@ -99,29 +102,32 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
 
 
 def forward(
-    s: Session, images_bchw: Tensor, labelled: int = 0, network: nn.Module | None = None
+    s: Session, images_bchw: Tensor, weak_bchw: Tensor, labelled: int, network: nn.Module | None = None
 ) -> tuple[StudentOutput, TeacherOutput | None]:
     """The one pass of the student, and the one of what teaches it, each in its own precision.
 
     Targets are rounded once and enter no gradient, so a teacher may be in bf16 where the student is in fp32.
+
+    Args:
+        weak_bchw: the same images as those who teach see them.
     """
     with autocast(s, s.dtype):
         student = (network or s.wrapped)(images_bchw, labelled)
-    return student, taught(s, images_bchw)
+    return student, s.teacher(weak_bchw) if s.teacher else None
 
 
-def taught(s: Session, images_bchw: Tensor) -> TeacherOutput | None:
-    """What the teacher says, in its own precision."""
-    return s.teacher(images_bchw) if s.teacher else None
+def own_average(s: Session, weak_bchw: Tensor) -> TeacherOutput | None:
+    """What the student's own average says, once it has passed the teacher."""
+    if s.teaching is None or s.teaching.own is None or s.criterion.lead == 1:
+        return None
+    return s.teaching.own(weak_bchw)
 
 
 def autocast(s: Session, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(s.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def _forward(
-    s: Session, batch: MicroBatch, teachers: dict[int, TeacherOutput | None], network: nn.Module, turn: int, count: int
-) -> Pass:
+def _forward(s: Session, batch: MicroBatch, taught: Taught, network: nn.Module, turn: int, count: int) -> Pass:
     """A pass that counts in the running statistics as micro-batch `turn` of this worker's `count`; 0 of 0: not at all."""
     if count:
         s.norms.turn(turn, count)
@@ -129,28 +135,32 @@ def _forward(
         s.norms.still()
     if s.criterion.masks is not None:  # of the micro-batch, whoever computes it
         s.criterion.masks.manual_seed(stable_seed(s.job.config.run.seed, "masks", s.step, batch.index))
-    images = network_input(batch.images, s.device)
-    if batch.index not in teachers:
-        teachers[batch.index] = taught(s, images)
+    labelled = batch.targets.labelled
+    images = weak = network_input(batch.images, s.device)
+    if batch.strong is not None:
+        images = torch.cat([weak[:labelled], network_input(batch.strong, s.device)])
+        images = images.contiguous(memory_format=torch.channels_last)
+    if batch.index not in taught:
+        taught[batch.index] = s.teacher(weak) if s.teacher else None, own_average(s, weak)
         s.clock.mark("teacher")
     with autocast(s, s.dtype):
-        out = network(images, batch.targets.labelled)
+        out = network(images, labelled)
     s.clock.mark("student")
-    teacher = teachers[batch.index]
-    measured = s.criterion.measure(out, teacher, batch.targets, s.step / s.job.steps)
+    teacher, own = taught[batch.index]
+    measured = s.criterion.measure(out, teacher, batch.targets, s.step / s.job.steps, own)
     s.clock.mark("criterion")
     return Pass(out, teacher, measured)
 
 
 def _totals(
-    s: Session, batches: list[MicroBatch], alone: Pass | None, teachers: dict[int, TeacherOutput | None], asked: float
+    s: Session, batches: list[MicroBatch], alone: Pass | None, taught: Taught, asked: float
 ) -> tuple[Totals, Tensor]:
     """Normalisers and counts of the global batch, and what all workers ask for."""
     if alone is not None:
         measured, flat = alone.measured, alone.measured.flat()
     else:
         with torch.no_grad():
-            parts = [_forward(s, b, teachers, s.student, 0, 0).measured for b in batches]
+            parts = [_forward(s, b, taught, s.student, 0, 0).measured for b in batches]
         measured, flat = parts[0], torch.stack([p.flat() for p in parts]).sum(0)
     flat = s.world.sum(torch.cat([flat, flat.new_full((1,), asked)]))
     return measured.named(flat[:-1]), flat[-1:]
@@ -160,7 +170,7 @@ def _follow_balance(
     s: Session,
     batches: list[MicroBatch],
     alone: Pass | None,
-    teachers: dict[int, TeacherOutput | None],
+    taught: Taught,
     totals: Totals,
 ) -> None:
     """Measure gradients of the terms where it is time to: with several micro-batches, by one more pass over each."""
@@ -171,7 +181,7 @@ def _follow_balance(
         names: list[str] = []
         parts = []
         for batch in batches:
-            one = alone or _forward(s, batch, teachers, s.student, 0, 0)
+            one = alone or _forward(s, batch, taught, s.student, 0, 0)
             names, squares = s.criterion.squares(one.measured, totals, scale)
             parts.append(squares)
         balance.follow(names, s.world.sum(torch.stack(parts).sum(0)))

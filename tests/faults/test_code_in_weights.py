@@ -16,7 +16,7 @@ from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, load_detector, resolve_weights
 from dfssd.models.layout import refuse_code, require_safe_loader
-from dfssd.pipeline.stages import given_weights
+from dfssd.pipeline.settings import given_weights
 from dfssd.pseudo.teachers import TeacherActor
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
