@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.distill import predictions as p
 from dfssd.distill.balance import Balance
@@ -244,9 +245,10 @@ class Criterion:
         """(L,) sums and normalisers of the feature term, one a tap layer."""
         assert self.config is not None and self.pairing is not None
         kind = self.config.divergence
-        best = p.best_score(self.pairing.scores(teacher.raw["one2many"])) if kind == "score_l2" else None
-        tau = self.config.feature_tau
-        return layer_terms(kind, projected, teacher.taps, best, tau, self.generators, self.masks)
+        best = (
+            p.best_score(self.pairing.scores(teacher.raw["one2many"])) if DIVERGENCES[kind].needs == "scores" else None
+        )
+        return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators, self.masks)
 
     def _divided(self, measured: Measured, totals: Totals) -> dict[str, Tensor]:
         """Every sum divided by its normaliser over the global batch, and weighted; balance and schedule come on top."""
