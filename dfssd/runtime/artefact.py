@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfssd import __version__
 from dfssd.errors import DamagedFile, DfssdError
 from dfssd.runtime.artefact_names import PSEUDO, ArtefactName, is_finished
 from dfssd.runtime.lease import Lease
 from dfssd.runtime.storage import Storage, side_by_side
+from dfssd.version import __version__
 
 REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
