@@ -17,7 +17,6 @@ from dfssd.runtime.artefact_names import PSEUDO, ArtefactName, is_finished
 from dfssd.runtime.code_version import code_version
 from dfssd.runtime.lease import Lease
 from dfssd.runtime.storage import Storage, side_by_side
-from dfssd.version import __version__
 
 REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
