@@ -4,9 +4,9 @@
 
 An S3 server on loopback that answers each request late stands for a store across a network. The full distillation step of
 `benchmarks/step.py` trains from it with its loader running. `cold` asks as dfssd does, with nothing kept, so that each step
-fetches all of its images anew (a mosaic is made of four); the other rows keep them, and have seen all images before. The server
-takes its share of the same cores, which a real store does not. It knows what reading needs and no more: that dfssd works with
-S3 is shown by the tests, with a whole server.
+fetches all of its images anew (a mosaic is made of four); the other rows keep them, and have seen all images before. The
+server takes its share of the same cores, which a real store does not. It knows what reading needs and no more: that dfssd
+works with S3 is shown by the tests, with a whole server.
 """
 
 from __future__ import annotations
