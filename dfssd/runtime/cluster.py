@@ -16,6 +16,7 @@ from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
 from dfssd.runtime.placement import (
+    Gpu,
     LEAST_CPUS,
     Actors,
     Ask,
@@ -212,9 +213,13 @@ def worker_resources(run: Run) -> Resources:
     return wait_for_room(run, lambda nodes: place_workers(nodes, ask), _bundle(run), ask.low)
 
 
-def task_resources(run: Run) -> Resources:
-    """What the one task of a stage gets: all CPUs of the node that has most of them free, as `--cpus-per-worker` allows."""
-    ask = Ask(1, 1, run.cpus_per_worker, "never", "task")
+def task_resources(run: Run, gpu: Gpu = "never") -> Resources:
+    """What the one task of a stage gets: all CPUs of the node that has most of them free, as `--cpus-per-worker` allows.
+
+    Args:
+        gpu: as the setting of that name, for a task that computes on one.
+    """
+    ask = Ask(1, 1, run.cpus_per_worker, gpu, "task")
     return wait_for_room(run, lambda nodes: place_workers(nodes, ask), {"CPU": max(1.0, ask.cpus)})
 
 
