@@ -16,11 +16,11 @@ from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
 from dfssd.runtime.placement import (
-    Gpu,
     LEAST_CPUS,
     Actors,
     Ask,
     CannotPlace,
+    Gpu,
     Node,
     Resources,
     auto_workers,
