@@ -221,7 +221,7 @@ def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, s
     if runs.uri.startswith("sqlite"):
         print(f"next      mlflow ui --backend-store-uri {runs.uri}")
     if register:
-        version = runs.attempt(lambda c: _register(c, parent, register), "")
+        version = runs.attempt(lambda c: _register(c, parent, register), "", patience_s=60)
         print(f"registered {register}, version {version}" if version else f"WARNING: {register} was not registered")
 
 

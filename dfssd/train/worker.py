@@ -86,7 +86,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     job: TrainJob = settings["job"]
     torch.set_num_threads(settings["threads"])
     logging.getLogger().setLevel(logging.WARNING)  # Ray's session logs every report through the root logger
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id) if world.rank == 0 else None
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store) if world.rank == 0 else None
 
     def log(metrics: dict[str, float], step: int) -> None:
         if tracker:
