@@ -15,14 +15,12 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,9 @@ from dfssd.data.dataset import ManifestDataset
 from dfssd.data.letterbox import decode_shard
 from dfssd.evaluate.validation import validate
 from dfssd.models.detector import load_detector
-from dfssd.pseudo.teachers import TeacherActor
+from dfssd.pseudo.in_process import label_in_process
+from dfssd.pseudo.shards import shard_images, shards
+from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.loop import train
 
@@ -101,33 +101,28 @@ def headline_step(bench: Bench) -> dict[str, Any]:
 
 
 def labelling(bench: Bench) -> dict[str, Any]:
-    """An actor on decoded shards; decoding in threads beside it; both alone."""
-    found: dict[str, Any] = {"imgsz": bench.imgsz}
-    rows = bench.made.manifest.unlabelled_rows()
-    size = 4 if bench.o.quick else 64
-    shards = [
-        {"file": f"label-{k}.parquet", "ids": [r.image_id for r in part], "uris": [r.uri for r in part]}
-        for k, part in enumerate(rows[k : k + size] for k in range(0, 4 * size, size))
-    ]
-    cores = max(1, len(os.sched_getaffinity(0)) - 1)
+    """The networks on decoded shards, and the whole job in this process: decoding, networks, fusing, writing."""
+    made, found = bench.made, {"imgsz": bench.imgsz}
+    size = 4 if bench.o.quick else shard_images(bench.imgsz)
+    part = shards(made.manifest.unlabelled_rows(), "speed", size)[:4]
     begun = time.perf_counter()
-    ready = [decode_shard(shard, bench.imgsz) for shard in shards]
-    found["decoding a core (img/s)"] = 4 * size / (time.perf_counter() - begun)
+    ready = [decode_shard(shard, bench.imgsz) for shard in part]
+    found["decoding a core (img/s)"] = len(part) * size / (time.perf_counter() - begun)
     for name, tta in (("labelling", "none"), ("labelling with flips", "flips")):
-        config = Config(run=Run(storage_path=str(bench.made.folder)), pseudo=Pseudo(tta=tta),
-                        train=bench.made.config(bench.imgsz, bench.batch).train)  # fmt: skip
-        actor = TeacherActor(bench.made.run.uri, "labels", config, ["teacher/best.pt"], bench.made.manifest.names, 4)
+        config = Config(run=Run(storage_path=str(made.folder)), pseudo=Pseudo(tta=tta),
+                        train=made.config(bench.imgsz, bench.batch).train)  # fmt: skip
+        teachers = load_teachers(config, made.run, ["teacher/best.pt"], made.manifest.names, bench.device)
         turn = itertools.cycle(ready)
-        boxes = actor(next(turn))["boxes"] / size
-        ms = bench.milliseconds(lambda actor=actor, turn=turn: actor(next(turn)), seconds=5)
-        found |= {f"{name} (img/s)": size / ms * 1e3, f"{name}: candidates an image": boxes}
-        with ThreadPoolExecutor(cores) as pool:
-            count = 4 if bench.o.quick else 40
+        boxes = len(teachers(next(turn))["found"]) / size / teachers.views
+        ms = bench.milliseconds(lambda teachers=teachers, turn=turn: teachers(next(turn)), seconds=5)
+        found |= {f"{name} (img/s)": size / ms * 1e3, f"{name}: boxes a view": boxes, f"{name}: type": teachers.dtype}
+        for folder in ("first", "again"):
             begun = time.perf_counter()
-            for row in pool.map(lambda k: decode_shard(shards[k % 4], bench.imgsz), range(count)):
-                actor(row)
-            bench.sync()
-        found[f"{name}, decoding in {cores} threads (img/s)"] = count * size / (time.perf_counter() - begun)
+            label_in_process(
+                config, made.run, f"labels-{tta}-{folder}", made.manifest, ["teacher/best.pt"], bench.device
+            )
+        images = len(made.manifest.rows) - len(made.manifest.labelled_rows())
+        found[f"{name}, whole job in one process (img/s)"] = images / (time.perf_counter() - begun)
     return found
 
 

@@ -5,6 +5,7 @@ Needs nothing beyond torch, torchvision, Ultralytics, pyarrow, pydantic, numpy a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,9 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Config, Models, Run, Train
-from dfssd.data.dataset import decode, network_input, shrink
+from dfssd.data.dataset import network_input
 from dfssd.data.manifest import Boxes, Manifest, Row, pseudo_table, read_manifest, write_manifest, write_table
+from dfssd.data.reading import decode, shrink
 from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
@@ -94,8 +96,8 @@ class MadeUp:
             image, boxes = make_image(np.random.default_rng(k), *size, grey)
             path = self.folder / "images" / f"{k:06d}.jpg"
             cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
-            split = "val" if k % 8 == 0 else "train"
-            return Row(f"{k:016x}", str(path), *size, split, k % 2 == 0 and split == "train", k, boxes)
+            split, image_id = "val" if k % 8 == 0 else "train", hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            return Row(image_id, str(path), *size, split, k % 2 == 0 and split == "train", k, boxes)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(one, range(images)))
@@ -169,7 +171,7 @@ class StockStep:
 
     def __call__(self, batch: dict[str, Any]) -> None:
         kept = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
-        inputs = {**kept, "img": batch["img"].to(self.device, non_blocking=True).float() / 255}
+        inputs = {**kept, "img": batch["img"].to(self.device, non_blocking=True).expand(-1, 3, -1, -1).float() / 255}
         with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
             loss = self.model(inputs)[0].sum()
         self.scaler.scale(loss).backward()

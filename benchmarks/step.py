@@ -157,7 +157,7 @@ def ultralytics_step(bench: Bench, distils: bool) -> Callable[[dict[str, Any]], 
     half = torch.amp.GradScaler("cuda") if bench.device.type == "cuda" else None
 
     def run(batch: dict[str, Any]) -> None:
-        inputs = {**batch, "img": batch["img"].to(bench.device).float() / 255}
+        inputs = {**batch, "img": batch["img"].to(bench.device).expand(-1, 3, -1, -1).float() / 255}
         with torch.autocast("cuda", enabled=half is not None):
             loss = model(inputs)[0].sum()
         loss.backward()

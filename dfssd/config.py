@@ -75,6 +75,11 @@ class Data(Section):
     names: tuple[str, ...] = Field(
         (), description="Class names in order of their id where the data has none; else the order of its own names."
     )
+    update: bool = Field(
+        False,
+        description="Where images or labels have changed: make the next version of the manifest, in which every earlier "
+        "image keeps its split.",
+    )
     unlabelled: tuple[str, ...] = Field((), description="Further folders with images that have no labels.")
     missing_labels: Literal["unlabelled", "background"] = Field(
         "unlabelled", description="What an image without a label file is: unlabelled, or known to be defect-free."
@@ -159,7 +164,14 @@ class Train(Section):
     val_every: int = Field(0, ge=0, description="Steps between validations and checkpoints; 0: a tenth of all.")
     log_every: int = Field(20, ge=1, description="Steps between two lines of progress.")
     loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: automatic.")
-    cache_gib: float = Field(1.0, ge=0, description="Memory for decoded images, per loading process (GiB).")
+    cache_gib: float = Field(
+        16.0,
+        ge=0,
+        description="Most decoded images kept on each machine's disk, for all processes there (GiB); 0: none.",
+    )
+    decoded_dir: str = Field(
+        "", description="Folder on each machine for decoded images; '': the one for temporary files."
+    )
     cache_dir: str = Field("", description="Folder on each machine for files fetched from s3:// or gs://; '': none.")
     cache_dir_gib: float = Field(20.0, gt=0, description="Most that is kept in --cache-dir, per machine (GiB).")
     box_loss: Literal["ciou", "inner_focaler_eiou"] = Field(

@@ -35,7 +35,7 @@ def test_it_runs_with_nothing_but_what_it_says(tmp_path):
     assert step["distill_model fp32 (ms)"] > 0 and {"teacher forward", "criterion", "backward"} <= set(
         step["parts (ms)"]
     )
-    assert found["sections"]["labelling"]["labelling: candidates an image"] > 1
+    assert found["sections"]["labelling"]["labelling: boxes a view"] > 1
     assert "| training (img/s) |" in table and "## validation" in table
 
 

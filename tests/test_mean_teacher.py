@@ -6,6 +6,7 @@ import torch
 from small import make_job, tiny_config
 
 from dfssd.config import Thresholds
+from dfssd.data.dataset import network_input
 from dfssd.data.manifest import read_manifest
 from dfssd.data.strong_view import strong_view
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
@@ -100,7 +101,7 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     assert (batch["batch_idx"] < labelled).all()  # an unlabelled image brings no box
     seen = []
     s.in_loop.average.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    weak = batch["img"].float() / 255
+    weak = network_input(batch["img"], torch.device("cpu"))
     images, full = label_in_loop(s, weak, dict(batch))
     assert torch.equal(seen[0], weak[labelled:])
     assert torch.equal(images[:labelled], weak[:labelled]) and not torch.equal(images[labelled:], weak[labelled:])

@@ -12,6 +12,7 @@ from dfssd.data import splits
 from dfssd.data.checking import Checked
 from dfssd.data.manifest import LEFT_OUT, SPLITS, Boxes, Row
 from dfssd.data.source import Source
+from dfssd.data.versions import Previous
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 
@@ -20,7 +21,13 @@ Pairs = tuple[np.ndarray, np.ndarray]
 
 
 def split_images(
-    images: list[Checked], groups: np.ndarray, pairs: Pairs, config: Data, seed: int, source: Source
+    images: list[Checked],
+    groups: np.ndarray,
+    pairs: Pairs,
+    config: Data,
+    seed: int,
+    source: Source,
+    previous: Previous | None = None,
 ) -> list[str]:
     """Split of every image; one that nobody labelled follows its group, is unlabelled-only, or is left out because it is
     a near-duplicate of an image of val or test.
@@ -39,18 +46,47 @@ def split_images(
             todo="label more images, or check that the label files are found (bad_files.parquet, --format)",
         )
     unit = groups if config.split == "grouped" else np.arange(len(images))
-    rows = np.flatnonzero(has_label)
+    kept = [
+        _kept(previous, image, others) for image, others in zip(images, _earlier(images, unit, previous), strict=True)
+    ]
+    rows = np.array([r for r in np.flatnonzero(has_label) if kept[r] != LEFT_OUT], np.int64)
     counts = splits.class_counts([images[r].boxes for r in rows], len(source.names))
-    placed = splits.assign_splits([ids[r] for r in rows], unit[rows], counts, config.split_shares, seed)
-    names = ["unlabelled-only"] * len(images)
+    fixed = np.array([SPLITS.index(kept[r]) if kept[r] in ("train", *HELD_OUT) else -1 for r in rows], np.int64)
+    placed = splits.assign_splits([ids[r] for r in rows], unit[rows], counts, config.split_shares, seed, fixed)
+    names = [name or "unlabelled-only" for name in kept]
     of_group: dict[int, str] = {}
     for row, place in zip(rows.tolist(), placed.tolist(), strict=True):
         names[row] = SPLITS[place]
         of_group[int(unit[row])] = SPLITS[place]
     for row in np.flatnonzero(~has_label).tolist():
-        followed = of_group.get(int(unit[row]), "unlabelled-only")
+        followed = kept[row] or of_group.get(int(unit[row]), "unlabelled-only")
         names[row] = LEFT_OUT if followed in HELD_OUT else followed
     return names
+
+
+def _earlier(images: list[Checked], unit: np.ndarray, previous: Previous | None) -> list[set[str]]:
+    """For each image the splits that an earlier version gave to images of its group."""
+    of_group: dict[int, set[str]] = {}
+    if previous:
+        for image, group in zip(images, unit.tolist(), strict=True):
+            if image.image_id in previous.rows:
+                of_group.setdefault(group, set()).add(previous.rows[image.image_id].split)
+    return [of_group.get(group, set()) for group in unit.tolist()]
+
+
+def _kept(previous: Previous | None, image: Checked, others: set[str]) -> str:
+    """Split that an image has because of an earlier version, its own or that of its near-duplicates; '' where none is."""
+    if previous is None:
+        return ""
+    own = previous.fixed_split(image.image_id, image.boxes is not None)
+    if own is not None or not others:
+        return own or ""
+    held = others.intersection(HELD_OUT)
+    if held:  # a new near-duplicate of what is measured on: with its like, or nowhere
+        return held.pop() if len(others) == 1 and image.boxes is not None else LEFT_OUT
+    if LEFT_OUT in others:
+        return LEFT_OUT
+    return "train" if image.boxes is not None or "train" in others else "unlabelled-only"
 
 
 def _given(images: list[Checked], pairs: Pairs, config: Data, source: Source) -> list[str]:
@@ -105,7 +141,12 @@ def by_folder(paths: Sequence[str], root: str) -> str:
 
 
 def choose_labelled(
-    images: list[Checked], split_names: list[str], config: Data, seed: int, classes: int
+    images: list[Checked],
+    split_names: list[str],
+    config: Data,
+    seed: int,
+    classes: int,
+    previous: Previous | None = None,
 ) -> tuple[set[str], str]:
     """Ids of the train images whose labels may be used, and why the others are hidden ('' where none is).
 
@@ -130,17 +171,22 @@ def choose_labelled(
     if config.labels_per_class:
         order, why = splits.take_per_class(order, counts, config.labels_per_class), "--labels-per-class"
     else:
-        share, why = label_share(images, split_names, config)
+        share, why = label_share(images, split_names, config, previous)
         order = order[: max(1, round(share * len(train)))]
-    return {train[row].image_id for row in order}, why if len(order) < len(train) else ""
+    chosen = {train[row].image_id for row in order}
+    if previous:  # what was labelled stays labelled
+        chosen |= {i.image_id for i in train if i.image_id in previous.rows and previous.rows[i.image_id].labelled}
+    return chosen, why if len(chosen) < len(train) else ""
 
 
-def label_share(images: list[Checked], split_names: list[str], config: Data) -> tuple[float, str]:
+def label_share(
+    images: list[Checked], split_names: list[str], config: Data, previous: Previous | None = None
+) -> tuple[float, str]:
     """Share of the train images whose labels are used, and why it is less than all."""
     if config.label_fraction:
         return config.label_fraction, f"--label-fraction {config.label_fraction:g}"
     own = sum(i.boxes is None and s in ("train", "unlabelled-only") for i, s in zip(images, split_names, strict=True))
-    if own:
+    if own or (previous and not previous.hid):
         return 1.0, ""
     return (
         0.1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 
 import cv2
 import numpy as np
@@ -35,6 +36,7 @@ _PHOTOMETRIC, _BITS, _WIDTH, _HEIGHT = 262, 258, 256, 257
 
 # A damaged file is counted with a reason; the libraries' own words would land in the middle of a progress line.
 logging.getLogger("PIL").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="PIL")
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 

@@ -17,6 +17,8 @@ from dfssd.data.checking import Checked, check_all, drop_duplicates, set_white_l
 from dfssd.data.formats import read_source
 from dfssd.data.manifest import Manifest, write_manifest, write_withheld
 from dfssd.data.summary import contact_sheet, statements, summarise
+from dfssd.data.unpack import resolve_zip
+from dfssd.data.versions import read_previous
 from dfssd.runtime.storage import Storage
 
 
@@ -26,7 +28,8 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     Raises:
         DfssdError: unknown layout, too many bad files, or too few images for the splits asked for.
     """
-    source = read_source(config.data, config.format, config.names)
+    data = resolve_zip(config.data, Storage(store.uri.rpartition("/")[0]))
+    source = read_source(data, config.format, config.names)
     classes = len(source.names)
     print(
         f"data: {len(source.items)} images as {source.format}, {classes} classes: {', '.join(source.names)}", flush=True
@@ -38,11 +41,13 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     levels, level_notes = set_white_levels(images, config)
     thumbs = np.stack([i.facts.thumb_hw for i in images])
     groups, pairs = grouping.group_images(thumbs, config.near_duplicate, config.max_group_share)
-    split_names = split_images(images, groups, pairs, config, seed, source)
-    labelled, hidden = choose_labelled(images, split_names, config, seed, classes)
+    previous = read_previous(store)
+    split_names = split_images(images, groups, pairs, config, seed, source, previous)
+    labelled, hidden = choose_labelled(images, split_names, config, seed, classes, previous)
     rows, withheld = make_rows(images, split_names, labelled, groups, levels)
     meta = {"format": source.format, "seed": seed, "label_fraction": config.label_fraction, "split": config.split}
     meta["grey"] = all(i.facts.grey for i in images)
+    meta["version"] = previous.version + 1 if previous else 1
     write_manifest(store, Manifest(rows, source.names, meta))
     write_withheld(store, withheld)
     write_bad(store, bad)
@@ -50,6 +55,7 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     store.write("groups.png", contact_sheet([i.facts.thumb_hw for i in images], groups))
     summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
     summary["duplicates_with_other_labels"] = conflicts
+    summary["version"] = meta["version"]
     summary["notes"] = source.notes + level_notes + statements(source, summary, hidden)
     store.write_json("summary.json", summary)
     return summary

@@ -27,11 +27,11 @@ def strong_view(image_hwc: np.ndarray, seed: int, strength: float = 1.0) -> np.n
     """The strong view of a weakly augmented image; equal arguments give an equal view.
 
     Args:
-        image_hwc: (H,W,3) uint8, any order of channels.
+        image_hwc: (H,W,3) uint8, any order of channels, or (H,W,1).
         strength: 0 leaves the image as it is, 1 is the ranges above; larger values are allowed.
 
     Returns:
-        (H,W,3) uint8, a new array.
+        uint8 of the same shape, a new array.
     """
     if strength <= 0:
         return np.array(image_hwc)
@@ -41,7 +41,7 @@ def strong_view(image_hwc: np.ndarray, seed: int, strength: float = 1.0) -> np.n
     shift = strength * BRIGHTNESS * rng.uniform(-1, 1)
     sigma = strength * NOISE * rng.uniform()
     if rng.uniform() < BLURRED:
-        image = cv2.GaussianBlur(image, (0, 0), max(0.2, strength * BLUR * rng.uniform(0.3, 1.0)))
+        image = cv2.GaussianBlur(image, (0, 0), max(0.2, strength * BLUR * rng.uniform(0.3, 1.0))).reshape(image.shape)
     height, width = image.shape[:2]
     mean = float(image.mean())
     strong = image.astype(np.float32) * max(gain, 0.05) + (mean * (1 - max(gain, 0.05)) + shift)

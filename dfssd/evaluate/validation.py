@@ -16,7 +16,8 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils import ops
 from ultralytics.utils.metrics import DetMetrics, box_iou
 
-from dfssd.data.dataset import ManifestDataset, network_input, validation_batches
+from dfssd.data.dataset import ManifestDataset, network_input
+from dfssd.data.loaders import validation_batches
 from dfssd.errors import DfssdError
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.runtime.worker_group import WorkerGroup
@@ -57,8 +58,8 @@ def validate(
 def collect(detect: Detect, dataset: ManifestDataset, world: WorkerGroup, device: torch.device) -> list[dict[str, Any]]:
     """What matched what on each image, of all workers: one record (see `record`) an image."""
     stats: list[dict[str, Any]] = []
-    rows = {row.uri: row for row in dataset._rows}
-    for batch in validation_batches(dataset, world.rank, world.size):
+    rows = {row.uri: row for row in dataset.rows}
+    for batch in validation_batches(dataset, world.rank, world.size, device):
         images = network_input(batch["img"], device)
         found = detect(images)
         height, width = images.shape[2:]
@@ -67,10 +68,8 @@ def collect(detect: Detect, dataset: ManifestDataset, world: WorkerGroup, device
             truth = ops.xywh2xyxy(batch["bboxes"][mine]) * torch.tensor([width, height, width, height])
             one = record(boxes.cpu(), batch["cls"][mine], truth, batch["im_file"][k])
             row = rows[batch["im_file"][k]]
-            (gain_y, gain_x), (left, top) = batch["ratio_pad"][k]
-            place, gain = np.array([left, top] * 2, np.float32), np.array([gain_x, gain_y] * 2, np.float32)
             for key in ("boxes", "truth"):
-                one[key] = (one[key] - place) / gain
+                one[key] = batch["fit"][k].pixels_out(one[key])
             stats.append({**one, "image_id": row.image_id, "group": row.group, "size": (row.width, row.height)})
     return [one for part in world.gather(stats) for one in part]
 

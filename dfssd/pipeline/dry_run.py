@@ -107,7 +107,7 @@ def _images(context: Context, names: Sequence[ArtefactName]) -> int:
         DfssdError: it is not prepared, nor is that planned.
     """
     if DATASET in names:
-        return count_images(context.config.data).images
+        return count_images(context.config).images
     if not is_finished(context.run, DATASET):
         raise DfssdError(
             "the data set is not prepared", where=context.run.path(str(DATASET)), todo="run jobs/prepare.py first"

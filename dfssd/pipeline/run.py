@@ -61,6 +61,8 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
     """`run_stage`, where no other driver makes the same artefact."""
     name, row = stage.name, row_of(stage.name)
     overwrite = context.config.run.overwrite
+    if row.renew and (not overwrite or context.config.data.update) and stage.differs():
+        resolve(row.renew)(context, stage)
     if row.needs and (stage.differs() or not is_finished(context.run, name)):
         if not overwrite:
             stage.state()  # refuses what was made with other settings

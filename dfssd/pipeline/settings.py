@@ -28,9 +28,9 @@ def section(name: str, *without: str) -> tuple[str, ...]:
 FREE = frozenset(
     (
         *section("run", "seed"),
-        *("data.bad_limit", "data.max_side"),
+        *("data.bad_limit", "data.max_side", "data.update"),
         *("train.log_every", "train.compile", "train.loader_workers"),
-        *("train.cache_gib", "train.cache_dir", "train.cache_dir_gib"),
+        *("train.cache_gib", "train.decoded_dir", "train.cache_dir", "train.cache_dir_gib"),
         *("pseudo.label_batch", "pseudo.num_actors", "pseudo.unreadable_limit"),
     )
 )
@@ -80,11 +80,18 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if path and "://" not in path else path
 
 
+def _content(config: Config) -> str:
+    """The data by what it says, not by where it lies: a digest of images and labels."""
+    from dfssd.pipeline.data import content
+
+    return content(config)
+
+
 # What a setting means where its text alone does not say it: files by their content, folders by where they are.
 MEANS: dict[str, Callable[[Config], Any]] = {
-    "data.data": lambda c: _absolute(c.data.data),
+    "data.data": _content,
     "data.labelled_list": lambda c: _absolute(c.data.labelled_list),
-    "data.unlabelled": lambda c: [_absolute(path) for path in c.data.unlabelled],
+    "data.unlabelled": lambda c: len(c.data.unlabelled),  # their images are part of the content
     "train.teacher_steps": lambda c: c.teacher_steps(),
     "mean_teacher.mean_teacher_steps": lambda c: c.mean_teacher_steps(),
     "pseudo.label_teachers": lambda c: [_digest(spec) for spec in c.pseudo.label_teachers],

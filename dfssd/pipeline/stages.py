@@ -55,6 +55,7 @@ class Row:
         needs: "module:function" that stops where something else than an artefact is missing, and says what is there, in
             lines; takes (context, stage, names of the stages planned before it). It is asked before anything is begun or
             deleted, and by the dry run.
+        renew: "module:function" that is asked where what is there differs, before it is refused; takes (context, stage).
         wanted: is it part of a pipeline with these settings?
         in_rounds: does a later round (`--rounds`) do it again?
         ends_rounds: after it, of (run, round): is there no further stage of this round, nor a further round?
@@ -70,6 +71,7 @@ class Row:
     free: tuple[str, ...] = ()
     training: Training | None = None
     needs: str = ""
+    renew: str = ""
     wanted: Callable[[Config], bool] = lambda config: True
     in_rounds: bool = False
     ends_rounds: Callable[[Storage, int], bool] = lambda run, number: False
@@ -138,6 +140,7 @@ STAGES = (
         inputs=lambda config, run, number: (),
         body="dfssd.pipeline.data:prepare_stage",
         needs="dfssd.pipeline.data:needs",
+        renew="dfssd.pipeline.data:renew",
     ),
     Row(
         role=TEACHER.role,

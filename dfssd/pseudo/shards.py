@@ -49,7 +49,12 @@ def shards(rows: Sequence[Row], prefix: str, size: int = SHARD) -> list[Shard]:
     """Rows cut into shards: file name, ids and uris."""
     parts = [rows[k : k + size] for k in range(0, len(rows), size)]
     return [
-        {"file": f"{prefix}-{k:05d}.parquet", "ids": [r.image_id for r in part], "uris": [r.uri for r in part]}
+        {
+            "file": f"{prefix}-{k:05d}.parquet",
+            "ids": [r.image_id for r in part],
+            "uris": [r.uri for r in part],
+            "whites": [r.white for r in part],
+        }
         for k, part in enumerate(parts)
     ]
 

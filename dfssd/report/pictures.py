@@ -53,7 +53,7 @@ def draw(
         side: longer side (px).
     """
     try:
-        picture = Image.fromarray(shrink(decode(row.uri), side)[..., ::-1].copy())
+        picture = Image.fromarray(shrink(decode(row.uri, white=row.white), side)[..., ::-1].copy())
     except DfssdError:
         return Image.new("RGB", (side, side), "#888")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(11, side // 28))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
 from dfssd.config_checks import check_weights
-from dfssd.data.dataset import ManifestDataset, Streams, collate, disk_cache
+from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
+from dfssd.data.decoded import DecodedCache
+from dfssd.data.loaders import start_server, training_loader
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion, StudentOutput
@@ -36,8 +38,6 @@ from dfssd.train.job import TrainJob
 from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.optim import make_optimiser
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
-
-MAX_LOADERS = 8  # processes that load images for one GPU
 
 
 class Student(nn.Module):
@@ -114,7 +114,7 @@ class Session:
         tau = self.policy.thresholds() if self.policy and config and config.lambda_u > 0 else None
         return targets_of(batch, self.student.labelled, tau, Rules.of(config) if config else Rules())
 
-    def loader(self) -> torch.utils.data.DataLoader:
+    def loader(self) -> Iterable[dict[str, Any]]:
         """Batches of this worker from the present step to the last."""
         config = self.job.config
         per_step = {"labelled": config.train.batch}
@@ -129,25 +129,8 @@ class Session:
         sampler = StepSampler(
             repeats, per_step, seed, self.step, self.job.steps, plain_from, rank=world.rank, world=world.size
         )
-        workers = config.train.loader_workers
-        if workers < 0:
-            workers = self._loading_processes()
-        return torch.utils.data.DataLoader(
-            self.streams,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if workers else None,
-        )
-
-    def _loading_processes(self) -> int:
-        """As many as keep the step from waiting, and no more: each holds a cache of decoded images of its own."""
-        threads = torch.get_num_threads()
-        if self.device.type == "cuda":  # the CPUs have nothing else to do
-            return max(1, min(MAX_LOADERS, threads - 1))
-        remote = any(stream.remote for stream in self.streams.streams.values())
-        return 1 if threads > 1 or remote else 0  # who waits for a network needs no core
+        batch_bytes = -(-sum(per_step.values()) // world.size) * 3 * config.train.imgsz**2
+        return training_loader(self.streams, sampler, config.train.loader_workers, self.device, batch_bytes)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; positions in the data follow from the step."""
@@ -198,6 +181,8 @@ class Session:
 
 def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Session:
     """Build all parts of a training run; nothing is restored yet."""
+    if job.config.train.loader_workers:
+        start_server()  # which takes as long as the models do
     config, method = job.config, job.distill_settings()
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
@@ -232,7 +217,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         generators=student.projections.generators if student.projections is not None else None,
         teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
     )
-    val = manifest.of_split("val")
+    val, caches = manifest.of_split("val"), _caches(job, manifest)
     return Session(
         job=job,
         world=world,
@@ -247,8 +232,10 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         policy=policy,
         teaching=teaching,
         criterion=criterion,
-        streams=Streams(_streams(job, manifest, candidates), config.mean_teacher.strong_view if in_loop else 0.0),
-        val=_dataset(job, manifest, val, [r.boxes for r in val], augmented=False),
+        streams=Streams(
+            _streams(job, manifest, candidates, caches), config.mean_teacher.strong_view if in_loop else 0.0
+        ),
+        val=ManifestDataset(val, [r.boxes for r in val], manifest.names, config.train.imgsz, **caches),
         in_loop=in_loop,
     )
 
@@ -279,20 +266,25 @@ def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCoun
     return scores, labelled_rates(manifest.labelled_rows(), len(manifest.names))
 
 
-def _dataset(job: TrainJob, manifest: Manifest, rows: list[Any], boxes: list[Any], augmented: bool) -> ManifestDataset:
-    """These images with these boxes, cached as the settings say."""
+def _caches(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
+    """Where files and pixels are kept on this machine, as the settings say."""
     own = job.config.train
-    augment = own if augmented else None
-    return ManifestDataset(rows, boxes, manifest.names, own.imgsz, augment, own.cache_gib, disk_cache(own))
+    decoded = DecodedCache(own.decoded_dir, own.cache_gib) if own.cache_gib else None
+    if decoded:
+        decoded.make_room(manifest.rows, own.imgsz)
+    return {"files": disk_cache(own), "decoded": decoded}
 
 
-def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> dict[str, ManifestDataset]:
+def _streams(
+    job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes], caches: dict[str, Any]
+) -> dict[str, TrainingSet]:
     """Labelled images, and where there are candidates the unlabelled ones with them."""
     labelled = manifest.labelled_rows()
     if not any(r.boxes is not None and len(r.boxes) for r in labelled):
         raise DfssdError("no labelled train image shows a defect", todo="raise --label-fraction, or label more images")
 
-    streams = {"labelled": _dataset(job, manifest, labelled, [r.boxes for r in labelled], augmented=True)}
+    train = job.config.train
+    streams = {"labelled": TrainingSet(labelled, [r.boxes for r in labelled], train, **caches)}
     if (job.pseudo or job.labels_itself) and job.config.unlabelled_batch():
         rows = [r for r in manifest.unlabelled_rows() if job.labels_itself or r.image_id in candidates]
         if not rows:
@@ -301,5 +293,5 @@ def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) ->
                 todo="lower --label-fraction, add --unlabelled DIR, or set --unlabelled-ratio 0",
             )
         boxes = [None if job.labels_itself else or_no_candidate(candidates[r.image_id]) for r in rows]
-        streams["unlabelled"] = _dataset(job, manifest, rows, boxes, augmented=True)
+        streams["unlabelled"] = TrainingSet(rows, boxes, train, **caches)
     return streams
