@@ -2,12 +2,16 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.manifest import read_manifest
+from dfssd.data.reading import decode
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
@@ -174,5 +178,23 @@ def test_a_vanished_image_is_a_user_error(prepared, tmp_path):
         row.uri = row.uri.replace(".png", ".gone")
     write_manifest(Storage(str(prepared / "r" / "dataset")), manifest)
     with pytest.raises(DfssdError, match="cannot be read"):
-        _run(prepared, "label_only")
+        _run(prepared, "label_only", cache_gib=0)  # what is kept decoded needs no file
     assert guards.REMEDY
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_an_image_that_was_replaced_is_a_user_error(prepared, loaders):
+    """Another picture of the same size under the old name would be trained on with the old boxes."""
+    rows = read_manifest(Storage(str(prepared / "r" / "dataset"))).labelled_rows()
+    kept = {row.uri: Path(row.uri).read_bytes() for row in rows}
+    try:
+        for row in rows:
+            cv2.imwrite(row.uri, np.full((row.height, row.width, 3), 255, np.uint8))
+        with pytest.raises(DfssdError, match="another image lies where this one was") as caught:
+            _run(prepared, "label_only", loader_workers=loaders, cache_gib=0)
+        assert caught.value.where in kept and "prepare again" in caught.value.todo
+    finally:
+        for uri, data in kept.items():
+            Path(uri).write_bytes(data)
+    Path(rows[0].uri).write_bytes(kept[rows[0].uri])
+    assert decode(rows[0].uri, image_id=rows[0].image_id).shape[:2] == (rows[0].height, rows[0].width)
