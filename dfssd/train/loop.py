@@ -29,12 +29,20 @@ Log = Callable[[dict[str, float], int], None]
 Save = Callable[[dict[str, Any], Session], None]
 
 
-def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, save: Save) -> dict[str, Any]:
+def train(
+    job: TrainJob,
+    world: WorkerGroup,
+    device: torch.device,
+    log: Log,
+    save: Save,
+    after_step: Callable[[Session], None] = lambda s: None,
+) -> dict[str, Any]:
     """Train to the last step, from the newest whole checkpoint if there is one; leave `best.pt` and `last.pt`.
 
     Args:
         log: takes (metrics, step) at every log step and validation, on every rank.
         save: takes (metrics, session) after each validation, on every rank; persists a checkpoint.
+        after_step: takes the session after each step that no validation follows, on every rank.
 
     Returns:
         best and last validation metrics, and how the time was spent.
@@ -71,7 +79,8 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
         if s.policy and s.policy.learns and chosen.pseudo:
             s.policy.update(*(terms.policy if world.size > 1 else chosen.policy).cpu().chunk(2))
 
-        is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
+        is_due = s.step == 0 or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
+        is_log_step = is_due or s.step == first  # the first of a resumed run is looked at, and is not in the history
         if is_log_step:
             check_teacher(teacher, s.step)
             check_finite(terms.losses, s.step, batch["im_file"])
@@ -87,13 +96,16 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
 
         if is_log_step:
             metrics = step_metrics(s, terms.losses, terms.counts, grads, lr, float(norm), meter, images_per_step)
-            record(s, metrics, log)
+            if is_due:
+                record(s, metrics, log)
             left = (time.monotonic() - begun) / (s.step - first) * (steps - s.step)
             say(world, progress_line(job.stage, s.step, steps, metrics, left))
         if s.step % job.val_every() == 0 or s.step == steps:
             last_metrics = validate_and_keep_best(s)
             record(s, {f"val/{k}": v for k, v in last_metrics.items()}, log)
             save(last_metrics, s)
+        else:
+            after_step(s)
     return finish(s, last_metrics, meter)
 
 

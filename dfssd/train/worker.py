@@ -15,9 +15,11 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from dfssd.errors import DfssdError, find_user_error
 from dfssd.runtime.cluster import Resources
+from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Tracker
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
+from dfssd.train.ending import Watch, take_over_signals
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 
@@ -35,7 +37,7 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
         DfssdError: a user error inside a worker, or a failure that restarts did not cure.
     """
     checkpoint.mend_ray_snapshot(job.store.at("train"))
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={"job": job, "threads": resources.threads},
         scaling_config=ScalingConfig(
@@ -53,7 +55,8 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
             callbacks=list(callbacks) or None,
         ),
     )
-    handler = signal.getsignal(signal.SIGINT)
+    trainer.store = job.store
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         outcome = trainer.fit().return_value
     except SystemExit as error:  # Ray answers Ctrl-C with exit code 0, which would read as success
@@ -69,11 +72,22 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
+            for number, handler in handlers.items():  # Ray leaves its own behind
+                signal.signal(number, handler)
     if isinstance(outcome, DfssdError):
         raise outcome
     assert isinstance(outcome, dict), "rank 0 returns the loop's result"
     return outcome
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer; Ctrl-C and SIGTERM leave a checkpoint before they end it."""
+
+    store: Storage
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        take_over_signals(self.store)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
@@ -99,12 +113,23 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
             checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
         ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
+    watch = Watch(job.store) if world.rank == 0 else None
+
+    def after_step(session: Session) -> None:
+        if watch:
+            watch.answer(
+                lambda: checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP),
+                session.step,
+            )
+
     try:
-        return train(job, world, get_device(), log, save)
+        return train(job, world, get_device(), log, save, after_step)
     except DfssdError as error:
         if world.size == 1:
             return error
         raise
     finally:
+        if watch:
+            watch.close()
         if tracker:
             tracker.close()
