@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from dfssd.choices import DIVERGENCES, POLICIES, Choice, floors, in_words, temperatures
+
 
 def split_layers(value: Any) -> Any:
     """Let layers be written as in papers: "15,18,21" beside a list."""
@@ -213,19 +215,21 @@ class Pseudo(Section):
 class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
-    threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
-        "gmm", description="How class thresholds are set."
+    threshold_policy: Annotated[str, Choice(POLICIES)] = Field(
+        "gmm", description=f"How class thresholds are set. {in_words(POLICIES)}."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
     )
-    tau_min: float = Field(0.0, ge=0, lt=1, description="Lowest threshold of 'ema', 'gmm', 'match'; 0: 0.5, 0.1, 0.1.")
-    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of 'ema', 'gmm', 'match'.")
+    tau_min: float = Field(
+        0.0, ge=0, lt=1, description=f"Lowest threshold of a policy that sets them itself; 0: {floors()}."
+    )
+    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of a policy that sets them itself.")
     tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of 'ema'.")
 
     def lowest(self, policy: str = "") -> float:
         """Lowest threshold of a policy, by default of the chosen one."""
-        return self.tau_min or {"ema": 0.5}.get(policy or self.threshold_policy, 0.1)
+        return self.tau_min or POLICIES[policy or self.threshold_policy].floor
 
 
 class Distill(Section):
@@ -275,11 +279,11 @@ class Distill(Section):
         0.05, gt=0, le=1, description="Share of an image's anchor points that the localisation term looks at."
     )
     lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
-    divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
-        "pkd", description="How two feature maps are compared."
+    divergence: Annotated[str, Choice(DIVERGENCES)] = Field(
+        "pkd", description=f"How two feature maps are compared. {in_words(DIVERGENCES)}."
     )
     feature_tau: float = Field(
-        0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
+        0.0, ge=0, description=f"Temperature of the softmax, where there is one; 0: {temperatures()}."
     )
     feature_schedule: Literal["constant", "cosine", "off_last_epochs"] = Field(
         "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."
@@ -338,6 +342,27 @@ class Evaluate(Section):
     )
 
 
+class Export(Section):
+    """Files for the machine at the line."""
+
+    formats: tuple[Literal["onnx", "openvino"], ...] = Field(
+        ("onnx",), description="What is written: onnx always, openvino too; without any the pipeline exports nothing."
+    )
+    nms_inside: bool = Field(
+        False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."
+    )
+    int8: bool = Field(False, description="Also int8, calibrated on unlabelled pictures; what it loses is said.")
+    calibration_pictures: int = Field(128, ge=8, description="Unlabelled pictures that int8 is calibrated on.")
+    parity_pictures: int = Field(
+        200, ge=1, description="Labelled test pictures on which the files must equal the network."
+    )
+    register_as: str = Field(
+        "",
+        description="Register the exported model in MLflow under this name; champion where it beats the present one.",
+        json_schema_extra={"flag": "register"},
+    )
+
+
 class Config(Section):
     """Everything; each job shows the sections it uses."""
 
@@ -350,6 +375,7 @@ class Config(Section):
     distill: Distill = Distill()
     mean_teacher: MeanTeacher = MeanTeacher()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
     baseline: bool = Field(True, description="Also train the label-only student for as many steps, as a gate.")
     publish_best: bool = Field(
         False, description="Where the label-only student is better on val, publish it as student/best.pt."

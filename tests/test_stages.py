@@ -125,7 +125,7 @@ def test_every_row_can_be_run_and_reads_what_comes_before_it(tmp_path):
 
 def test_later_rounds_come_after_the_first():
     config = Config(rounds=2, baseline=False)
-    order = "dataset teacher mean_teacher pseudo quality teacher_2 pseudo_2 quality_2 student report"
+    order = "dataset teacher mean_teacher pseudo quality teacher_2 pseudo_2 quality_2 student report export"
     assert " ".join(map(str, plan(config, wanted(config)))) == order
     assert list(plan(config, [STUDENT])) == [STUDENT]
 
@@ -217,7 +217,7 @@ def test_the_dry_run_refuses_what_the_command_refuses(tmp_path, stage, there, me
 
 
 def test_the_dry_run_says_what_will_be_made_again(prepared, capsys, monkeypatch):
-    monkeypatch.setattr("dfssd.pipeline.dry_run.time_step", lambda *args, **more: 0.1)
+    monkeypatch.setattr("dfssd.pipeline.timing.time_step", lambda *args, **more: ("here", 0.1))
     config = with_run(tiny_config(prepared), dry_run=True, overwrite=True)
     run = run_of(config)
     _finished(run, DATASET)

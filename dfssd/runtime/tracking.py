@@ -160,7 +160,7 @@ class Runs:
         return str(client.create_experiment(self.experiment, artifact_location=place))
 
     def _create(self, client: Any, experiment: str, name: str, tags: dict[str, str]) -> str:
-        from dfssd.runtime.artefact import code_version
+        from dfssd.runtime.code_version import code_version
 
         tags = {**self.tags, **tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
         return str(client.create_run(experiment, tags={k: mask(v) for k, v in tags.items()}).info.run_id)

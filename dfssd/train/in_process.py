@@ -25,7 +25,7 @@ def train_in_process(
         device: default the CPU.
         on_validation: called after each validation, once its checkpoint is stored.
     """
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id)
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store)
 
     def save(metrics: dict[str, Any], session: Session) -> None:
         checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)

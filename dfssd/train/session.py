@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.config_checks import check_weights
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
@@ -260,7 +261,8 @@ def _student(detector: DetectionModel, teaching: Teaching | None, config: Distil
     for note in teaching.pairing.notes:
         print(f"WARNING: {note}", flush=True)
     channels = teaching.teacher.channels if config.lambda_f > 0 else None
-    return Student(detector, channels, config.taps, config.divergence == "mgd", teaching.online, labelled)
+    generators = DIVERGENCES[config.divergence].needs == "generator"
+    return Student(detector, channels, config.taps, generators, teaching.online, labelled)
 
 
 def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCounts, np.ndarray]:
