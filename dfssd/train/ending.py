@@ -27,10 +27,11 @@ class Watch:
 
     Args:
         store: of the training's artefact.
+        ask: asks the loop for a checkpoint.
     """
 
-    def __init__(self, store: Storage) -> None:
-        self.store, self.asked, self._done = store, threading.Event(), threading.Event()
+    def __init__(self, store: Storage, ask: Callable[[], None]) -> None:
+        self.store, self.asked, self._ask, self._done = store, threading.Event(), ask, threading.Event()
         store.delete(REQUEST)  # of a driver that was killed after it had asked
         threading.Thread(target=self._look, daemon=True, name="ending").start()
 
@@ -39,18 +40,17 @@ class Watch:
             try:
                 if not self.asked.is_set() and self.store.exists(REQUEST):
                     self.store.write_json(REQUEST, {"seen": True})
+                    self._ask()
                     self.asked.set()
             except OSError:  # it is only a courtesy: what storage lacks, the training itself says
                 continue
 
-    def answer(self, save: Callable[[], None], step: int) -> None:
-        """Store a checkpoint if one is asked for; call it after each step."""
-        if not self.asked.is_set():
-            return
-        save()
-        self.asked.clear()
-        print(f"asked to end: the checkpoint of step {step} is stored", flush=True)
-        self.store.delete(REQUEST)
+    def stored(self, step: int) -> None:
+        """Tell who asked that a checkpoint is stored; call it after each."""
+        if self.asked.is_set():
+            self.asked.clear()
+            print(f"asked to end: the checkpoint of step {step} is stored", flush=True)
+            self.store.delete(REQUEST)
 
     def close(self) -> None:
         self._done.set()

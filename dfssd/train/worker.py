@@ -24,6 +24,7 @@ from dfssd.runtime.tracking import Tracker
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint, ending
 from dfssd.train.heartbeat import Heart, Store, Watch
+from dfssd.train.interrupt import Interrupt
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 
@@ -216,17 +217,15 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int) -> dict[str, Any]:
         worker killed on the way would leave a checkpoint that only looks like one."""
         if world.rank == 0:
             checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
-        ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
-
-    watch = ending.Watch(job.store) if world.rank == 0 else None
-
-    def after_step(session: Session) -> None:
         if watch:
-            store, keep = job.store.at("train"), checkpoint.KEEP
-            watch.answer(lambda: checkpoint.store_newest(store, session.step, session.state(), keep), session.step)
+            watch.stored(session.step)
+        if metrics:  # none: somebody asked for a checkpoint between validations
+            ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
+    interrupt = Interrupt(60 * job.config.train.checkpoint_min)
+    watch = ending.Watch(job.store, interrupt.ask) if world.rank == 0 else None
     try:
-        return train(job, world, get_device(), log, save, after_step)
+        return train(job, world, get_device(), log, save, interrupt)
     finally:
         if watch:
             watch.close()
