@@ -213,11 +213,17 @@ class Pseudo(Section):
 class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
-    threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
+    threshold_policy: Literal["fixed", "ema", "gmm", "match", "precision"] = Field(
         "gmm", description="How class thresholds are set."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
+    )
+    precision: float = Field(
+        0.7,
+        gt=0,
+        lt=1,
+        description="Share of right pseudo-labels that 'precision' asks of each class, with 95 % confidence, on val.",
     )
     tau_min: float = Field(0.0, ge=0, lt=1, description="Lowest threshold of 'ema', 'gmm', 'match'; 0: 0.5, 0.1, 0.1.")
     tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of 'ema', 'gmm', 'match'.")

@@ -47,6 +47,7 @@ def _thresholds_without_effect(config: Thresholds) -> list[str]:
         "ema": {"tau_min", "tau_max", "tau_decay"},
         "gmm": {"tau", "tau_min", "tau_max"},
         "match": {"tau_min", "tau_max"},
+        "precision": {"precision"},
     }[config.threshold_policy]
     changed = [k for k, v in config if k != "threshold_policy" and v != getattr(Thresholds(), k) and k not in used]
     return [f"--{k.replace('_', '-')} has no effect with --threshold-policy {config.threshold_policy}" for k in changed]

@@ -94,6 +94,7 @@ FLAGS = [
     "off-last",
     "overwrite",
     "parity-pictures",
+    "precision",
     "prediction",
     "print-config",
     "publish-best",

@@ -20,7 +20,7 @@ from dfssd.data.manifest import Boxes, Row
 
 BINS = 1000  # of a score histogram; thresholds are exact to a thousandth
 FEWEST = 20  # candidates of a class from which a mixture is fitted
-POLICIES = ("fixed", "ema", "gmm", "match")
+POLICIES = ("fixed", "ema", "gmm", "match")  # those that need no val split; `precision` is calibrated on it
 
 
 @dataclass

@@ -18,7 +18,7 @@ from dfssd.pseudo.thresholds import BINS
 from dfssd.report.pictures import draw, sheet
 from dfssd.report.tables import render
 
-LINES = {"fixed": ":", "ema": "--", "gmm": "-.", "match": (0, (1, 2, 4, 2))}
+LINES = {"fixed": ":", "ema": "--", "gmm": "-.", "match": (0, (1, 2, 4, 2)), "precision": "-"}
 
 
 def rows(numbers: dict[str, Any], policies: list[str]) -> tuple[list[str], list[list[str]]]:

@@ -29,9 +29,10 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, autocast_dtype, build_detector, feature_channels
 from dfssd.models.head import branches
 from dfssd.models.taps import Taps
+from dfssd.pseudo.quality import precision_thresholds, val_evidence
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import Rules, StepTargets, or_no_candidate, targets_of
-from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
+from dfssd.pseudo.thresholds import FixedThreshold, Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
@@ -250,7 +251,12 @@ def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> 
     thresholds, classes = job.config.thresholds, len(manifest.names)
     if job.labels_itself:
         return RunningThresholds(classes, thresholds, job.config.mean_teacher.mean_teacher_policy)
-    return make_policy(thresholds, *_scores(manifest, candidates))
+    scores, rate = _scores(manifest, candidates)
+    if thresholds.threshold_policy == "precision":
+        val = val_evidence(Storage(job.run_uri).at(str(job.pseudo)), manifest)
+        tau = precision_thresholds(thresholds, scores, val)
+        return FixedThreshold(torch.as_tensor(tau, dtype=torch.float32))
+    return make_policy(thresholds, scores, rate)
 
 
 def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill, labelled: int) -> Student:
