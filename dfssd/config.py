@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from dfssd.choices import DIVERGENCES, POLICIES, Choice, floors, in_words, temperatures
+
 
 def split_layers(value: Any) -> Any:
     """Let layers be written as in papers: "15,18,21" beside a list."""
@@ -213,8 +215,8 @@ class Pseudo(Section):
 class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
-    threshold_policy: Literal["fixed", "ema", "gmm", "match", "precision"] = Field(
-        "gmm", description="How class thresholds are set."
+    threshold_policy: Annotated[str, Choice(POLICIES)] = Field(
+        "gmm", description=f"How class thresholds are set. {in_words(POLICIES)}."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
@@ -225,13 +227,15 @@ class Thresholds(Section):
         lt=1,
         description="Share of right pseudo-labels that 'precision' asks of each class, with 95 % confidence, on val.",
     )
-    tau_min: float = Field(0.0, ge=0, lt=1, description="Lowest threshold of 'ema', 'gmm', 'match'; 0: 0.5, 0.1, 0.1.")
-    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of 'ema', 'gmm', 'match'.")
+    tau_min: float = Field(
+        0.0, ge=0, lt=1, description=f"Lowest threshold of a policy that sets them itself; 0: {floors()}."
+    )
+    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of a policy that sets them itself.")
     tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of 'ema'.")
 
     def lowest(self, policy: str = "") -> float:
         """Lowest threshold of a policy, by default of the chosen one."""
-        return self.tau_min or {"ema": 0.5}.get(policy or self.threshold_policy, 0.1)
+        return self.tau_min or POLICIES[policy or self.threshold_policy].floor
 
 
 class Distill(Section):
@@ -281,11 +285,11 @@ class Distill(Section):
         0.05, gt=0, le=1, description="Share of an image's anchor points that the localisation term looks at."
     )
     lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
-    divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
-        "pkd", description="How two feature maps are compared."
+    divergence: Annotated[str, Choice(DIVERGENCES)] = Field(
+        "pkd", description=f"How two feature maps are compared. {in_words(DIVERGENCES)}."
     )
     feature_tau: float = Field(
-        0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
+        0.0, ge=0, description=f"Temperature of the softmax, where there is one; 0: {temperatures()}."
     )
     feature_schedule: Literal["constant", "cosine", "off_last_epochs"] = Field(
         "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."

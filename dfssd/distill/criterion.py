@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.distill import predictions as p
 from dfssd.distill.balance import Balance
@@ -173,7 +174,9 @@ class Criterion:
         """(L,) sums and normalisers of the feature term, one a tap layer."""
         assert self.config is not None and self.pairing is not None
         kind = self.config.divergence
-        best = p.best_score(self.pairing.scores(teacher.raw["one2many"])) if kind == "score_l2" else None
+        best = (
+            p.best_score(self.pairing.scores(teacher.raw["one2many"])) if DIVERGENCES[kind].needs == "scores" else None
+        )
         return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators)
 
     def _normalised(self, sums: Sums, targets: StepTargets) -> tuple[dict[str, Tensor], Tensor, Tensor]:

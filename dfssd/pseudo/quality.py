@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from dfssd.config import Config, Thresholds
+from dfssd.choices import POLICIES
+from dfssd.config import Config
 from dfssd.data.boxes import corners, iou
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_withheld
-from dfssd.pseudo.calibration import NEVER, calibrate
+from dfssd.pseudo.calibration import calibrate
 from dfssd.pseudo.shards import read_shards
-from dfssd.pseudo.thresholds import BINS, POLICIES, ScoreCounts, labelled_rates, policy_thresholds, score_bin
+from dfssd.pseudo.thresholds import BINS, NEVER, ScoreCounts, labelled_rates, policy_thresholds, score_bin
 from dfssd.runtime.storage import Storage
 
 HIT_IOU = 0.5
@@ -161,11 +162,6 @@ def val_evidence(store: Storage, manifest: Manifest) -> Evidence:
     return evidence
 
 
-def precision_thresholds(config: Thresholds, scores: ScoreCounts, val: Evidence) -> np.ndarray:
-    """(C,) thresholds of the policy 'precision'; above 1 for a class whose pseudo-labels cannot be trusted."""
-    return calibrate(val.found, val.hits).thresholds(scores, config.precision)
-
-
 def measure(config: Config, run: Storage, folder: str) -> Quality:
     """Compare the candidates of a labelling stage with everything that is known.
 
@@ -184,9 +180,9 @@ def measure(config: Config, run: Storage, folder: str) -> Quality:
             hidden.add(boxes, withheld[image_id])
     if hidden.images:
         evidence["withheld"] = hidden
+    scores.calibration = calibrate(evidence["val"].found, evidence["val"].hits)
     rate = labelled_rates(manifest.labelled_rows(), classes)
     tau = {p: policy_thresholds(config.thresholds, p, scores, rate, config.train.steps) for p in POLICIES}
-    tau["precision"] = precision_thresholds(config.thresholds, scores, evidence["val"])
     quality = Quality(manifest.names, scores, rate, config.thresholds.threshold_policy, tau, evidence)
     quality.doubtful = _most_doubtful(store, tau[quality.chosen])
     return quality

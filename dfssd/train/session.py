@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.config_checks import check_weights
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
@@ -29,10 +30,11 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, autocast_dtype, build_detector, feature_channels
 from dfssd.models.head import branches
 from dfssd.models.taps import Taps
-from dfssd.pseudo.quality import precision_thresholds, val_evidence
+from dfssd.pseudo.calibration import calibrate
+from dfssd.pseudo.quality import val_evidence
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import Rules, StepTargets, or_no_candidate, targets_of
-from dfssd.pseudo.thresholds import FixedThreshold, Policy, ScoreCounts, labelled_rates, make_policy
+from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.job import TrainJob
@@ -254,8 +256,7 @@ def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> 
     scores, rate = _scores(manifest, candidates)
     if thresholds.threshold_policy == "precision":
         val = val_evidence(Storage(job.run_uri).at(str(job.pseudo)), manifest)
-        tau = precision_thresholds(thresholds, scores, val)
-        return FixedThreshold(torch.as_tensor(tau, dtype=torch.float32))
+        scores.calibration = calibrate(val.found, val.hits)
     return make_policy(thresholds, scores, rate)
 
 
@@ -266,7 +267,8 @@ def _student(detector: DetectionModel, teaching: Teaching | None, config: Distil
     for note in teaching.pairing.notes:
         print(f"WARNING: {note}", flush=True)
     channels = teaching.teacher.channels if config.lambda_f > 0 else None
-    return Student(detector, channels, config.taps, config.divergence == "mgd", teaching.online, labelled)
+    generators = DIVERGENCES[config.divergence].needs == "generator"
+    return Student(detector, channels, config.taps, generators, teaching.online, labelled)
 
 
 def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCounts, np.ndarray]:
