@@ -22,10 +22,12 @@ COMMANDS = {
     "pipeline": Command("all stages in order: from images to a measured student", "dfssd.jobs.pipeline:job"),
     "prepare": Command("check images and labels, split, choose the labelled subset", "dfssd.jobs.prepare:job"),
     "teacher": Command("train on labels alone: the teacher, or the label-only student", "dfssd.jobs.teacher:job"),
+    "mean_teacher": Command("let the teacher learn from the unlabelled images", "dfssd.jobs.mean_teacher:job"),
     "pseudo_label": Command("label the unlabelled images, and measure the labels", "dfssd.jobs.pseudo_label:job"),
     "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
     "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
     "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
+    "predict": Command("label pictures with an exported model, or a folder as they arrive", "dfssd.jobs.predict:job"),
     "sweep": Command("many runs with Ray Tune, and a table of what came of them", "dfssd.jobs.sweep:job"),
 }
 

@@ -155,13 +155,10 @@ class Train(Section):
     weight_decay: float = Field(0.0005, ge=0, description="AdamW weight decay, on weights only.")
     grad_clip: float = Field(10.0, gt=0, description="Largest norm of the gradient.")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="Decay of the weight average, reached over some 100 steps.")
-    amp: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Precision of the forward pass; auto: bf16 where the hardware has it, else fp32."
-    )
-    batch_norm: Literal["auto", "local", "global"] = Field(
+    amp: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="Statistics of a worker's own images or of the global batch; auto: global where there are several "
-        "workers. global with one worker too rounds like with several, at some cost.",
+        description="Precision of the forward pass; auto: bf16 where the hardware computes it natively, else fp16 with "
+        "scaled gradients on a GPU and fp32 on a CPU.",
     )
     mosaic: float = Field(1.0, ge=0, le=1, description="Probability of a mosaic.")
     close_mosaic: float = Field(0.1, ge=0, le=1, description="Share of the steps, at the end, without mosaic.")
@@ -192,6 +189,22 @@ class Train(Section):
         description="Box regression loss; inner_focaler_eiou is the published DFSSD's, on boxes as it meant them.",
     )
     compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="Labelled images in a micro-batch, the unit that a worker computes at a time and that batch norm sees; "
+        "unlabelled ones come in the batch's ratio. 0: the share of the most workers that may come, halved at the start "
+        "where a GPU's memory does not hold it.",
+    )
+    tf32: bool = Field(
+        True, description="What fp32 means in training on NVIDIA cards from Ampere on: products in TF32, or exact."
+    )
+    checkpoint_min: float = Field(
+        5.0, ge=0, description="Minutes between checkpoints, beside those at validations; 0: only those."
+    )
+    profile_steps: int = Field(
+        0, ge=0, description="Steps to trace with torch.profiler, into the stage's folder as profile.json; 0: none."
+    )
 
 
 class Pseudo(Section):
@@ -245,9 +258,9 @@ class Distill(Section):
     teacher_mode: Literal["frozen", "online"] = Field(
         "frozen", description="online: the teacher goes on training on the labelled images; its weight average teaches."
     )
-    teacher_amp: Literal["auto", "fp32", "bf16"] = Field(
+    teacher_amp: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="Precision of the teacher's pass, whatever --amp is; auto: bf16 where the hardware has it.",
+        description="Precision of the teacher's pass, whatever --amp is; auto: as --amp auto.",
     )
     teacher_lr_factor: float = Field(0.1, gt=0, description="Learning rate of an online teacher, as a share of --lr.")
 
@@ -400,6 +413,13 @@ class Config(Section):
                 f"--num-workers {self.run.num_workers}: each worker needs a labelled and an unlabelled image of a batch, "
                 f"which holds {self.train.batch} and {self.unlabelled_batch()}"
             )
+        if not self.run.workers[1] <= self.micro_batches() <= self.most_workers():
+            low, high = -(-self.train.batch // self.most_workers()), -(-self.train.batch // self.run.workers[1])
+            raise ValueError(
+                f"--micro-batch {self.train.micro_batch} cuts a batch of {self.train.batch} into {self.micro_batches()}: it "
+                f"takes at least one for each of {self.run.workers[1]} workers, and at most {self.most_workers()}, so that "
+                f"each has a labelled and an unlabelled image: give {low} to {high}"
+            )
         if abs(sum(self.data.split_shares) - 1) > 1e-6:
             raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
         if self.thresholds.lowest() > self.thresholds.tau_max:
@@ -420,6 +440,11 @@ class Config(Section):
     def most_workers(self) -> int:
         """Workers that a global batch has images for."""
         return min(self.train.batch, self.unlabelled_batch() or self.train.batch)
+
+    def micro_batches(self) -> int:
+        """Micro-batches that a global batch is cut into."""
+        size = self.train.micro_batch
+        return -(-self.train.batch // size) if size else self.run.workers[1]
 
     def teacher_steps(self) -> int:
         """Optimiser steps of the teacher."""

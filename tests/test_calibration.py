@@ -96,8 +96,9 @@ def test_precision_is_a_policy_of_the_student_and_of_the_report(prepared):
     tau = s.policy.thresholds()
     untrusted = tau >= NEVER - 1e-6  # most of their candidates on val are doubles of a box that another has hit
     assert untrusted.any()
-    boxes = s.targets(next(iter(s.loader()))).boxes
-    pseudo = boxes.cls[s.student.labelled :][boxes.valid[s.student.labelled :]]
+    labelled = config.train.batch
+    boxes = s.targets(next(iter(s.loader())), labelled).boxes
+    pseudo = boxes.cls[labelled:][boxes.valid[labelled:]]
     assert not untrusted[pseudo].any()
     easy = tiny_config(prepared, threshold_policy="precision", precision=0.01)
     s = build_session(make_job("student", str(prepared / "r"), easy), WorkerGroup(), torch.device("cpu"))

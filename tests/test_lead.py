@@ -5,13 +5,15 @@ import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.boxes import CANDIDATE_COLUMNS
+from dfssd.data.dataset import network_input
 from dfssd.pseudo.selection import Rules, or_no_candidate, select
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
 from dfssd.train.in_process import train_in_process
-from dfssd.train.loop import lead, own_average, to_device
+from dfssd.train.loop import lead
 from dfssd.train.session import build_session
+from dfssd.train.step import own_average
 
 
 def test_the_lead_fades_from_the_teachers_value_on():
@@ -47,8 +49,7 @@ def test_terms_of_a_teacher_that_was_passed_are_gone_and_the_own_average_teaches
     assert s.criterion.lead == 0
     s.step = 0
     # The average teaches what it sees in the weak view, and decodes again when it is validated.
-    images, weak, _, _ = to_device(s, next(iter(s.loader())))
-    assert not torch.equal(images, weak)
+    weak = network_input(next(iter(s.loader()))["img"], torch.device("cpu"))
     said = own_average(s, weak)
     assert not said.raw["one2many"].scores.requires_grad and isinstance(s.ema.ema(weak[:1]), tuple)
 

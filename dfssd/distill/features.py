@@ -43,6 +43,7 @@ def layer_terms(
     score_ba: Tensor | None = None,
     tau: float = 0.0,
     generators: Sequence[nn.Module] = (),
+    masks: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each tap layer as a sum over images, and its normaliser.
 
@@ -52,6 +53,7 @@ def layer_terms(
         teacher: (B,C,H,W) a tap.
         score_ba: (B,A) teacher's best class score at each anchor point, levels one after the other; for those weighted by it.
         tau: temperature; 0 takes its own.
+        masks: draws what MGD hides; None: the process's own.
 
     Returns:
         (L,) sums and (L,) normalisers; divided, the divergence of each of the L layers.
@@ -65,7 +67,7 @@ def layer_terms(
             assert score_ba is not None, f"{kind} is weighted by the teacher's scores"
             value, images = compare(s, t, score_map(score_ba, s.shape[2:]))
         elif row.needs == "generator":
-            value = images * compare(s, t, generators[k], d.hidden_positions(s))
+            value = images * compare(s, t, generators[k], d.hidden_positions(s, generator=masks))
         elif row.tau:
             value = images * compare(d.standardise(s), d.standardise(t), tau or row.tau)
         else:

@@ -132,9 +132,10 @@ def step_timer(config: Config) -> StepTimer:
 
 def time_step(config: Config, networks: Networks, resources: Resources, unlabelled: bool) -> tuple[str, float]:
     """Where this runs, and seconds of one worker's training step there: the faster of two after a first, on random images."""
-    from dfssd.models.detector import autocast_dtype, build_detector
+    from dfssd.models.detector import build_detector
     from dfssd.models.detector import threads as using_threads
     from dfssd.models.head import branches
+    from dfssd.models.precision import autocast_dtype
 
     images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
     images = max(1, images // config.run.workers[0])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
-from dfssd.models.detector import autocast_dtype, load_detector, read_detector
+from dfssd.models.detector import load_detector, read_detector
+from dfssd.models.precision import autocast_dtype
 from dfssd.models.predict import predict
 from dfssd.pseudo.fusion import FLIPS
 from dfssd.pseudo.shards import Shard

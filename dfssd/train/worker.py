@@ -202,7 +202,8 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int) -> dict[str, Any]:
         worker killed on the way would leave a checkpoint that only looks like one."""
         if world.rank == 0:
             checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
-        ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
+        if metrics:  # none: somebody asked for a checkpoint between validations
+            ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
     try:
         return train(job, world, get_device(), log, save)
