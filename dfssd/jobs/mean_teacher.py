@@ -11,7 +11,7 @@ from dfssd.flags import parse
 from dfssd.jobs.stages import reads
 from dfssd.runtime.artefact_names import MEAN_TEACHER
 
-EXAMPLE = "dfssd mean_teacher --storage-path runs --run-name line3 --teacher yolov8s.pt --imgsz 640"
+EXAMPLE = "dfssd mean_teacher --storage-path runs --run-name line3 --teacher yolov8s.pt --mean-teacher-steps 2000"
 
 
 def job(words: Sequence[str]) -> None:
