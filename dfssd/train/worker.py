@@ -20,9 +20,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from dfssd.errors import DfssdError, find_user_error
 from dfssd.runtime.cluster import Resources, check_gpu, free
+from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Tracker
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train import checkpoint
+from dfssd.train import checkpoint, ending
 from dfssd.train.heartbeat import Heart, Store, Watch
 from dfssd.train.interrupt import Interrupt
 from dfssd.train.job import TrainJob
@@ -50,7 +51,7 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
         check_gpu(job.config.run)
     store = Store(f"{job.store.uri}/{uuid.uuid4().hex}")
     asked = resources.describe(job.config.run.num_workers)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with Watch(store, str(job.stage), asked, free), _stop_at_sigterm(store):
             outcome = _until_no_progress(job, resources, callbacks, store)
@@ -59,7 +60,8 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
     finally:
         store.clear()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
+            for number, handler in handlers.items():  # Ray leaves its own behind
+                signal.signal(number, handler)
     if isinstance(outcome, DfssdError):
         raise outcome
     assert isinstance(outcome, dict), "rank 0 returns the loop's result"
@@ -114,7 +116,7 @@ def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[
 def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], store: Store) -> TorchTrainer:
     run = job.config.run
     starts = 3 + math.ceil(run.wait_min)  # each waits a minute for its nodes
-    return TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={"job": job, "threads": resources.threads, "key": store.key},
         scaling_config=ScalingConfig(
@@ -132,6 +134,18 @@ def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], stor
             callbacks=list(callbacks) or None,
         ),
     )
+    trainer.artefact = job.store
+    return trainer
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer; Ctrl-C and SIGTERM leave a checkpoint before they end it."""
+
+    artefact: Storage
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        ending.take_over_signals(self.artefact)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
@@ -192,7 +206,7 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int, interrupt: Interrupt
 
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray's session logs every report through the root logger
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id) if world.rank == 0 else None
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store) if world.rank == 0 else None
     stepped = False
 
     def log(metrics: dict[str, float], step: int) -> None:
@@ -208,11 +222,17 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int, interrupt: Interrupt
         worker killed on the way would leave a checkpoint that only looks like one."""
         if world.rank == 0:
             checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
+        if watch:
+            watch.stored(session.step)
         if metrics:  # none: somebody asked for a checkpoint between validations
             ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
+    interrupt = Interrupt(60 * job.config.train.checkpoint_min)
+    watch = ending.Watch(job.store, interrupt.ask) if world.rank == 0 else None
     try:
         return train(job, world, get_device(), log, save, interrupt)
     finally:
+        if watch:
+            watch.close()
         if tracker:
             tracker.close()
