@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from dfssd.config import Data
 from dfssd.data import grouping
@@ -15,7 +16,7 @@ from dfssd.data.assignment import choose_labelled, make_rows, split_images
 from dfssd.data.bad_files import write_bad
 from dfssd.data.checking import Checked, check_all, drop_duplicates, set_white_levels, stop_if_too_bad
 from dfssd.data.formats import read_source
-from dfssd.data.manifest import Manifest, write_manifest, write_withheld
+from dfssd.data.manifest import Manifest, write_manifest, write_table, write_withheld
 from dfssd.data.summary import contact_sheet, statements, summarise
 from dfssd.data.unpack import resolve_zip
 from dfssd.data.versions import read_previous
@@ -51,6 +52,7 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     write_manifest(store, Manifest(rows, source.names, meta))
     write_withheld(store, withheld)
     write_bad(store, bad)
+    write_pairs(store, [i.image_id for i in images], pairs)
     write_split_list(store, images, split_names, labelled)
     store.write("groups.png", contact_sheet([i.facts.thumb_hw for i in images], groups))
     summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
@@ -59,6 +61,12 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     summary["notes"] = source.notes + level_notes + statements(source, summary, hidden)
     store.write_json("summary.json", summary)
     return summary
+
+
+def write_pairs(store: Storage, ids: list[str], pairs: tuple[np.ndarray, np.ndarray]) -> None:
+    """`near_duplicates.parquet`: image ids of all pairs of near-duplicates, also those that a cut of a group separated."""
+    columns = [pa.array([ids[k] for k in ends.tolist()], pa.string()) for ends in pairs]
+    write_table(store, "near_duplicates.parquet", pa.table(columns, names=["a", "b"]))
 
 
 def write_split_list(store: Storage, images: list[Checked], split_names: list[str], labelled: set[str]) -> None:

@@ -14,6 +14,7 @@ from dfssd.data.versions import as_previous, changes, content_digest, keep_versi
 from dfssd.errors import DfssdError
 from dfssd.pipeline.context import Context, Result
 from dfssd.pipeline.stages import Planned
+from dfssd.report.audit_page import write_audit
 from dfssd.report.tables import split_table
 from dfssd.runtime.artefact import Stage, differences
 from dfssd.runtime.artefact_names import DATASET, is_finished
@@ -117,6 +118,8 @@ def prepare_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Check, group, split; leave the manifest."""
     summary = prepare(context.config.data, context.config.run.seed, stage.store)
     print(split_table(summary), flush=True)
-    for name in ("groups.png", "split.csv"):
+    write_audit(stage.store, summary, context.config.train.imgsz)
+    print(f"what to look at before training: {stage.store.path('audit.html')}", flush=True)
+    for name in ("groups.png", "split.csv", "audit.html"):
         context.runs.artefact(run_id, name, stage.store.read(name))
     return summary, [f for f in stage.store.files() if f != "started.json"]
