@@ -7,9 +7,20 @@ names are unique over all sections, because the command line drops the section: 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+
+def split_layers(value: Any) -> Any:
+    """Let layers be written as in papers: "15,18,21" beside a list."""
+    words = [value] if isinstance(value, str) else value
+    return tuple(
+        part for word in words for part in (word.split(",") if isinstance(word, str) else [word]) if part != ""
+    )
+
+
+Layers = Annotated[tuple[int, ...], BeforeValidator(split_layers)]
 
 
 class Section(BaseModel):
@@ -203,7 +214,7 @@ class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
     threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
-        "gmm", description="How class thresholds are set (docs/design.md, section 5)."
+        "gmm", description="How class thresholds are set."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
@@ -250,7 +261,7 @@ class Distill(Section):
     )
     lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
     divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
-        "pkd", description="How two feature maps are compared (docs/design.md, section 5)."
+        "pkd", description="How two feature maps are compared."
     )
     feature_tau: float = Field(
         0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
@@ -259,8 +270,8 @@ class Distill(Section):
         "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."
     )
     off_last: float = Field(0.1, ge=0, le=1, description="Share of the steps that 'off_last_epochs' switches off.")
-    taps: tuple[int, ...] = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
-    teacher_taps: tuple[int, ...] = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
+    taps: Layers = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
+    teacher_taps: Layers = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
     balance: Literal["none", "gradnorm"] = Field(
         "gradnorm",
         description="gradnorm: weights follow so that each term's gradient keeps its share of the supervised one.",
@@ -367,3 +378,22 @@ class Config(Section):
     def mean_teacher_steps(self) -> int:
         """Optimiser steps of the mean teacher."""
         return self.mean_teacher.mean_teacher_steps or self.teacher_steps()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def section(name: str, *without: str) -> tuple[str, ...]:
+    """Dotted keys of a section, without some of its fields."""
+    fields = SECTIONS[name].model_fields
+    assert set(without) <= set(fields), f"{without} are fields of {name}"
+    return tuple(f"{name}.{field}" for field in fields if field not in without)
+
+
+def all_keys() -> tuple[str, ...]:
+    """Dotted keys of all settings, in order; the pipeline's own have no section."""
+    return tuple(key for name in Config.model_fields for key in (section(name) if name in SECTIONS else (name,)))

@@ -135,10 +135,8 @@ WITH_BETTER_TEACHERS = """
 import sys
 import dfssd.pipeline.stages as stages
 stages.val_score = lambda run, name: name.round  # eight steps teach nothing: pretend that they did
-from dfssd.cli import main
-sys.path.insert(0, "jobs")
-import pipeline
-main(pipeline.job)
+from dfssd.cli import run
+run("pipeline")
 """
 
 

@@ -7,13 +7,13 @@ import pytest
 from pydantic import BaseModel
 from small import give_teacher_and_candidates, tiny_config
 
-from dfssd.config import Config, Section
+from dfssd.config import SECTIONS, Config, Section
 from dfssd.errors import DfssdError
 from dfssd.pipeline import stages
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.dry_run import dry_run
 from dfssd.pipeline.run import run_stage, run_stages
-from dfssd.pipeline.settings import FREE, SECTIONS
+from dfssd.pipeline.settings import FREE
 from dfssd.pipeline.stages import ROWS, STAGES, make_stage, markdown, plan, resolve, settings_of, wanted
 from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import (

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from ray import tune
 
-from dfssd.config import Config, Data
+from dfssd.config import Config, Data, all_keys
 from dfssd.errors import DfssdError
 from dfssd.sweep import shared
 from dfssd.sweep.points import apply, in_words, make_trial, trials
-from dfssd.sweep.space import Space, config_keys, load_space
+from dfssd.sweep.space import Space, load_space
 
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
 
@@ -64,7 +64,7 @@ def test_a_value_that_the_config_does_not_allow_is_named() -> None:
 def test_every_setting_can_be_swept_by_its_key() -> None:
     """Setting each key to its own value changes nothing; to another value, exactly that key."""
     config, tree = Config(), Config().model_dump()
-    for key in config_keys():
+    for key in all_keys():
         section, _, name = key.rpartition(".")
         value = tree[section][name] if section else tree[name]
         assert apply(config, {key: value}) == config

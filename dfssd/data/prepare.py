@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dfssd.config import Data
 from dfssd.data import grouping
-from dfssd.data.assignment import choose_labelled, make_rows, split_images
+from dfssd.data.assignment import Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.bad_files import write_bad
 from dfssd.data.checking import Checked, check_all, drop_duplicates, set_white_levels, stop_if_too_bad
 from dfssd.data.formats import read_source
@@ -63,10 +63,11 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     return summary
 
 
-def write_pairs(store: Storage, ids: list[str], pairs: tuple[np.ndarray, np.ndarray]) -> None:
+def write_pairs(store: Storage, ids: list[str], pairs: Pairs) -> None:
     """`near_duplicates.parquet`: image ids of all pairs of near-duplicates, also those that a cut of a group separated."""
-    columns = [pa.array([ids[k] for k in ends.tolist()], pa.string()) for ends in pairs]
-    write_table(store, "near_duplicates.parquet", pa.table(columns, names=["a", "b"]))
+    columns = [pa.array([ids[k] for k in ends.tolist()], pa.string()) for ends in pairs[:2]]
+    table = pa.table([*columns, pa.array(pairs[2], pa.float32())], names=["a", "b", "correlation"])
+    write_table(store, "near_duplicates.parquet", table)
 
 
 def write_split_list(store: Storage, images: list[Checked], split_names: list[str], labelled: set[str]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.pipeline.context import Context
-from dfssd.pipeline.dry_run import dry_run
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import ArtefactName, is_finished
@@ -27,6 +26,8 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
     refuse_relative_paths_in_a_job(config)
     context = Context(config)
     if config.run.dry_run:
+        from dfssd.pipeline.dry_run import dry_run  # imports torch, to time a step
+
         dry_run(context, names)
         return
     context.run.check_writable()

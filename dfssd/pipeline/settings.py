@@ -7,22 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dfssd.config import Config, Section
+from dfssd.config import Config, section
 from dfssd.errors import DfssdError
-
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-}
-
-
-def section(name: str, *without: str) -> tuple[str, ...]:
-    """Dotted keys of a section, without some of its fields."""
-    fields = SECTIONS[name].model_fields
-    assert set(without) <= set(fields), f"{without} are fields of {name}"
-    return tuple(f"{name}.{field}" for field in fields if field not in without)
-
 
 # Read by stages, but no part of a result: they change speed, resources, what is said, or what is tolerated.
 FREE = frozenset(

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dfssd.config import Config
-from dfssd.pipeline.settings import counted, section
+from dfssd.config import Config, section
+from dfssd.pipeline.settings import counted
 from dfssd.runtime.artefact_names import (
     DATASET,
     LABEL_ONLY,

@@ -13,9 +13,14 @@ from dfssd.data.manifest import Boxes, Manifest, Row
 SMALL = 12.0  # px of the shorter side at the training resolution, below which a detector with stride 8 sees little
 AIM = 16.0  # px that a proposal of size or tiles brings the smaller boxes to
 LARGEST = 1536  # px; above this tiles are proposed instead of a larger --imgsz
+CLOSE = 0.95  # correlation from which two near-duplicates show the same defects at the same places
 SAME = 0.5  # IoU from which two boxes are about the same defect
 DOUBLED = 0.85  # IoU from which two boxes of one image are probably one
-TINY_PX, THIN, WHOLE = 4.0, 25.0, 0.95  # px at the training resolution; long by short side; share of the image
+TINY_PX, THIN, WHOLE = (
+    4.0,
+    25.0,
+    0.95,
+)  # px at the training resolution; long by short side (or 4 times the class's median); share of the image
 
 
 @dataclass
@@ -89,9 +94,8 @@ def proposal(sizes: list[ClassSizes], labels: list[tuple[Row, Boxes]], imgsz: in
         f"{worst.small:.0%} of the boxes of {worst.name!r} are under {SMALL:.0f} px at --imgsz {imgsz} (a tenth is "
         f"{worst.original_low:.0f} px in the image, {worst.low:.0f} px in training)"
     )
-    useful = min(wanted, int(np.ceil(side / 32) * 32))
-    if wanted <= LARGEST or useful <= LARGEST:
-        return f"{said}: train with --imgsz {useful}"
+    if wanted <= LARGEST:
+        return f"{said}: train with --imgsz {wanted}"
     tile = max(32, int(worst.original_low * imgsz / AIM // 32 * 32))
     return f"{said}: cut the images of {side} px into tiles of {tile} px that overlap by the largest defect, before training"
 
@@ -100,9 +104,12 @@ def suspects(labels: list[tuple[Row, Boxes]], names: list[str], imgsz: int) -> l
     """Boxes that look like slips: tiny, thread-like, as large as the image, twice there, or far from their class's sizes."""
     found: list[Suspect] = []
     logs: list[list[float]] = [[] for _ in names]
+    slender: list[list[float]] = [[] for _ in names]
     for row, boxes in labels:
         for box, side in zip(boxes, sides_px(row, boxes, imgsz), strict=True):
             logs[int(box[0])].append(float(np.log(max(side.prod(), 1e-6))))
+            slender[int(box[0])].append(float(side.max() / max(side.min(), 1e-6)))
+    lengths = [float(np.median(v)) if v else 1.0 for v in slender]
     middle, spread = zip(*map(_middle, logs), strict=True)
     for row, boxes in labels:
         if not len(boxes):
@@ -121,13 +128,25 @@ def suspects(labels: list[tuple[Row, Boxes]], names: list[str], imgsz: int) -> l
                 why = f"{side[0]:.1f} x {side[1]:.1f} px at the training resolution"
             elif box[3] * box[4] > WHOLE:
                 why = "as large as the image"
-            elif side.max() / max(side.min(), 1e-6) > THIN:
+            elif side.max() / max(side.min(), 1e-6) > max(THIN, 4 * lengths[c]):
                 why = f"{side.max() / side.min():.0f} times as long as wide"
             elif away > 5 and len(logs[c]) >= 20:
                 why = f"its size is far from those of other {names[c]!r}"
             if why:
                 found.append(Suspect(row, boxes, k, why))
     return found
+
+
+def varied(found: list[Contradiction], count: int) -> list[Contradiction]:
+    """The first `count`, none of whose images comes more than twice."""
+    seen: dict[str, int] = {}
+    chosen: list[Contradiction] = []
+    for one in found:
+        ids = (one.a.image_id, one.b.image_id)
+        if len(chosen) < count and max(seen.get(i, 0) for i in ids) < 2:
+            chosen.append(one)
+            seen.update({i: seen.get(i, 0) + 1 for i in ids})
+    return chosen
 
 
 def _middle(logs: list[float]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jinja2 import Environment
 from PIL import Image
@@ -64,7 +65,7 @@ def write_audit(dataset: Storage, summary: dict[str, Any], imgsz: int) -> None:
         "size_head": [*SIZE_HEAD, f"under {audit.SMALL:.0f} px"],
         "size_rows": [_size_row(s) for s in sizes],
         "contradiction_count": len(contradictions),
-        "contradictions": [_pair(c, names) for c in contradictions[:SHOWN]],
+        "contradictions": [_pair(c, names) for c in audit.varied(contradictions, SHOWN)],
         "suspect_count": len(suspects),
         "suspects": [_suspect(s, names) for s in _spread(suspects)],
         "suspect_rows": _suspect_rows(suspects),
@@ -125,7 +126,8 @@ def _pairs(dataset: Storage) -> list[tuple[str, str]]:
     if not dataset.exists("near_duplicates.parquet"):
         return []
     table = pq.read_table(io.BytesIO(dataset.read("near_duplicates.parquet")))
-    return list(zip(table["a"].to_pylist(), table["b"].to_pylist(), strict=True))
+    close = table.filter(pc.greater_equal(table["correlation"], audit.CLOSE))
+    return list(zip(close["a"].to_pylist(), close["b"].to_pylist(), strict=True))
 
 
 def _pair(c: audit.Contradiction, names: list[str]) -> dict[str, str]:
