@@ -61,7 +61,7 @@ class Bench:
 
 def one_step(s: Session, batch: dict[str, Any], mark: Callable[[str], None] = lambda _: None) -> None:
     """A step of `dfssd.train.loop.train`, without its log steps; `mark` is called at the end of each part."""
-    images, targets, _ = to_device(s, batch)
+    images, _, targets, _ = to_device(s, batch)
     mark("boxes and images to the device")
     with autocast(s, s.teacher_dtype):
         teacher = s.teacher(images) if s.teacher else None

@@ -20,12 +20,14 @@ from semi_data import link, subset
 
 from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
-from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withheld
 from dfssd.evaluate.validation import validate
 from dfssd.models.detector import load_detector, resolve_weights
+from dfssd.pipeline.stages import row_of, settings_of
+from dfssd.pseudo.in_process import label_in_process
 from dfssd.pseudo.quality import Evidence
 from dfssd.pseudo.thresholds import ScoreCounts, labelled_rates, policy_thresholds
+from dfssd.runtime.artefact_names import PSEUDO, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
@@ -59,7 +61,6 @@ TITLES = {
     "distill_model_pseudo": "Ultralytics distill_model, our pseudo-labels as labels",
 }
 CHECKPOINT_S = 120.0  # between two checkpoints
-SHARD = 64
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def run_row(row: Row, seed_folder: Path, manifest: Manifest, config: Config, fra
     teacher_stage = parse_row(row.teacher).stage if row.teacher else "teacher"
     result: dict[str, Any] = {"row": row.name, "seed": config.run.seed, "fraction": fraction, **counts}
     if row.stage == "pseudo":
-        result |= label_all(config, run, teacher_stage)
+        result |= label_all(config, run, teacher_stage, target)
     elif row.stage == "stock":
         result |= stock(row, config, folder, teacher_stage, device)
     else:
@@ -171,10 +172,16 @@ def train_row(row: Row, config: Config, run: Storage, teacher: str, device: torc
     """Train one model of ours."""
     from dfssd.train.loop import train
 
+    name, student = ArtefactName(row.stage), row.stage == "student"
     job = TrainJob(
-        row.stage, run.uri, config, teacher=teacher if row.stage == "student" else "teacher",
-        pseudo="pseudo" if row.stage == "student" else "",
-    )  # fmt: skip
+        name,
+        row_of(name).training,
+        run.uri,
+        config,
+        settings_of(config, name),
+        teacher=ArtefactName(teacher) if student else None,
+        pseudo=PSEUDO if student else None,
+    )
     weights = run.read("teacher/best.pt") if row.stage == "mean_teacher" else resolve_weights(job.model_spec)[1]
     if weights is not None:
         run.write(f"{row.stage}/init.pt", weights)
@@ -187,24 +194,18 @@ def train_row(row: Row, config: Config, run: Storage, teacher: str, device: torc
             saved = time.monotonic()
 
     summary = train(job, WorkerGroup(), device, lambda metrics, step: None, save)
+    job.store.write_json("stage.json", {"summary": summary})
     for name in job.store.at("train").folders():
         job.store.at("train").delete(name)
     return {"steps": summary["steps"], "best_step": summary["best"]["step"], "s_per_step": summary["seconds_per_step"],
             "data_wait": summary["data_wait_share"]}  # fmt: skip
 
 
-def label_all(config: Config, run: Storage, teacher: str) -> dict[str, Any]:
+def label_all(config: Config, run: Storage, teacher: str, device: torch.device) -> dict[str, Any]:
     """Candidates of every unlabelled image, as the labelling job leaves them."""
-    from dfssd.pseudo.teachers import TeacherActor
-
     manifest = read_manifest(run.at("dataset"))
-    actor = TeacherActor(run.uri, "pseudo", config, [f"{teacher}/best.pt"], manifest.names, 1)
-    unlabelled, boxes = manifest.unlabelled_rows(), 0
-    for first in range(0, len(unlabelled), SHARD):
-        part = unlabelled[first : first + SHARD]
-        row = {"file": f"shard-{first // SHARD:05d}.parquet", "ids": [r.image_id for r in part]}
-        boxes += actor(decode_shard({**row, "uris": [r.uri for r in part]}, config.train.imgsz))["boxes"]
-    return {"candidates": boxes, **worth(config, run, manifest)}
+    found = label_in_process(config, run, "pseudo", manifest, [f"{teacher}/best.pt"], device, cores=1)
+    return {"silent": found["without_candidate"], **worth(config, run, manifest)}
 
 
 def worth(config: Config, run: Storage, manifest: Manifest) -> dict[str, Any]:

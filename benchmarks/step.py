@@ -124,8 +124,8 @@ class Bench:
 
 def our_step(s: Session, batch: dict[str, Any]) -> None:
     """One step of `dfssd.train.loop.train`, without its log steps."""
-    images, targets, _ = to_device(s, batch)
-    out, teacher = forward(s, images)
+    images, weak, targets, _ = to_device(s, batch)
+    out, teacher = forward(s, images, weak)
     terms = s.criterion(out, teacher, targets, 0.5)
     (terms.total() * s.job.config.train.batch).backward()
     clip(s, terms, batch["im_file"])

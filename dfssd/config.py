@@ -246,6 +246,21 @@ class Distill(Section):
     uncertain: Literal["ignore", "background"] = Field(
         "ignore", description="What a candidate below its threshold says: nothing, or (harmful) 'no defect here'."
     )
+    silent: Literal["ignore", "background"] = Field(
+        "ignore", description="What an unlabelled image without any candidate says: nothing, or 'no defect here'."
+    )
+    student_view: float = Field(
+        0.0,
+        ge=0,
+        le=3,
+        description="Strength of the student's strong view of unlabelled images (see --strong-view); 0: none.",
+    )
+    fade: float = Field(
+        0.02,
+        ge=0,
+        description="Lead over its teacher (val mAP50-95, 0..1) at which the student learns from its own average instead; "
+        "0: the teacher's terms never fade.",
+    )
     agreement_min: float = Field(
         0.0, ge=0, le=1, description="Agreement under flips from which a pseudo-label teaches its box; 0: always."
     )
@@ -291,6 +306,9 @@ class Distill(Section):
 class MeanTeacher(Section):
     """The stage `mean_teacher`: the teacher goes on with labelled and unlabelled images, which its average labels."""
 
+    mean_teacher: bool = Field(
+        True, description="Let the teacher learn from the unlabelled images before it labels them."
+    )
     mean_teacher_steps: int = Field(0, ge=0, description="Its optimiser steps; 0: as many as the teacher's.")
     mean_teacher_lr: float = Field(0.0005, gt=0, description="Its peak learning rate: the teacher has learnt already.")
     mean_teacher_decay: float = Field(0.998, gt=0, lt=1, description="Decay of the weight average that labels.")

@@ -15,7 +15,7 @@ from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import mean_teacher as module
 from dfssd.train.in_process import train_in_process
-from dfssd.train.loop import label_in_loop
+from dfssd.train.loop import to_device
 from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.session import build_session
 
@@ -83,6 +83,8 @@ def test_the_strong_view_keeps_the_geometry_and_can_be_repeated():
     assert np.array_equal(view, strong_view(image, seed=5)) and not np.array_equal(view, strong_view(image, seed=6))
     assert np.array_equal(strong_view(image, 5, strength=0), image)
     assert (np.ptp(view.astype(int), axis=2) == 0).all()  # grey stays grey
+    for seed in range(10):
+        assert np.array_equal(strong_view(image[..., :1], seed), strong_view(image, seed)[..., :1])
     changes, contrast = [], []
     for seed in range(40):
         view = strong_view(image, seed).astype(float)
@@ -102,17 +104,17 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     seen = []
     s.in_loop.average.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     weak = network_input(batch["img"], torch.device("cpu"))
-    images, full = label_in_loop(s, weak, dict(batch))
-    assert torch.equal(seen[0], weak[labelled:])
+    images, said, targets, _ = to_device(s, batch)
+    assert torch.equal(seen[0], weak[labelled:]) and torch.equal(said, weak)
     assert torch.equal(images[:labelled], weak[:labelled]) and not torch.equal(images[labelled:], weak[labelled:])
-    own = full["batch_idx"] >= labelled
-    assert own.any() and not own[: len(batch["cls"])].any()
-    assert torch.equal(full["bboxes"][~own], batch["bboxes"])
-    xywh = full["bboxes"][own]
+    boxes = targets.boxes
+    assert boxes.valid[labelled:].any() and int(boxes.valid[:labelled].sum()) == len(batch["cls"])
+    xywh = boxes.xywh[labelled:][boxes.valid[labelled:]]
     assert (xywh[:, :2] - xywh[:, 2:] / 2 > -1e-5).all() and (xywh[:, :2] + xywh[:, 2:] / 2 < 1 + 1e-5).all()
-    assert full["score"][own].max() <= 1 and (full["score"][~own] == 1).all()
+    assert (boxes.weight[:labelled][boxes.valid[:labelled]] == 1).all()
+    assert (boxes.weight[labelled:][boxes.valid[labelled:]] < 1).all()
     # The loss of the pseudo-labels reaches the network, and the network alone.
-    terms = s.criterion(s.student(images), None, s.targets(full), 0.1)
+    terms = s.criterion(s.student(images), None, targets, 0.1)
     (terms.losses["pse/cls"] + terms.losses["pse/box"]).backward()
     assert next(s.student.parameters()).grad.abs().sum() > 0
     assert all(p.grad is None for p in s.ema.ema.parameters())

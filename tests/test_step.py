@@ -38,7 +38,7 @@ class Counted(TorchDispatchMode):
 
 
 def _step(s, targets, images, batch):
-    out, teacher = forward(s, images)
+    out, teacher = forward(s, images, images)
     terms = s.criterion(out, teacher, targets, 0.5)
     (terms.total() * 4).backward()
     clip(s, terms, batch["im_file"])

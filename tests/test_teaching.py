@@ -134,7 +134,8 @@ def test_a_teacher_in_bf16_teaches_a_student_in_fp32_nearly_the_same(prepared):
             make_job("student", str(prepared / "r"), tiny_config(prepared, teacher_amp=amp)), WorkerGroup(), CPU
         )
         batch = next(iter(s.loader()))
-        out, said = forward(s, network_input(batch["img"], CPU))
+        images = network_input(batch["img"], CPU)
+        out, said = forward(s, images, images)
         assert out.raw["one2many"].feats[0].dtype == torch.float32  # the student's pass is not touched
         assert said.taps[0].dtype == (torch.float32 if amp == "fp32" else torch.bfloat16)
         losses = s.criterion(out, said, s.targets(batch), 0.5).losses

@@ -91,9 +91,15 @@ class Criterion:
         self.detection, self.config, self.world, self.pairing = detection, config, world, pairing
         self.generators, self.teacher_detection = list(generators or []), teacher_detection
         self.balance = Balance(config, world) if config and config.balance == "gradnorm" else None
+        self.lead = 1.0  # weight of the teacher's terms; what is missing to 1 goes to the student's own average
 
     def __call__(
-        self, out: StudentOutput, teacher: TeacherOutput | None, targets: StepTargets, progress: float
+        self,
+        out: StudentOutput,
+        teacher: TeacherOutput | None,
+        targets: StepTargets,
+        progress: float,
+        own: TeacherOutput | None = None,
     ) -> Terms:
         """Compute the terms of one step.
 
@@ -101,6 +107,7 @@ class Criterion:
             teacher: what the teacher says of the same images, or None.
             targets: boxes, on the student's device.
             progress: share of the training that is done (0..1).
+            own: what the student's own average says of them, once it has passed the teacher.
         """
         self.detection.set_progress(progress)
         sums: Sums = {}
@@ -112,25 +119,30 @@ class Criterion:
             sums["pse"] = values[:, labelled:].sum(1), normalisers[:, labelled:].sum(1)
         s_t = schedule(config, progress) if config else 1.0
         if teacher is not None:
-            sums |= self._predictions(out.raw, teacher)
+            assert self.pairing is not None
+            sums |= self._predictions(out.raw, teacher, self.pairing)
             # Skipped at weight 0, but not under DDP, which waits for the gradient of every parameter.
             if out.projected and self._weights()["feat"] > 0 and (s_t > 0 or self.world.size > 1):
                 sums["feat"] = self._features(out.projected, teacher)
+        if own is not None:
+            shared = Pairing(None, tuple(out.raw), True)
+            sums |= {f"{k} (own)": v for k, v in self._predictions(out.raw, own, shared).items()}
         if out.teacher is not None and self.teacher_detection is not None:
             self.teacher_detection.set_progress(progress)
-            own = self.teacher_detection(out.teacher, targets.boxes.of_images(0, labelled))
-            sums["teacher"] = own[0].sum(1), own[1].sum(1)
+            taught = self.teacher_detection(out.teacher, targets.boxes.of_images(0, labelled))
+            sums["teacher"] = taught[0].sum(1), taught[1].sum(1)
         losses, counts, policy = self._normalised(sums, targets)
         self._scale(losses, out, s_t)
         named = dict(zip(COUNTS, counts, strict=True)) if learns else {}
-        return Terms(losses, named, policy, frozenset({"feat"} if s_t == 0 else ()))
+        paused = {"feat"} if s_t == 0 or self.lead == 0 else set[str]()
+        return Terms(losses, named, policy, frozenset(paused | ({"pred"} if self.lead == 0 and own is None else set())))
 
-    def _predictions(self, raw: dict[str, HeadOutput], teacher: TeacherOutput) -> Sums:
+    def _predictions(self, raw: dict[str, HeadOutput], teacher: TeacherOutput, pairing: Pairing) -> Sums:
         """Prediction terms of all branches that both heads have, each (K,1) sums and (K,) normalisers."""
-        assert self.config is not None and self.pairing is not None
+        assert self.config is not None
         config, terms = self.config, {}
-        pairs = [(raw[b], teacher.raw[b]) for b in self.pairing.branches]
-        scores = [self.pairing.scores(t) for _, t in pairs]
+        pairs = [(raw[b], teacher.raw[b]) for b in pairing.branches]
+        scores = [pairing.scores(t) for _, t in pairs]
         shares = self.detection.branch_weights()
         best = [p.best_score(t) for t in scores]
         if config.lambda_p > 0 and config.prediction == "mse":
@@ -144,11 +156,11 @@ class Criterion:
         if config.lambda_l > 0 and config.prediction == "soft":
             terms["pred/loc"] = [
                 p.dfl_localisation(s.boxes, t.boxes, b, config.loc_tau, config.loc_top)
-                if self.pairing.bins and s.boxes.shape[1] > 4
+                if pairing.bins and s.boxes.shape[1] > 4
                 else p.distance_localisation(s.boxes, t.boxes, b, config.loc_top)
                 for (s, t), b in zip(pairs, best, strict=True)
             ]
-        weights = [shares[b] for b in self.pairing.branches]
+        weights = [shares[b] for b in pairing.branches]
         return {
             name: (
                 torch.stack([w * s for w, (s, _) in zip(weights, parts, strict=True)]),
@@ -194,6 +206,7 @@ class Criterion:
             return {"sup": 1.0}
         c = self.config
         pred = {"pred/cls": c.lambda_p, "pred/mse": c.lambda_p, "pred/loc": c.lambda_l}
+        pred |= {f"{name} (own)": weight for name, weight in pred.items()}
         return {"sup": 1.0, "teacher": 1.0, "pse": c.lambda_u, "feat": c.lambda_f, **pred}
 
     def _scale(self, losses: dict[str, Tensor], out: StudentOutput, s_t: float) -> None:
@@ -206,6 +219,8 @@ class Criterion:
         for name in losses:
             group = name.split("/")[0]
             factor = factors.get(group, 1.0) * (s_t if group == "feat" else 1.0)
+            if group in ("pred", "feat"):
+                factor *= 1 - self.lead if name.endswith("(own)") else self.lead
             if factor != 1.0:
                 losses[name] = losses[name] * factor
 

@@ -213,11 +213,13 @@ class Teacher:
         self.model.to(device, memory_format=torch.channels_last)
         self.taps = Taps(self.model, layers, "teacher") if layers else None
         self.channels = self.taps.channels if self.taps else neck
-        self.head.training = True
+        self.frozen, self.head.training = frozen, frozen
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def __call__(self, images_bchw: Tensor) -> TeacherOutput:
+        self.head.training = True
         raw = branches(self.model(images_bchw))
+        self.head.training = self.frozen  # an average is validated in between, and must then decode
         return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"].feats)
 
 

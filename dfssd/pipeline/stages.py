@@ -121,14 +121,14 @@ PLACE = section("run", "seed", "num_workers", "cpus_per_worker", "gpu", "wait_mi
 RUN = section("run")
 _ALONE = section("train", "teacher_steps", "teacher_patience")  # of a training of the student
 _PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
-    *(f"distill.{k}" for k in ("unlabelled_ratio", "score_power", "uncertain", "agreement_min", "lambda_u")),
+    *(f"distill.{k}" for k in ("unlabelled_ratio", "score_power", "uncertain", "silent", "agreement_min", "lambda_u")),
     *("distill.balance", "distill.share_u"),
     *section("thresholds"),
 )
 _SELF_LABELLED = (  # of a training whose own average labels
     *section("train", "lr", "ema_decay"),
     *(f"pseudo.{k}" for k in ("floor", "nms_iou", "max_candidates")),
-    *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "balance", "share_u")),
+    *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "silent", "balance", "share_u")),
     *(f"thresholds.{k}" for k in ("tau", "tau_min", "tau_max")),
 )
 
@@ -160,12 +160,13 @@ STAGES = (
         role=MEAN_TEACHER.role,
         does="the teacher goes on with labelled and unlabelled images, which its own average labels",
         reads=(*RUN, "models.teacher", *_SELF_LABELLED, *section("mean_teacher")),
-        free=("train.steps", "train.teacher_steps"),  # count as far as mean_teacher_steps comes from them
+        # The steps count as far as mean_teacher_steps comes from them.
+        free=("mean_teacher.mean_teacher", "train.steps", "train.teacher_steps"),
         inputs=lambda config, run, number: (DATASET, TEACHER),
         body="dfssd.pipeline.training:train_stage",
         training=Training("teacher", labels_itself=True),
         needs="dfssd.pipeline.training:needs",
-        wanted=lambda config: False,
+        wanted=lambda config: config.mean_teacher.mean_teacher and config.unlabelled_batch() > 0,
         teaches=True,
     ),
     Row(

@@ -34,11 +34,13 @@ def label_in_process(
     weights: Sequence[str],
     device: torch.device | None = None,
     log: Log = lambda metrics, images: None,
+    cores: int = 0,
 ) -> dict[str, Any]:
     """As `pseudo.labeller.label`, in this process.
 
     Args:
         device: default the first GPU, or the CPU where there is none or `--gpu never`.
+        cores: that it may use; default those of the machine.
     """
     store = run.at(folder)
     todo = unfinished(config, store, manifest, folder)
@@ -50,7 +52,7 @@ def label_in_process(
         finish = partial(
             fuse_and_write, run_uri=run.uri, folder=folder, settings=config.pseudo, side=config.train.imgsz
         )
-        for row in stream(todo, partial(_decode, config=config), teachers, finish):
+        for row in stream(todo, partial(_decode, config=config), teachers, finish, cores):
             tally.add(row)
     return summarise(config, store, manifest)
 

@@ -41,10 +41,12 @@ class Rules:
     score_power: float = 1.0
     agreement_min: float = 0.0
     uncertain_ignored: bool = True
+    silent_ignored: bool = True
 
     @classmethod
     def of(cls, config: Distill) -> Rules:
-        return cls(config.score_power, config.agreement_min, config.uncertain == "ignore")
+        ignored = config.uncertain == "ignore"
+        return cls(config.score_power, config.agreement_min, ignored, ignored and config.silent == "ignore")
 
 
 @dataclass
@@ -121,12 +123,13 @@ def _select(rows: Tensor, image: Tensor, images: int, tau_c: Tensor, rules: Rule
     weight = score.pow(rules.score_power)
     targets = _targets(rows[sure], image[sure], images, weight[sure], (weight * placed)[sure])
     if rules.uncertain_ignored:
-        ignored = ~sure
+        ignored = ~sure if rules.silent_ignored else ~sure & seen
         area, _ = (
             padded(rows[ignored][:, XYWH], image[ignored], images, NOWHERE) if bool(ignored.any()) else (None, None)
         )
         silent = torch.ones(images, dtype=torch.bool)
         silent[image[seen]] = False
+        silent &= rules.silent_ignored
         targets = replace(targets, silent=silent, **({} if area is None else {"ignored_xywh": area}))
     counts = torch.stack([sure.sum(), (~sure & seen).sum(), (sure & ~placed).sum()]).float()
     return Selected(targets, counts, *class_sums(cls[seen], score[seen], len(tau_c)))

@@ -61,13 +61,13 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
         meter.start()
         batch = next(batches)
         meter.data_ready()
-        images, targets, chosen = to_device(s, batch)
+        images, weak, targets, chosen = to_device(s, batch)
 
         lr = learning_rate(job.train, s.step, steps)
         for group in s.optimiser.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        out, teacher = forward(s, images)
-        terms = s.criterion(out, teacher, targets, s.step / steps)
+        out, teacher = forward(s, images, weak)
+        terms = s.criterion(out, teacher, targets, s.step / steps, own_average(s, weak))
         if s.policy and s.policy.learns and chosen.pseudo:
             s.policy.update(*(terms.policy if world.size > 1 else chosen.policy).cpu().chunk(2))
 
@@ -97,27 +97,26 @@ def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, sav
     return finish(s, last_metrics, meter)
 
 
-def label_in_loop(s: Session, images_bchw: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Let the weight average label the weak view of the unlabelled images; return the network's view and its batch."""
-    assert s.in_loop is not None
-    labelled = s.in_loop.labelled
-    with autocast(s, s.teacher_dtype):
-        batch = s.in_loop.label(images_bchw[labelled:], batch)
-    if "img_strong" not in batch:
-        return images_bchw, batch
-    strong = network_input(batch["img_strong"], s.device)
-    return torch.cat([images_bchw[:labelled], strong]).contiguous(memory_format=torch.channels_last), batch
-
-
-def forward(s: Session, images_bchw: Tensor) -> tuple[StudentOutput, TeacherOutput | None]:
+def forward(s: Session, images_bchw: Tensor, weak_bchw: Tensor) -> tuple[StudentOutput, TeacherOutput | None]:
     """The one pass of the student, and the one of what teaches it, each in its own precision.
 
     Targets are rounded once and enter no gradient, so a teacher may be in bf16 where the student is in fp32.
+
+    Args:
+        weak_bchw: the same images as those who teach see them.
     """
     with autocast(s, s.dtype):
         student = s.wrapped(images_bchw)
     with autocast(s, s.teacher_dtype):
-        return student, s.teacher(images_bchw) if s.teacher else None
+        return student, s.teacher(weak_bchw) if s.teacher else None
+
+
+def own_average(s: Session, weak_bchw: Tensor) -> TeacherOutput | None:
+    """What the student's own average says, once it has passed the teacher."""
+    if s.teaching is None or s.teaching.own is None or s.criterion.lead == 1:
+        return None
+    with autocast(s, s.teacher_dtype):
+        return s.teaching.own(weak_bchw)
 
 
 def autocast(s: Session, dtype: torch.dtype | None) -> torch.autocast:
@@ -195,13 +194,18 @@ def record(s: Session, metrics: dict[str, float], log: Log) -> None:
     log(metrics, s.step)
 
 
-def to_device(s: Session, batch: dict[str, Any]) -> tuple[Tensor, StepTargets, StepTargets]:
-    """Images and boxes of a collated batch on the device, and the boxes as they were chosen on the CPU."""
-    images = network_input(batch["img"], s.device)
+def to_device(s: Session, batch: dict[str, Any]) -> tuple[Tensor, Tensor, StepTargets, StepTargets]:
+    """What the network sees of a batch, the weak view of it, and its boxes on the device and as chosen on the CPU."""
+    weak = images = network_input(batch["img"], s.device)
+    labelled = s.student.labelled
     if s.in_loop:
-        images, batch = label_in_loop(s, images, batch)
+        with autocast(s, s.teacher_dtype):
+            batch = s.in_loop.label(weak[labelled:], batch)
+    if "img_strong" in batch:
+        strong = network_input(batch["img_strong"], s.device)
+        images = torch.cat([weak[:labelled], strong]).contiguous(memory_format=torch.channels_last)
     chosen = s.targets(batch)
-    return images, (chosen.pin_memory() if s.device.type == "cuda" else chosen).to(s.device), chosen
+    return images, weak, (chosen.pin_memory() if s.device.type == "cuda" else chosen).to(s.device), chosen
 
 
 def step_metrics(
@@ -261,13 +265,22 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
         f"{time.monotonic() - begun:.1f} s",
     )
     reached = s.teaching.reached if s.teaching else None
-    if reached is not None and before <= reached < metrics["map50_95"]:
-        say(
-            s.world,
-            f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}), which may hold it back from here "
-            "on: lower --share-p and --share-f may do more, or a better teacher (--teacher-steps, --rounds 2)",
-        )
+    if reached is not None:
+        s.criterion.lead = lead(reached, metrics["map50_95"], s.job.config.distill.fade)
+        if before <= reached < metrics["map50_95"]:
+            fades = s.job.config.distill.fade > 0
+            hint = (
+                "its teacher's terms fade, its own average takes over"
+                if fades
+                else "which may hold it back: set --fade"
+            )
+            say(s.world, f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}); {hint}")
     return metrics
+
+
+def lead(teacher: float, student: float, fade: float) -> float:
+    """Weight (0..1) of the teacher's terms by val mAP50-95: 1 while the student is no better, 0 where it is `fade` ahead."""
+    return 1.0 if fade <= 0 else min(1.0, max(0.0, 1 - (student - teacher) / fade))
 
 
 def out_of_patience(s: Session) -> bool:

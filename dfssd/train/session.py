@@ -149,6 +149,7 @@ class Session:
             "teacher_ema_updates": self.teacher_ema.updates if self.teacher_ema else 0,
             "rng": torch.get_rng_state(),
             "best": self.best,
+            "lead": self.criterion.lead,
             "started_at": self.in_loop.started_at if self.in_loop else None,
             "history": self.history,
             "clock": {"begun": self.job.begun, "at": time.time(), "before_s": self.before_s},
@@ -170,6 +171,7 @@ class Session:
         if self.teacher_ema and state["teacher_ema"]:
             self.teacher_ema.ema.load_state_dict(state["teacher_ema"])
             self.teacher_ema.updates = state["teacher_ema_updates"]
+        self.criterion.lead = state.get("lead", 1.0)
         if self.in_loop:
             self.in_loop.started_at = state["started_at"]
         torch.set_rng_state(state["rng"])
@@ -195,7 +197,12 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     if job.distills:
         check_weights(config.distill)
     teaching = build_teaching(job, run, detector, manifest, device)
+    if teaching and teaching.reached is not None and config.distill.fade > 0:
+        teaching.own = Teacher(ema.ema, device, frozen=False)
     labelled = world.share_of(config.train.batch)
+    strong = (
+        config.mean_teacher.strong_view if job.labels_itself else config.distill.student_view if job.distills else 0.0
+    )
     student = _student(detector, teaching, config.distill, labelled).to(device).train()
     student.to(memory_format=torch.channels_last)
     if config.train.batch_norm == "global" or (config.train.batch_norm == "auto" and world.size > 1):
@@ -232,9 +239,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         policy=policy,
         teaching=teaching,
         criterion=criterion,
-        streams=Streams(
-            _streams(job, manifest, candidates, caches), config.mean_teacher.strong_view if in_loop else 0.0
-        ),
+        streams=Streams(_streams(job, manifest, candidates, caches), strong),
         val=ManifestDataset(val, [r.boxes for r in val], manifest.names, config.train.imgsz, **caches),
         in_loop=in_loop,
     )

@@ -27,6 +27,7 @@ class Teaching:
         teacher: what teaches: the frozen weights, or the weight average of the online ones.
         pairing: how its predictions stand to the student's.
         online: the network that goes on training, and its weight average; None where the teacher is frozen.
+        own: the student's own average, for when it has passed the teacher.
         reached: mAP50-95 on the val split of the run's own frozen teacher; None of any other.
     """
 
@@ -35,6 +36,7 @@ class Teaching:
     online: DetectionModel | None = None
     ema: ModelEMA | None = None
     reached: float | None = None
+    own: Teacher | None = None
 
 
 def build_teaching(
