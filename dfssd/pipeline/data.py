@@ -122,4 +122,5 @@ def prepare_stage(context: Context, stage: Stage, run_id: str) -> Result:
     print(f"what to look at before training: {stage.store.path('audit.html')}", flush=True)
     for name in ("groups.png", "split.csv", "audit.html"):
         context.runs.artefact(run_id, name, stage.store.read(name))
-    return summary, [f for f in stage.store.files() if f != "started.json"]
+    # Pages for people and earlier versions are no part of what later stages depend on.
+    return summary, [f for f in stage.store.files() if f not in ("started.json", "audit.html") and "/" not in f]
