@@ -25,6 +25,7 @@ COMMANDS = {
     "pseudo_label": Command("label the unlabelled images, and measure the labels", "dfssd.jobs.pseudo_label:job"),
     "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
     "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
+    "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
     "sweep": Command("many runs with Ray Tune, and a table of what came of them", "dfssd.jobs.sweep:job"),
 }
 

@@ -338,6 +338,27 @@ class Evaluate(Section):
     )
 
 
+class Export(Section):
+    """Files for the machine at the line."""
+
+    formats: tuple[Literal["onnx", "openvino"], ...] = Field(
+        ("onnx",), description="What is written: onnx always, openvino too; without any the pipeline exports nothing."
+    )
+    nms_inside: bool = Field(
+        False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."
+    )
+    int8: bool = Field(False, description="Also int8, calibrated on unlabelled pictures; what it loses is said.")
+    calibration_pictures: int = Field(128, ge=8, description="Unlabelled pictures that int8 is calibrated on.")
+    parity_pictures: int = Field(
+        200, ge=1, description="Labelled test pictures on which the files must equal the network."
+    )
+    register_as: str = Field(
+        "",
+        description="Register the exported model in MLflow under this name; champion where it beats the present one.",
+        json_schema_extra={"flag": "register"},
+    )
+
+
 class Config(Section):
     """Everything; each job shows the sections it uses."""
 
@@ -350,6 +371,7 @@ class Config(Section):
     distill: Distill = Distill()
     mean_teacher: MeanTeacher = MeanTeacher()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
     baseline: bool = Field(True, description="Also train the label-only student for as many steps, as a gate.")
     publish_best: bool = Field(
         False, description="Where the label-only student is better on val, publish it as student/best.pt."

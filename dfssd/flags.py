@@ -122,7 +122,9 @@ def _field(name: str, info: FieldInfo, annotation: Any, default: Any) -> tuple[s
     if any(isinstance(m, BeforeValidator) for m in info.metadata):  # written in a form of its own: read as words
         annotation, default = tuple[str, ...], tuple(map(str, default))
     said = f"{info.description or ''}{allowed(info)}"
-    return name, Annotated[annotation, tyro.conf.arg(help=said)], default
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    flag = str(extra["flag"]) if "flag" in extra else None  # where the field's name would say too little
+    return name, Annotated[annotation, tyro.conf.arg(help=said, name=flag)], default
 
 
 def allowed(info: FieldInfo) -> str:

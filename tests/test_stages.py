@@ -125,7 +125,7 @@ def test_every_row_can_be_run_and_reads_what_comes_before_it(tmp_path):
 
 def test_later_rounds_come_after_the_first():
     config = Config(rounds=2, baseline=False)
-    order = "dataset teacher mean_teacher pseudo quality teacher_2 pseudo_2 quality_2 student report"
+    order = "dataset teacher mean_teacher pseudo quality teacher_2 pseudo_2 quality_2 student report export"
     assert " ".join(map(str, plan(config, wanted(config)))) == order
     assert list(plan(config, [STUDENT])) == [STUDENT]
 

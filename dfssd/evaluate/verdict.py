@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from dfssd.evaluate.escapes import doubts
 
 
@@ -48,15 +50,14 @@ def equal_footing(results: dict[str, Any]) -> str:
     if not all(results.get(m, {}).get("test", {}).get("curve") for m in ("student", "label_only")):
         return ""
     own, base = (results[m]["test"]["curve"] for m in ("student", "label_only"))
-    score = results["student"]["operating_point"]["score"]
-    at = min(range(len(own["score"])), key=lambda k: abs(own["score"][k] - score))
-    budget = own["false_boxes"][at]
-    match = min(range(len(base["score"])), key=lambda k: abs(base["false_boxes"][k] - budget))
-    if own["escape"][at] is None or base["escape"][match] is None:
+    if None in own["escape"]:
         return ""
+    # False boxes fall with the score, escapes rise: both curves are read at one number of false boxes.
+    budget = float(np.interp(results["student"]["operating_point"]["score"], own["score"], own["false_boxes"]))
+    passed = [float(np.interp(budget, c["false_boxes"][::-1], c["escape"][::-1])) for c in (own, base)]
     return (
-        f"At equal false boxes ({budget:.2f} and {base['false_boxes'][match]:.2f} a test picture) the student lets "
-        f"{own['escape'][at]:.1%} of the defective pictures pass, the label-only student {base['escape'][match]:.1%}."
+        f"At equal false boxes ({budget:.2f} a test picture) the student lets {passed[0]:.1%} of the defective pictures "
+        f"pass, the label-only student {passed[1]:.1%}."
     )
 
 

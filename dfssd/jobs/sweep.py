@@ -6,7 +6,7 @@ Without --data it makes a synthetic data set. The same command again goes on: fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from pydantic import Field
@@ -23,10 +23,6 @@ FLAGS: dict[str, Any] = {
     ),
     "max_concurrent": (int, Field(0, ge=0, description="Most trials at a time; 0: as many as the cluster holds.")),
     "resume": (bool, Field(False, description="Go on with a sweep, and stop where there is none to go on with.")),
-    "register_as": (
-        Annotated[str, tyro.conf.arg(name="register")],
-        Field("", description="Register the best trial's model in MLflow under this name."),
-    ),
     "table": (str, Field("", description="Only rebuild the table of this sweep (its run name) from MLflow.")),
 }
 
@@ -54,5 +50,5 @@ def job(words: Sequence[str]) -> None:
     from dfssd.sweep.job import Options, describe, run_sweep
 
     file = find_space(given)
-    options = Options(max_concurrent=flags.max_concurrent, resume=flags.resume, register=flags.register_as, file=file)
+    options = Options(max_concurrent=flags.max_concurrent, resume=flags.resume, file=file)
     (describe if config.run.dry_run else run_sweep)(config, space, options)

@@ -15,6 +15,7 @@ from dfssd.config import Config, section
 from dfssd.pipeline.settings import counted
 from dfssd.runtime.artefact_names import (
     DATASET,
+    EXPORT,
     LABEL_ONLY,
     MEAN_TEACHER,
     PSEUDO,
@@ -212,6 +213,16 @@ STAGES = (
         body="dfssd.pipeline.evaluation:report_stage",
         needs="dfssd.pipeline.evaluation:needs",
     ),
+    Row(
+        role=EXPORT.role,
+        does="write the student for the line (ONNX, OpenVINO, int8), prove that it finds the same, log it to MLflow",
+        reads=(*section("run", "seed", "num_workers"), *section("export"), "evaluate.latency_repeats", "train.imgsz"),
+        free=("export.register_as", "evaluate.latency_repeats"),
+        inputs=lambda config, run, number: (DATASET, exported_model(config, run), REPORT),
+        body="dfssd.pipeline.exporting:export_stage",
+        needs="dfssd.pipeline.exporting:needs",
+        wanted=lambda config: bool(config.export.formats),
+    ),
 )
 ROWS = {row.role: row for row in STAGES}
 
@@ -250,6 +261,13 @@ def finished_models(run: Storage) -> list[ArtefactName]:
         number += 1
     others = [ArtefactName(row.role) for row in STAGES if row.training and not row.teaches]
     return found + [name for name in others if is_finished(run, name)]
+
+
+def exported_model(config: Config, run: Storage) -> ArtefactName:
+    """What goes to the line: the distilled student, without one the label-only student, without any the best teacher."""
+    return next(
+        (n for n in (STUDENT, LABEL_ONLY, best_teacher(run, newest_round(run))) if is_finished(run, n)), STUDENT
+    )
 
 
 def settings_of(config: Config, name: ArtefactName) -> dict[str, Any]:

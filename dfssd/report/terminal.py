@@ -29,8 +29,28 @@ def print_results(config: Config) -> None:
         print(f"{label:9} {run.path(name)}")
     for stage, label in reversed(models_in(results).items()):
         print(f"{label}: {run.path(stage, 'best.pt')}")
+    print_export(config)
+
+
+def print_export(config: Config) -> None:
+    """What was exported, with its parity and latency; then what to type next."""
+    run = Storage(config.run.storage_path).at(config.run.run_name)
+    if run.exists("export/stage.json"):
+        done = run.read_json("export/export.json")
+        for name, size in done["files"].items():
+            print(f"exported  {run.path('export', name)}  ({size / 2**20:.1f} MB)")
+        for parity in done["parity"].values():
+            off = f"{parity['box_px']:.2g} px, {parity['score']:.2g} of score"
+            print(
+                f"parity    {parity['name']} ({parity['precision']}) on {parity['pictures']} pictures: {off} off at most; "
+                f"mAP50-95 {parity['map50_95'][0]:.4f} -> {parity['map50_95'][1]:.4f}"
+            )
+        times = ", ".join(f"{name} {t['p50_ms']:.1f}" for name, t in done["latency"]["timings"].items())
+        print(f"latency   {times} ms ({done['latency']['note']})")
+        if done["speedup"]:
+            print(f"          in ONNX Runtime {done['speedup']:.1f} times as fast as the teacher")
     print("\nnext:")
-    for command in next_commands(config, run, results):
+    for command in next_commands(config, run):
         print(f"  {command}")
 
 
@@ -43,16 +63,20 @@ def said(results: dict[str, Any]) -> list[str]:
     return [line for line in lines if line]
 
 
-def next_commands(config: Config, run: Storage, results: dict[str, Any]) -> list[str]:
+def next_commands(config: Config, run: Storage) -> list[str]:
     """Commands that can be pasted: quoted, at the operating point, and only on files that are there."""
     commands = []
     uri = tracking_uri(Storage(config.run.storage_path))
     if uri.startswith("sqlite"):
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    source = shlex.quote(config.data.data) if config.data.data else "PICTURES"
+    exported = run.read_json("export/export.json")["files"] if run.exists("export/stage.json") else {}
+    for name in list(exported)[:1]:
+        commands.append(f"dfssd predict {shlex.quote(run.path('export', name))} {source}")
+    results = run.read_json("report/metrics.json")
     best = next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
     if best:
         score, model = results[best]["operating_point"]["score"], run.path(best, "best.pt")
-        source = shlex.quote(config.data.data) if config.data.data else "PICTURES"
         commands.append(
             f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"
         )

@@ -1,7 +1,7 @@
 """Names of artefacts as values: a role and a round. The only place that makes a folder of a name, and a name of a folder.
 
 Round 1 is `teacher`, `pseudo`, `quality`; round 2 `teacher_2` (trained on labels and on the pseudo-labels of round 1),
-`pseudo_2`, `quality_2`. What has no rounds (`dataset`, `label_only`, `student`, `report`) is of round 1.
+`pseudo_2`, `quality_2`. What has no rounds (`dataset`, `label_only`, `student`, `report`, `export`) is of round 1.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ PSEUDO = ArtefactName("pseudo")
 QUALITY = ArtefactName("quality")
 STUDENT = ArtefactName("student")
 REPORT = ArtefactName("report")
+EXPORT = ArtefactName("export")
 
 
 def is_finished(run: Storage, name: ArtefactName) -> bool:

@@ -31,7 +31,6 @@ class Options:
 
     max_concurrent: int = 0
     resume: bool = False
-    register: str = ""
     file: str = ""
 
 
@@ -154,7 +153,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
         failed = run_trials(config, space, sweep, planned, options.max_concurrent, runs)
         done = records(storage, sweep)
         if done:
-            finish(runs, storage.at(sweep), done, sweep, space, options.register)
+            finish(runs, config, storage.at(sweep), done, space)
             steps, early = steps_run(storage, sweep, done)
             whole = config.train.steps * (len(done) + early)
             print(
@@ -206,8 +205,9 @@ def _claim(config: Config, space: Space, planned: list[Trial], options: Options)
         store.write_json("sweep.json", own)
 
 
-def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, space: Space, register: str) -> None:
-    """Write and log table and figure; log, and where asked register, the best trial's model."""
+def finish(runs: Runs, config: Config, store: Storage, done: list[dict[str, Any]], space: Space) -> None:
+    """Write and log table and figure; log, and where asked export and register, the best trial's model."""
+    sweep = config.run.run_name
     write_table(store, done, sweep, runs)
     sign = 1 if space.mode == "max" else -1
     best = max(done, key=lambda record: sign * record["result"][space.metric])
@@ -220,17 +220,22 @@ def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, s
     print(f"model     {store.path(name)}\ntable     {store.path('table.md')} (.csv, .tex, .png)")
     if runs.uri.startswith("sqlite"):
         print(f"next      mlflow ui --backend-store-uri {runs.uri}")
-    if register:
-        version = runs.attempt(lambda c: _register(c, parent, register), "")
-        print(f"registered {register}, version {version}" if version else f"WARNING: {register} was not registered")
+    if config.export.register_as:
+        _register(runs, config, store, best, str(stage))
 
 
-def _register(client: Any, run_id: str, name: str) -> str:
-    """A new version of a model in MLflow's registry; returns the version."""
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    uri = client.get_run(run_id).info.artifact_uri
-    return str(client.create_model_version(name, f"{uri}/best", run_id).version)
+def _register(runs: Runs, config: Config, store: Storage, best: dict[str, Any], model: str) -> None:
+    """Export the best trial's model, and log and register it in the sweep's run."""
+    from dfssd.export.write import export_model
+    from dfssd.line.registry import log_model
+
+    trial = store.at("trials", str(best["trial"]))
+    imgsz = trial.read_json(f"{model}/stage.json")["config"]["train"]["imgsz"]
+    trained = config.model_copy(update={"train": config.train.model_copy(update={"imgsz": imgsz})})
+    done = export_model(trained, trial.uri, model, 1)
+    trial.write_json("export/export.json", done)
+    digest, measured = trial.read_json("dataset/stage.json")["digest"], trial.read_json("report/metrics.json")
+    log_model(runs, runs.parent(), trial.at("export"), model, done, measured, digest, config.export.register_as)
 
 
 def write_table(store: Storage, done: list[dict[str, Any]], sweep: str, runs: Runs | None = None) -> None:

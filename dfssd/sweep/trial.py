@@ -125,6 +125,7 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
     record["reports"] = [*reports.rows(store.read_json(f"{trial.stage}/history.json")), record["result"]]
     run_id = make_stage(trial.config, store, trial.stage).recorded_run_id() or ""
     context.runs.metrics(run_id, {f"result/{k}": float(v) for k, v in record["result"].items()})
+    store.write_json("report/metrics.json", results)
     write_detection_sheet(trial.config, store, results, {str(trial.stage): trial.row})
     context.runs.artefact(run_id, "detections.png", store.read("report/detections.png"))
     store.write_json("result.json", {**record, "mlflow_run_id": run_id})
