@@ -26,6 +26,8 @@ COMMANDS = {
     "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
     "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
     "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
+    "suggest": Command("the unlabelled images most worth a label", "dfssd.jobs.suggest:job"),
+    "review": Command("labels out to Label Studio, CVAT, COCO or YOLO, and back", "dfssd.jobs.review:job"),
     "sweep": Command("many runs with Ray Tune, and a table of what came of them", "dfssd.jobs.sweep:job"),
 }
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from dfssd.config import Config, Data
+from dfssd.data.corrections import digest_of, read_corrections
 from dfssd.data.formats import read_source
 from dfssd.data.prepare import prepare
 from dfssd.data.source import Item, Source, unlabelled_items
@@ -49,8 +50,11 @@ def content(config: Config) -> str:
     if not config.data.data:
         return ""
     if is_remote(config.data.data) and not config.data.data.endswith((".yaml", ".yml", ".zip")):
-        return listing_digest([config.data.data, *config.data.unlabelled])
-    return content_digest(*_read(config.data, _run_of(config)))
+        digest = listing_digest([config.data.data, *config.data.unlabelled])
+    else:
+        digest = content_digest(*_read(config.data, _run_of(config)))
+    corrected = digest_of(read_corrections(Storage(_run_of(config))))
+    return digest + (f"+{corrected}" if corrected else "")
 
 
 def count_images(config: Config) -> Found:
@@ -89,8 +93,10 @@ def renew(context: Context, stage: Stage) -> None:
         for line in differences({"config": recorded["config"]}, {"config": stage.config})
     ):
         return
-    found = changes(as_previous(stage.store, 0), *_read(context.config.data, _run_of(context.config)))
-    lines = found.lines() or ["files have changed, but no label of an image that was there before"]
+    previous, corrections = as_previous(stage.store, 0), read_corrections(context.run)
+    source, extra = _read(context.config.data, _run_of(context.config))
+    lines = changes(previous, source, extra, corrections).lines()
+    lines = lines or ["files have changed, but no label of an image that was there before"]
     again = [
         folder
         for folder in context.run.folders()
