@@ -17,8 +17,10 @@ import torch
 from gpu_report import environment
 from made_up import MadeUp, StockStep  # first: it finds the package
 
-from dfssd.train.loop import autocast, clip, to_device, update
+from dfssd.train.feed import moved
+from dfssd.train.loop import clip, update
 from dfssd.train.session import Session
+from dfssd.train.step import accumulate
 
 
 class Bench:
@@ -61,20 +63,11 @@ class Bench:
 
 def one_step(s: Session, batch: dict[str, Any], mark: Callable[[str], None] = lambda _: None) -> None:
     """A step of `dfssd.train.loop.train`, without its log steps; `mark` is called at the end of each part."""
-    images, _, targets, _ = to_device(s, batch)
+    s.clock.mark = mark  # type: ignore[method-assign]  # the step's own marks, into the caller's list
+    micro = moved(0, batch, s.targets(batch, s.job.config.train.batch), s.device)
     mark("boxes and images to the device")
-    with autocast(s, s.teacher_dtype):
-        teacher = s.teacher(images) if s.teacher else None
-    mark("teacher forward")
-    with autocast(s, s.dtype):
-        student = s.wrapped(images)
-    mark("student forward")
-    terms = s.criterion(student, teacher, targets, 0.5)
-    mark("criterion")
-    (terms.total() * s.job.config.train.batch).backward()
-    mark("backward")
-    clip(s, terms, batch["im_file"])
-    update(s)
+    accumulate(s, [micro], 0.0, False, None)
+    update(s, clip(s)[1])
     mark("optimiser, averages")
 
 

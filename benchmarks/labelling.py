@@ -33,7 +33,8 @@ from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withh
 from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.evaluate.validation import _match, summarise
-from dfssd.models.detector import autocast_dtype, build_detector, detector_bytes, resolve_weights
+from dfssd.models.detector import build_detector, detector_bytes, resolve_weights
+from dfssd.models.precision import autocast_dtype
 from dfssd.pseudo.shards import fuse_and_write, shards
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.report.tables import render

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tyro
 
+from dfssd.choices import POLICIES
 from dfssd.config import Config, Run, Train
 from dfssd.evaluate.measure import measure
 from dfssd.runtime.storage import Storage
@@ -27,7 +28,6 @@ from dfssd.runtime.storage import Storage
 ROOT = Path(__file__).resolve().parent.parent
 HARD = ["--score-power", "0", "--uncertain", "background"]
 SOFT = ["--score-power", "1", "--uncertain", "ignore"]
-POLICIES = ("fixed", "ema", "gmm", "match")
 
 
 @dataclass

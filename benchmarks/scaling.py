@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
+from dfssd.models.batch_norm import GlobalBatchNorm
 from step import FULL, Bench, our_step
 from step import Settings as StepSettings
 
 from dfssd.config import Config, Distill, Models, Run, Train
-from dfssd.models.batch_norm import GlobalBatchNorm
 from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER

@@ -46,8 +46,10 @@ from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.loop import clip, forward, to_device, update
+from dfssd.train.feed import moved
+from dfssd.train.loop import clip, update
 from dfssd.train.session import Session, build_session
+from dfssd.train.step import accumulate
 
 ALL_FP32 = "ours, full, teacher fp32"
 COMPILED = "ours, full, --compile"
@@ -124,12 +126,9 @@ class Bench:
 
 def our_step(s: Session, batch: dict[str, Any]) -> None:
     """One step of `dfssd.train.loop.train`, without its log steps."""
-    images, weak, targets, _ = to_device(s, batch)
-    out, teacher = forward(s, images, weak)
-    terms = s.criterion(out, teacher, targets, 0.5)
-    (terms.total() * s.job.config.train.batch).backward()
-    clip(s, terms, batch["im_file"])
-    update(s)
+    micro = moved(0, batch, s.targets(batch, s.job.config.train.batch), s.device)
+    accumulate(s, [micro], 0.0, False, None)
+    update(s, clip(s)[1])
 
 
 def floor(bench: Bench, amp: bool) -> Callable[[Tensor], None]:

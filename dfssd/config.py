@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from dfssd.choices import DIVERGENCES, POLICIES, Choice, floors, in_words, temperatures
+
 
 def split_layers(value: Any) -> Any:
     """Let layers be written as in papers: "15,18,21" beside a list."""
@@ -153,13 +155,10 @@ class Train(Section):
     weight_decay: float = Field(0.0005, ge=0, description="AdamW weight decay, on weights only.")
     grad_clip: float = Field(10.0, gt=0, description="Largest norm of the gradient.")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="Decay of the weight average, reached over some 100 steps.")
-    amp: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Precision of the forward pass; auto: bf16 where the hardware has it, else fp32."
-    )
-    batch_norm: Literal["auto", "local", "global"] = Field(
+    amp: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="Statistics of a worker's own images or of the global batch; auto: global where there are several "
-        "workers. global with one worker too rounds like with several, at some cost.",
+        description="Precision of the forward pass; auto: bf16 where the hardware computes it natively, else fp16 with "
+        "scaled gradients on a GPU and fp32 on a CPU.",
     )
     mosaic: float = Field(1.0, ge=0, le=1, description="Probability of a mosaic.")
     close_mosaic: float = Field(0.1, ge=0, le=1, description="Share of the steps, at the end, without mosaic.")
@@ -190,6 +189,22 @@ class Train(Section):
         description="Box regression loss; inner_focaler_eiou is the published DFSSD's, on boxes as it meant them.",
     )
     compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="Labelled images in a micro-batch, the unit that a worker computes at a time and that batch norm sees; "
+        "unlabelled ones come in the batch's ratio. 0: the share of the most workers that may come, halved at the start "
+        "where a GPU's memory does not hold it.",
+    )
+    tf32: bool = Field(
+        True, description="What fp32 means in training on NVIDIA cards from Ampere on: products in TF32, or exact."
+    )
+    checkpoint_min: float = Field(
+        5.0, ge=0, description="Minutes between checkpoints, beside those at validations; 0: only those."
+    )
+    profile_steps: int = Field(
+        0, ge=0, description="Steps to trace with torch.profiler, into the stage's folder as profile.json; 0: none."
+    )
 
 
 class Pseudo(Section):
@@ -213,19 +228,21 @@ class Pseudo(Section):
 class Thresholds(Section):
     """Which candidates become pseudo-labels."""
 
-    threshold_policy: Literal["fixed", "ema", "gmm", "match"] = Field(
-        "gmm", description="How class thresholds are set."
+    threshold_policy: Annotated[str, Choice(POLICIES)] = Field(
+        "gmm", description=f"How class thresholds are set. {in_words(POLICIES)}."
     )
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
     )
-    tau_min: float = Field(0.0, ge=0, lt=1, description="Lowest threshold of 'ema', 'gmm', 'match'; 0: 0.5, 0.1, 0.1.")
-    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of 'ema', 'gmm', 'match'.")
+    tau_min: float = Field(
+        0.0, ge=0, lt=1, description=f"Lowest threshold of a policy that sets them itself; 0: {floors()}."
+    )
+    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of a policy that sets them itself.")
     tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of 'ema'.")
 
     def lowest(self, policy: str = "") -> float:
         """Lowest threshold of a policy, by default of the chosen one."""
-        return self.tau_min or {"ema": 0.5}.get(policy or self.threshold_policy, 0.1)
+        return self.tau_min or POLICIES[policy or self.threshold_policy].floor
 
 
 class Distill(Section):
@@ -235,9 +252,9 @@ class Distill(Section):
     teacher_mode: Literal["frozen", "online"] = Field(
         "frozen", description="online: the teacher goes on training on the labelled images; its weight average teaches."
     )
-    teacher_amp: Literal["auto", "fp32", "bf16"] = Field(
+    teacher_amp: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="Precision of the teacher's pass, whatever --amp is; auto: bf16 where the hardware has it.",
+        description="Precision of the teacher's pass, whatever --amp is; auto: as --amp auto.",
     )
     teacher_lr_factor: float = Field(0.1, gt=0, description="Learning rate of an online teacher, as a share of --lr.")
 
@@ -275,11 +292,11 @@ class Distill(Section):
         0.05, gt=0, le=1, description="Share of an image's anchor points that the localisation term looks at."
     )
     lambda_f: float = Field(1.0, ge=0, description="Weight of the feature distillation.")
-    divergence: Literal["mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2"] = Field(
-        "pkd", description="How two feature maps are compared."
+    divergence: Annotated[str, Choice(DIVERGENCES)] = Field(
+        "pkd", description=f"How two feature maps are compared. {in_words(DIVERGENCES)}."
     )
     feature_tau: float = Field(
-        0.0, ge=0, description="Temperature of the softmax in kl, cwd, js, hw_js; 0: 1, 4, 1, 1."
+        0.0, ge=0, description=f"Temperature of the softmax, where there is one; 0: {temperatures()}."
     )
     feature_schedule: Literal["constant", "cosine", "off_last_epochs"] = Field(
         "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."
@@ -390,6 +407,13 @@ class Config(Section):
                 f"--num-workers {self.run.num_workers}: each worker needs a labelled and an unlabelled image of a batch, "
                 f"which holds {self.train.batch} and {self.unlabelled_batch()}"
             )
+        if not self.run.workers[1] <= self.micro_batches() <= self.most_workers():
+            low, high = -(-self.train.batch // self.most_workers()), -(-self.train.batch // self.run.workers[1])
+            raise ValueError(
+                f"--micro-batch {self.train.micro_batch} cuts a batch of {self.train.batch} into {self.micro_batches()}: it "
+                f"takes at least one for each of {self.run.workers[1]} workers, and at most {self.most_workers()}, so that "
+                f"each has a labelled and an unlabelled image: give {low} to {high}"
+            )
         if abs(sum(self.data.split_shares) - 1) > 1e-6:
             raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
         if self.thresholds.lowest() > self.thresholds.tau_max:
@@ -410,6 +434,11 @@ class Config(Section):
     def most_workers(self) -> int:
         """Workers that a global batch has images for."""
         return min(self.train.batch, self.unlabelled_batch() or self.train.batch)
+
+    def micro_batches(self) -> int:
+        """Micro-batches that a global batch is cut into."""
+        size = self.train.micro_batch
+        return -(-self.train.batch // size) if size else self.run.workers[1]
 
     def teacher_steps(self) -> int:
         """Optimiser steps of the teacher."""

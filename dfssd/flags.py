@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from dfssd import __version__
+from dfssd.choices import Choice
 from dfssd.config import SECTIONS, Config, section
 from dfssd.config_file import checked, read_config, to_yaml
 
@@ -121,6 +122,8 @@ def _model(keys: Sequence[str], base: Config, extra: dict[str, Any]) -> Any:
 def _field(name: str, info: FieldInfo, annotation: Any, default: Any) -> tuple[str, Any, Any]:
     if any(isinstance(m, BeforeValidator) for m in info.metadata):  # written in a form of its own: read as words
         annotation, default = tuple[str, ...], tuple(map(str, default))
+    for choice in (m for m in info.metadata if isinstance(m, Choice)):
+        annotation = Literal[choice.names]
     said = f"{info.description or ''}{allowed(info)}"
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     flag = str(extra["flag"]) if "flag" in extra else None  # where the field's name would say too little

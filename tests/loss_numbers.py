@@ -25,7 +25,7 @@ from dfssd.models.pairing import pair
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.pseudo.thresholds import EmaThreshold, FixedThreshold
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.session import Student
+from dfssd.train.student import Student
 
 NAMES = ["a", "b", "c"]
 PLACE = Path(__file__).with_suffix(".json")
@@ -84,7 +84,7 @@ def compute(case: dict[str, Any]) -> list[dict[str, float]]:
     torch.manual_seed(3)
     detector, config = build_detector(spec, NAMES, SIDE), Distill(**c)
     online = teacher = pairing = None
-    student = Student(detector, labelled=LABELLED)
+    student = Student(detector)
     if not alone:
         network = build_detector(taught_by, NAMES, SIDE)
         if config.teacher_mode == "online":
@@ -93,7 +93,7 @@ def compute(case: dict[str, Any]) -> list[dict[str, float]]:
         else:
             teacher = Teacher(network, torch.device("cpu"))
         pairing = pair(teacher, detector.model[-1], NAMES, config.prediction)
-        student = Student(detector, teacher.channels, (), config.divergence == "mgd", online, LABELLED)
+        student = Student(detector, teacher.channels, (), config.divergence == "mgd", online)
     student.train()
     for head in (detector.model[-1], *([online.model[-1]] if online else []), *([teacher.head] if teacher else [])):
         surer(head)
@@ -122,7 +122,7 @@ def _step(
 ) -> dict[str, float]:
     torch.manual_seed(11 + number)
     targets = targets_of({**boxes(), "img": images}, LABELLED, None if alone else policy.thresholds(), rules)
-    terms = criterion(student(images), teacher(images) if teacher else None, targets, 0.3 + number / 10)
+    terms = criterion(student(images, LABELLED), teacher(images) if teacher else None, targets, 0.3 + number / 10)
     if policy.learns:
         policy.update(*terms.policy.chunk(2))
     student.zero_grad()

@@ -25,7 +25,16 @@ OTHERS = {"distill": Distill, "thresholds": Thresholds, "pseudo": Pseudo}
 
 def tiny_config(storage: Path, **changes: object) -> Config:
     """Settings that train in seconds on one CPU, in fp32 so that runs can be compared bit by bit."""
-    train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
+    train = {
+        "imgsz": 64,
+        "batch": 4,
+        "steps": 6,
+        "val_every": 3,
+        "log_every": 1,
+        "amp": "fp32",
+        "loader_workers": 0,
+        "cache_gib": 0,
+    }
     run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
     others: dict[str, dict[str, object]] = {
         "distill": {"teacher_amp": "fp32"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dfssd.config import Train
-from dfssd.data.augment import GREY, Recipe, change_colour, draw_plan
+from dfssd.data.augment import GREY, Colours, Recipe, draw_plan
 from dfssd.data.dataset import ManifestDataset, TrainingSet, collate
 from dfssd.data.manifest import Row
 
@@ -72,15 +72,34 @@ def test_equal_draws_give_nearly_equal_pixels(tmp_path, settings, grey):
         assert difference.float().median() <= 3 and (difference > 24).float().mean() < 0.04
 
 
-def test_one_channel_gives_the_very_values_that_three_give(tmp_path):
-    """A grey image has no saturation: Ultralytics' change of colour leaves it grey and maps its value alone."""
+def test_one_channel_gives_what_three_give(tmp_path):
+    """A grey image has no saturation: the change of colour leaves it grey and maps its value alone."""
     grey, _ = _pair(tmp_path, grey=True, **EVERYTHING)
     wide, _ = _pair(tmp_path, grey=True, **EVERYTHING)
     load = wide.images.load
     wide.images.load = lambda i: cv2.cvtColor(load(i), cv2.COLOR_GRAY2RGB)
     for seed in range(30):
         one, three = (s.augmented(seed % 18, seed, True)["img"] for s in (grey, wide))
-        assert len(one) == 1 and len(three) == 3 and torch.equal(one.expand(3, -1, -1), three)
+        assert len(one) == 1 and len(three) == 3 and (one.int() - three.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "gains", [(0.014, 0.6, -0.3), (-0.014, -0.4, 0.37), (0.002, 0.1, 0.4), (-0.006, 0.3, 0.2), (0.0, 0.0, 0.2)]
+)
+def test_colours_change_as_in_ultralytics(gains):
+    from ultralytics.data.augment import RandomHSV
+
+    image = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    image[:4] = image[:4, :, :1]  # grey ones among them
+    other = image[..., ::-1].copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "uniform", lambda *_: np.array(gains))
+        RandomHSV(1.0, 1.0, 1.0).apply_image({"img": other})
+    ours = Colours.of(gains).change(image.copy(), image)[..., ::-1].astype(int)
+    assert (
+        np.abs(ours - other).max() <= 10 and np.abs(ours - other).mean() < 0.5
+    )  # of 255: a step of hue, rounded in HSV
+    assert np.abs(ours - other)[:4].max() <= 1
 
 
 def test_a_batch_of_grey_and_colour_is_colour(tmp_path):
@@ -125,8 +144,7 @@ def test_outside_of_all_images_is_grey_and_colour_off_changes_nothing(tmp_path):
     sample = ours.augmented(3, 0, False)  # 60 x 200 px, so 39 x 128 in the middle
     assert (sample["img"][:, :45] == GREY).all() and (sample["img"][:, 84:] == GREY).all()
     assert torch.equal(sample["img"][:, 45:84].permute(1, 2, 0), torch.from_numpy(ours.images.load(3).copy()))
-    image = np.full((4, 4), 7, np.uint8)
-    assert change_colour(image, (0.0, 0.0, 0.0)) is image
+    assert Colours.of((0.0, 0.0, 0.0)) is None
 
 
 def test_validation_samples_are_those_of_yolo_val(tmp_path):

@@ -11,7 +11,7 @@ from dfssd.models.detector import Teacher, build_detector
 from dfssd.models.pairing import pair
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.session import Student
+from dfssd.train.student import Student
 
 NAMES = ["a", "b", "c"]
 

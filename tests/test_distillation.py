@@ -18,7 +18,8 @@ from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
 from dfssd.train.in_process import train_in_process
-from dfssd.train.session import Student, build_session
+from dfssd.train.session import build_session
+from dfssd.train.student import Student
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")
@@ -60,6 +61,13 @@ def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES,
     student = Student(detector, teacher.channels, taps, config.divergence == "mgd").train()
     criterion = Criterion(DetectionLoss(detector), config, WorkerGroup(), pairing, student.projections.generators)
     return student, teacher, criterion, pairing
+
+
+def _follow(balance, terms, neck):
+    """A step of one micro-batch."""
+    if balance.due:
+        balance.follow(balance.names(terms), balance.squares(terms, neck))
+    balance.advance()
 
 
 @pytest.mark.parametrize(("teacher_spec", "student_spec", "taps", "teacher_taps"), PAIRS)
@@ -194,30 +202,30 @@ def test_balance_keeps_each_term_at_its_share():
         grads = torch.autograd.grad(term, neck, allow_unused=True, retain_graph=True)
         return torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt().item()
 
-    balance = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0), WorkerGroup())
+    balance = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0))
     first = terms()
-    balance.update(first, neck)
+    _follow(balance, first, neck)
     assert "pse" not in balance.factors  # no pseudo-label, nothing to measure
     for name, share in (("pred", 0.5), ("feat", 0.25)):
         assert balance.factors[name] * norm(first[name]) == pytest.approx(share * norm(first["sup"]), rel=1e-5)
     before = dict(balance.factors)
     neck[0].data *= 2  # what is measured changes; the factors follow, smoothly, and only when it is time to
     for _ in range(EVERY - 1):
-        balance.update(terms(), neck)
+        _follow(balance, terms(), neck)
     assert balance.factors == before
     later = terms()
-    balance.update(later, neck)
+    _follow(balance, later, neck)
     wanted = 0.5 * norm(later["sup"]) / norm(later["pred"])
     assert balance.factors["pred"] == pytest.approx(before["pred"] ** 0.7 * wanted**0.3, rel=1e-5)
-    other = Balance(Distill(balance="gradnorm"), WorkerGroup())
+    other = Balance(Distill(balance="gradnorm"))
     other.load_state_dict(balance.state_dict())
     assert other.factors == balance.factors and other.calls == balance.calls
 
 
 def test_balance_of_pseudo_labels_is_limited_and_a_share_of_zero_is_off():
     x = torch.ones(3, requires_grad=True)
-    balance = Balance(Distill(balance="gradnorm", share_u=1.0, share_p=0.0), WorkerGroup())
-    balance.update({"sup": x.sum(), "pse": 1e-6 * x.sum(), "pred": 1e-6 * x.sum()}, [x])
+    balance = Balance(Distill(balance="gradnorm", share_u=1.0, share_p=0.0))
+    _follow(balance, {"sup": x.sum(), "pse": 1e-6 * x.sum(), "pred": 1e-6 * x.sum()}, [x])
     assert balance.factors == {"pse": 10.0}
 
 
@@ -226,7 +234,7 @@ def test_balance_changes_the_losses_and_nothing_else():
     images = torch.rand(4, 3, 64, 64)
     out, said = student(images), teacher(images)
     plain = criterion(out, said, _targets(), 0.0).losses
-    criterion.balance = Balance(Distill(balance="gradnorm"), WorkerGroup())
+    criterion.balance = Balance(Distill(balance="gradnorm"))
     scaled = criterion(out, said, _targets(), 0.0).losses
     for name, value in scaled.items():
         factor = criterion.balance.factors.get(name.split("/")[0], 1.0)
@@ -259,7 +267,7 @@ def test_compiled_networks_give_the_same_losses(prepared):
         s = build_session(job, WorkerGroup(), CPU)
         images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            targets = s.targets({**_batch(), "img": images})
+            targets = s.targets({**_batch(), "img": images}, 4)
             histories.append(s.criterion(s.wrapped(images), s.teacher(images), targets, 0.0).losses)
     for name, value in histories[0].items():
         torch.testing.assert_close(histories[1][name], value, rtol=1e-3, atol=1e-4)

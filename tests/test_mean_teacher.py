@@ -14,10 +14,12 @@ from dfssd.pseudo.running import HALVED_EVERY, RunningThresholds
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import mean_teacher as module
+from dfssd.train.feed import moved
 from dfssd.train.in_process import train_in_process
-from dfssd.train.loop import to_device
+from dfssd.train.loop import label_in_loop
 from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.session import build_session
+from dfssd.train.step import accumulate
 
 EAGER = {"floor": 1e-5, "tau_min": 1e-6, "max_candidates": 20}  # an untrained head's scores count
 
@@ -98,21 +100,28 @@ def test_the_strong_view_keeps_the_geometry_and_can_be_repeated():
 def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong_one(prepared):
     s = build_session(_job(prepared, sure=True), WorkerGroup(), torch.device("cpu"))
     batch = next(iter(s.loader()))
-    labelled = s.in_loop.labelled
+    labelled = s.job.config.train.batch
     assert "img_strong" in batch and len(batch["img_strong"]) == len(batch["img"]) - labelled
     assert (batch["batch_idx"] < labelled).all()  # an unlabelled image brings no box
     seen = []
     s.in_loop.average.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     weak = network_input(batch["img"], torch.device("cpu"))
-    images, said, targets, _ = to_device(s, batch)
-    assert torch.equal(seen[0], weak[labelled:]) and torch.equal(said, weak)
-    assert torch.equal(images[:labelled], weak[:labelled]) and not torch.equal(images[labelled:], weak[labelled:])
-    boxes = targets.boxes
+    micro = moved(0, batch, s.targets(batch, labelled), s.device)
+    label_in_loop(s, [micro])
+    assert torch.equal(seen[0], weak[labelled:])
+    given = []
+    s.student.register_forward_pre_hook(lambda _, args: given.append(args[0].clone()))
+    accumulate(s, [micro], 0.0, False, None)
+    assert torch.equal(given[0][:labelled], weak[:labelled])
+    assert not torch.equal(given[0][labelled:], weak[labelled:])
+    boxes, targets = micro.targets.boxes, micro.targets
     assert boxes.valid[labelled:].any() and int(boxes.valid[:labelled].sum()) == len(batch["cls"])
     xywh = boxes.xywh[labelled:][boxes.valid[labelled:]]
     assert (xywh[:, :2] - xywh[:, 2:] / 2 > -1e-5).all() and (xywh[:, :2] + xywh[:, 2:] / 2 < 1 + 1e-5).all()
     assert (boxes.weight[:labelled][boxes.valid[:labelled]] == 1).all()
     assert (boxes.weight[labelled:][boxes.valid[labelled:]] < 1).all()
+    s.student.zero_grad()
+    images = given[0]
     # The loss of the pseudo-labels reaches the network, and the network alone.
     terms = s.criterion(s.student(images), None, targets, 0.1)
     (terms.losses["pse/cls"] + terms.losses["pse/box"]).backward()
@@ -164,7 +173,7 @@ def test_it_resumes_bit_for_bit(prepared, tmp_path_factory):
 def test_a_teacher_that_fails_is_told_by_its_running_numbers(prepared, reason, found, labels, map50_95):
     config = tiny_config(prepared)
     policy = RunningThresholds(2, Thresholds(), "fixed")
-    teacher = InLoopTeacher(torch.nn.Identity(), policy, config, 4, WorkerGroup())
+    teacher = InLoopTeacher(torch.nn.Identity(), policy, config, WorkerGroup())
     teacher.started_at = 0.4
     rows = np.array(found, float).reshape(-1, 2)
     for _ in range(module.SETTLED):

@@ -111,6 +111,29 @@ def test_frozen_teacher_gives_the_raw_output_of_the_unfused_network(spec):
     assert not any(p.requires_grad for p in teacher.model.parameters()) and before
 
 
+@pytest.mark.parametrize("spec", FAMILIES)
+def test_a_frozen_teacher_in_its_own_precision_says_what_autocast_says(spec):
+    """Bit by bit, in under six tenths of the operations: weights are not cast anew."""
+    images, counts, said = torch.rand(2, 3, 64, 64), [], []
+    held = Teacher(_model(spec), torch.device("cpu"), dtype=torch.bfloat16)
+    cast = Teacher(_model(spec), torch.device("cpu"))
+    cast.model.eval(), setattr(cast.head, "training", True)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[-1] += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    for run in (lambda: held(images).raw, lambda: branches(cast.model(images))):
+        counts.append(0)
+        with Count(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            said.append(run())
+    for name, branch in said[0].items():
+        assert torch.equal(branch.scores, said[1][name].scores) and torch.equal(branch.boxes, said[1][name].boxes)
+        assert all(torch.equal(a, b) for a, b in zip(branch.feats, said[1][name].feats, strict=True))
+    assert counts[0] < 0.7 * counts[1], counts
+
+
 def test_normaliser_makes_shards_add_up_to_the_whole():
     model, (images, boxes) = _model(), _boxes()
     loss = DetectionLoss(model.eval())  # eval: batch norm must not differ between shards

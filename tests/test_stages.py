@@ -217,7 +217,7 @@ def test_the_dry_run_refuses_what_the_command_refuses(tmp_path, stage, there, me
 
 
 def test_the_dry_run_says_what_will_be_made_again(prepared, capsys, monkeypatch):
-    monkeypatch.setattr("dfssd.pipeline.dry_run.time_step", lambda *args, **more: 0.1)
+    monkeypatch.setattr("dfssd.pipeline.timing.time_step", lambda *args, **more: ("here", 0.1))
     config = with_run(tiny_config(prepared), dry_run=True, overwrite=True)
     run = run_of(config)
     _finished(run, DATASET)

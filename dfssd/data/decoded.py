@@ -7,22 +7,23 @@ reading costs a small part of decoding again.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from dfssd.data.manifest import Row
 
 SLACK = 0.05  # share of the limit after which a process looks again at what the others have written
 FREE_SHARE = 0.1  # of the disk that is left free
+MOST_MAPPED = 4096  # files, by one process; Linux lets it map 65,530 pieces of memory
 _HEADER = struct.Struct("<8sHHHxx")  # mark, height, width, channels
 _MARK = b"dfssd-01"  # another layout of the file, or another way to decode and shrink, gets another number
 
@@ -45,6 +46,7 @@ class DecodedCache:
         top = (Path(folder).expanduser() / "dfssd-decoded" if folder else own).absolute()
         self.folder, self.limit = top / _boot(), int(gib * 2**30)
         self._used, self._since_look, self._faulty = 0, self.limit, False
+        self._mapped: dict[str, np.ndarray] = {}  # by this process: mapping a file again costs as much as using it
         try:
             top.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not folder and top.stat().st_uid != os.getuid():
@@ -56,22 +58,20 @@ class DecodedCache:
         except OSError as error:
             self._fault(error)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_mapped": {}}
+
     def read(self, key: str, imgsz: int) -> np.ndarray | None:
         """(h,w,3) or (h,w) uint8, mapped and not to be written to; None where it is not kept."""
-        if self._faulty:
-            return None
-        try:
-            with self._place(key, imgsz).open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):  # not there, or empty
-            return None
-        if len(data) < _HEADER.size:
-            return None
-        mark, height, width, channels = _HEADER.unpack_from(data)
-        if mark != _MARK or len(data) != _HEADER.size + height * width * channels:
-            return None
-        shape = (height, width) if channels == 1 else (height, width, channels)
-        return np.frombuffer(data, np.uint8, offset=_HEADER.size).reshape(shape)
+        place = str(self._place(key, imgsz))
+        found = self._mapped.get(place)
+        if found is None and not self._faulty:
+            found = _map(place)
+            if found is not None:
+                if len(self._mapped) >= MOST_MAPPED:
+                    self._mapped.pop(next(iter(self._mapped)))
+                self._mapped[place] = found
+        return found
 
     def keep(self, key: str, imgsz: int, image: np.ndarray) -> None:
         """Store an image if there is room."""
@@ -143,6 +143,23 @@ class DecodedCache:
         if not self._faulty:
             print(f"WARNING: decoded images are not kept in {self.folder}: {error}", flush=True)
         self._faulty = True
+
+
+def _map(place: str) -> np.ndarray | None:
+    """The image in a file, if it is whole. PyTorch maps a file without keeping it open, of which a process may have few."""
+    try:
+        size = Path(place).stat().st_size
+        if size < _HEADER.size:
+            return None
+        data = torch.from_file(place, shared=False, size=size, dtype=torch.uint8).numpy()
+    except (OSError, RuntimeError):
+        return None
+    mark, height, width, channels = _HEADER.unpack_from(data.data)
+    if mark != _MARK or size != _HEADER.size + height * width * channels:
+        return None
+    image = data[_HEADER.size :].reshape((height, width) if channels == 1 else (height, width, channels))
+    image.flags.writeable = False
+    return np.asarray(image)
 
 
 def key_of(row: Row) -> str:

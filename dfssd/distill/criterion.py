@@ -1,8 +1,8 @@
 """What is weighted and summed: L = L_sup + lambda_u L_pse + lambda_p L_cls + lambda_l L_loc + lambda_f s(t) L_feat.
 
-The labelled images of a batch come first, then the unlabelled ones; the student saw all of them in one forward pass, and
-so did the teacher. Every term is this worker's share of a global number: the sum of a term over workers is the loss of
-the global batch, whatever the number of workers.
+The labelled images of a batch come first, then the unlabelled ones; the student saw all of them in one forward pass,
+and so did the teacher. Every term is a micro-batch's share of a global number: the sum of a term over micro-batches is
+the loss of the global batch, whoever computes which of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.distill import predictions as p
 from dfssd.distill.balance import Balance
@@ -25,6 +26,8 @@ from dfssd.pseudo.selection import COUNTS, StepTargets
 from dfssd.runtime.worker_group import WorkerGroup
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (K,...) sums and their (K,) normalisers
+OWN = " (own)"  # ending of the terms that the student's own average teaches
+Totals = dict[str, Tensor]  # what is added up over all micro-batches and workers, by name
 
 
 @dataclass
@@ -68,15 +71,40 @@ class Terms:
         return torch.stack(list(self.losses.values())).sum()
 
 
+@dataclass
+class Measured:
+    """Sums of one micro-batch, before anything is divided.
+
+    Args:
+        sums: of each term, with its normalisers.
+        parts: what has to be added up over all micro-batches and workers first: normalisers, values of the layers,
+        counts. neck: the student's maps at which gradients are compared.
+    """
+
+    sums: Sums
+    parts: dict[str, Tensor]
+    neck: list[Tensor]
+
+    def flat(self) -> Tensor:
+        """All parts in one vector, for one reduction."""
+        return torch.cat(list(self.parts.values()))
+
+    def named(self, flat: Tensor) -> Totals:
+        """The parts of such a vector by name."""
+        return dict(zip(self.parts, flat.split([len(p) for p in self.parts.values()]), strict=True))
+
+
 class Criterion:
-    """All loss terms of a step.
+    """All loss terms of a step. For each micro-batch `measure`; then, with what all of them add up to, `terms`.
 
     Args:
         detection: detection loss of the student.
         config: weights and settings; None trains on labels alone.
+        world: the workers; their number decides nothing but whether DDP waits for the gradient of every parameter.
         pairing: how the teacher's predictions stand to the student's; needed with a teacher.
         generators: MGD's networks.
         teacher_detection: detection loss of an online teacher.
+        masks: draws MGD's hidden positions; the caller seeds it for each micro-batch.
     """
 
     def __init__(
@@ -87,10 +115,11 @@ class Criterion:
         pairing: Pairing | None = None,
         generators: nn.ModuleList | None = None,
         teacher_detection: DetectionLoss | None = None,
+        masks: torch.Generator | None = None,
     ) -> None:
         self.detection, self.config, self.world, self.pairing = detection, config, world, pairing
-        self.generators, self.teacher_detection = list(generators or []), teacher_detection
-        self.balance = Balance(config, world) if config and config.balance == "gradnorm" else None
+        self.generators, self.teacher_detection, self.masks = list(generators or []), teacher_detection, masks
+        self.balance = Balance(config) if config and config.balance == "gradnorm" else None
         self.lead = 1.0  # weight of the teacher's terms; what is missing to 1 goes to the student's own average
 
     def __call__(
@@ -101,7 +130,25 @@ class Criterion:
         progress: float,
         own: TeacherOutput | None = None,
     ) -> Terms:
-        """Compute the terms of one step.
+        """The terms of a step of one micro-batch a worker (arguments as in `measure`)."""
+        measured = self.measure(out, teacher, targets, progress, own)
+        totals = measured.named(self.world.sum(measured.flat()))
+        if self.balance:
+            if self.balance.due:
+                names, squares = self.squares(measured, totals)
+                self.balance.follow(names, self.world.sum(squares))
+            self.balance.advance()
+        return self.terms(measured, totals, progress)
+
+    def measure(
+        self,
+        out: StudentOutput,
+        teacher: TeacherOutput | None,
+        targets: StepTargets,
+        progress: float,
+        own: TeacherOutput | None = None,
+    ) -> Measured:
+        """Sums of a micro-batch.
 
         Args:
             teacher: what the teacher says of the same images, or None.
@@ -110,32 +157,57 @@ class Criterion:
             own: what the student's own average says of them, once it has passed the teacher.
         """
         self.detection.set_progress(progress)
-        sums: Sums = {}
         config, labelled = self.config, targets.labelled
         values, normalisers = self.detection(out.raw, targets.boxes)  # one pass for labels and pseudo-labels
-        sums["sup"] = values[:, :labelled].sum(1), normalisers[:, :labelled].sum(1)
+        sums: Sums = {"sup": (values[:, :labelled].sum(1), normalisers[:, :labelled].sum(1))}
         learns = config is not None and config.lambda_u > 0 and targets.pseudo
         if learns:
             sums["pse"] = values[:, labelled:].sum(1), normalisers[:, labelled:].sum(1)
-        s_t = schedule(config, progress) if config else 1.0
-        if teacher is not None:
+        if teacher is not None and config is not None:
             assert self.pairing is not None
             sums |= self._predictions(out.raw, teacher, self.pairing)
             # Skipped at weight 0, but not under DDP, which waits for the gradient of every parameter.
-            if out.projected and self._weights()["feat"] > 0 and (s_t > 0 or self.world.size > 1):
+            if out.projected and config.lambda_f > 0 and (schedule(config, progress) > 0 or self.world.size > 1):
                 sums["feat"] = self._features(out.projected, teacher)
         if own is not None:
             shared = Pairing(None, tuple(out.raw), True)
-            sums |= {f"{k} (own)": v for k, v in self._predictions(out.raw, own, shared).items()}
+            sums |= {k + OWN: v for k, v in self._predictions(out.raw, own, shared).items()}
         if out.teacher is not None and self.teacher_detection is not None:
             self.teacher_detection.set_progress(progress)
-            taught = self.teacher_detection(out.teacher, targets.boxes.of_images(0, labelled))
-            sums["teacher"] = taught[0].sum(1), taught[1].sum(1)
-        losses, counts, policy = self._normalised(sums, targets)
-        self._scale(losses, out, s_t)
-        named = dict(zip(COUNTS, counts, strict=True)) if learns else {}
+            learned = self.teacher_detection(out.teacher, targets.boxes.of_images(0, labelled))
+            sums["teacher"] = learned[0].sum(1), learned[1].sum(1)
+        parts = {name: n.detach().float() for name, (_, n) in sums.items()}
+        if "feat" in sums:
+            parts["layers"] = sums["feat"][0].detach()
+        parts |= {"policy": targets.policy, **({"counts": targets.counts} if learns else {})}
+        neck = out.raw["one2many"].feats
+        return Measured(sums, parts, [*neck, *(t for t in out.taps if all(t is not n for n in neck))])
+
+    def squares(self, measured: Measured, totals: Totals, scale: float = 1.0) -> tuple[list[str], Tensor]:
+        """What `Balance` has to know of a micro-batch: names of balanced terms, and their squared gradient norms."""
+        assert self.balance is not None
+        terms = grouped(self._divided(measured, totals))
+        return self.balance.names(terms), self.balance.squares(terms, measured.neck, scale)
+
+    def terms(self, measured: Measured, totals: Totals, progress: float) -> Terms:
+        """Weighted terms of a micro-batch: its share of the loss of the global batch.
+
+        Args:
+            totals: `Measured.parts`, added up over all micro-batches and workers.
+        """
+        losses, s_t = self._divided(measured, totals), schedule(self.config, progress) if self.config else 1.0
+        factors = self.balance.factors if self.balance else {}
+        for name in losses:
+            group = name.split("/")[0]
+            factor = factors.get(group, 1.0) * (s_t if group == "feat" else 1.0)
+            if group in ("pred", "feat"):
+                factor *= 1 - self.lead if name.endswith(OWN) else self.lead
+            if factor != 1.0:
+                losses[name] = losses[name] * factor
+        alone = self.lead == 0 and not any(name.endswith(OWN) for name in losses)
         paused = {"feat"} if s_t == 0 or self.lead == 0 else set[str]()
-        return Terms(losses, named, policy, frozenset(paused | ({"pred"} if self.lead == 0 and own is None else set())))
+        counts = dict(zip(COUNTS, totals["counts"], strict=True)) if "counts" in totals else {}
+        return Terms(losses, counts, totals["policy"], frozenset(paused | ({"pred"} if alone else set())))
 
     def _predictions(self, raw: dict[str, HeadOutput], teacher: TeacherOutput, pairing: Pairing) -> Sums:
         """Prediction terms of all branches that both heads have, each (K,1) sums and (K,) normalisers."""
@@ -173,21 +245,16 @@ class Criterion:
         """(L,) sums and normalisers of the feature term, one a tap layer."""
         assert self.config is not None and self.pairing is not None
         kind = self.config.divergence
-        best = p.best_score(self.pairing.scores(teacher.raw["one2many"])) if kind == "score_l2" else None
-        return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators)
+        best = (
+            p.best_score(self.pairing.scores(teacher.raw["one2many"])) if DIVERGENCES[kind].needs == "scores" else None
+        )
+        return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators, self.masks)
 
-    def _normalised(self, sums: Sums, targets: StepTargets) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Divide every sum by its normaliser over all workers, and weight it: the one reduction of a step, which also adds
-        up the values of the layers, the counts (3,) and what a threshold policy learns from (2C,)."""
-        parts = {name: n.detach().float() for name, (_, n) in sums.items()}
-        if "feat" in sums:
-            parts["layers"] = sums["feat"][0].detach()
-        parts |= {"counts": targets.counts, "policy": targets.policy}
-        flat = self.world.sum(torch.cat(list(parts.values())))
-        totals = dict(zip(parts, flat.split([len(p) for p in parts.values()]), strict=True))
+    def _divided(self, measured: Measured, totals: Totals) -> dict[str, Tensor]:
+        """Every sum divided by its normaliser over the global batch, and weighted; balance and schedule come on top."""
         losses: dict[str, Tensor] = {}
         weights = self._weights()
-        for name, (values, _) in sums.items():
+        for name, (values, _) in measured.sums.items():
             if name == "feat":
                 assert self.config is not None
                 scale = totals[name].clamp(min=1e-12)
@@ -198,7 +265,7 @@ class Criterion:
             else:
                 mean = (values / totals[name].clamp(min=1).unsqueeze(1)).sum(0)
                 losses.update({f"{name}/{part}": weights[name] * mean[k] for k, part in enumerate(COMPONENTS)})
-        return losses, totals["counts"], totals["policy"]
+        return losses
 
     def _weights(self) -> dict[str, float]:
         """Lambda of each term."""
@@ -206,23 +273,8 @@ class Criterion:
             return {"sup": 1.0}
         c = self.config
         pred = {"pred/cls": c.lambda_p, "pred/mse": c.lambda_p, "pred/loc": c.lambda_l}
-        pred |= {f"{name} (own)": weight for name, weight in pred.items()}
+        pred |= {name + OWN: weight for name, weight in pred.items()}
         return {"sup": 1.0, "teacher": 1.0, "pse": c.lambda_u, "feat": c.lambda_f, **pred}
-
-    def _scale(self, losses: dict[str, Tensor], out: StudentOutput, s_t: float) -> None:
-        """Apply the automatic balance, where there is one, and then the schedule of the feature term."""
-        factors: dict[str, float] = {}
-        if self.balance:
-            neck = out.raw["one2many"].feats
-            self.balance.update(grouped(losses), [*neck, *(t for t in out.taps if all(t is not n for n in neck))])
-            factors = self.balance.factors
-        for name in losses:
-            group = name.split("/")[0]
-            factor = factors.get(group, 1.0) * (s_t if group == "feat" else 1.0)
-            if group in ("pred", "feat"):
-                factor *= 1 - self.lead if name.endswith("(own)") else self.lead
-            if factor != 1.0:
-                losses[name] = losses[name] * factor
 
 
 def grouped(losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from dfssd.line import drift
 from dfssd.line.detector import LineDetector, letterbox, network_input
 from dfssd.models.detector import load_detector
 from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
-from dfssd.runtime.artefact import code_version
+from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
 
 REFERENCE = 200  # pictures that drift is judged by

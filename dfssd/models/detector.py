@@ -195,12 +195,20 @@ class Teacher:
 
     Args:
         layers: layers to tap; none: the neck's outputs, which the head hands over anyway.
-        frozen: its weights never change, so that batch norm may be fused into the convolutions.
+        frozen: its weights never change, so that batch norm may be fused into the convolutions, and weights are held in the
+            precision in which they are used: the same numbers as under autocast, which casts them anew at every step.
+        dtype: precision of its pass; None: float32.
     """
 
     def __init__(
-        self, model: DetectionModel, device: torch.device, layers: Sequence[int] = (), frozen: bool = True
+        self,
+        model: DetectionModel,
+        device: torch.device,
+        layers: Sequence[int] = (),
+        frozen: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self.dtype, self.device = dtype, device
         self.names = [model.names[k] for k in sorted(model.names)]
         self.head = model.model[-1]
         self.reg_max = int(self.head.reg_max)
@@ -211,15 +219,25 @@ class Teacher:
             self.head.fuse = lambda: None  # it would throw the branch away that is not used for inference
             self.model = self.model.fuse(verbose=False)
         self.model.to(device, memory_format=torch.channels_last)
+        if frozen and dtype is not None:
+            self.model.to(dtype)
         self.taps = Taps(self.model, layers, "teacher") if layers else None
         self.channels = self.taps.channels if self.taps else neck
         self.frozen, self.head.training = frozen, frozen
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def __call__(self, images_bchw: Tensor) -> TeacherOutput:
+        """What it says of images in float32."""
         self.head.training = True
-        raw = branches(self.model(images_bchw))
+        kind = self.device.type
+        if self.dtype is None or self.frozen:
+            with torch.autocast(kind, enabled=False):
+                output = self.model(images_bchw if self.dtype is None else images_bchw.to(self.dtype))
+        else:
+            with torch.autocast(kind, self.dtype):
+                output = self.model(images_bchw)
         self.head.training = self.frozen  # an average is validated in between, and must then decode
+        raw = branches(output)
         return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"].feats)
 
 
@@ -232,19 +250,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Type of the forward pass: bfloat16 where asked for or, with 'auto', where the hardware computes it; else None.
-
-    On a CPU bf16 pays only with AVX512-BF16 or AMX; elsewhere it is emulated and slower than fp32.
-    """
-    if amp == "fp32":
-        return None
-    if amp == "bf16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    flags = Path("/proc/cpuinfo")
-    known = flags.read_text() if flags.exists() else ""
-    return torch.bfloat16 if "avx512_bf16" in known or "amx_bf16" in known else None

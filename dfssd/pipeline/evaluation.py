@@ -12,10 +12,10 @@ from dfssd.runtime.artefact import Stage
 
 
 def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
-    """There is a model to measure, or one is trained before.
+    """There is a model to measure, or one is trained before; and outside a dry run the cluster has room for the task.
 
     Raises:
-        DfssdError: there is none.
+        DfssdError: one of them is not so.
     """
     models = finished_models(context.run)
     if not models and not any(row_of(name).training for name in planned):
@@ -24,6 +24,11 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
             where=context.run.uri,
             todo="run jobs/teacher.py or jobs/distill.py first, or jobs/pipeline.py, which runs all in order",
         )
+    if not context.config.run.dry_run and not context.fit:
+        from dfssd.runtime.cluster import connect, task_resources
+
+        connect()
+        task_resources(context.config.run)
     return []
 
 

@@ -5,12 +5,27 @@ from __future__ import annotations
 from dfssd.data.manifest import read_manifest
 from dfssd.pipeline.context import Context, Result
 from dfssd.pipeline.settings import given_weights
-from dfssd.pipeline.stages import row_of
+from dfssd.pipeline.stages import Planned, row_of
 from dfssd.pseudo.quality import measure
 from dfssd.report import quality as report
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import DATASET, PSEUDO
 from dfssd.runtime.tracking import Tracker
+
+
+def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
+    """Outside a dry run the cluster holds the labelling actors.
+
+    Raises:
+        DfssdError: it does not.
+    """
+    config = context.config
+    if not config.run.dry_run:
+        from dfssd.runtime.cluster import actor_resources, connect
+
+        connect()
+        actor_resources(config.run, config.pseudo.num_actors)
+    return []
 
 
 def label_stage(context: Context, stage: Stage, run_id: str) -> Result:

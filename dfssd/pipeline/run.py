@@ -10,7 +10,7 @@ from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, s
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
-from dfssd.runtime.artefact_names import ArtefactName, is_finished
+from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
 
 
 def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
@@ -31,9 +31,10 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
         dry_run(context, names)
         return
     context.run.check_writable()
-    status, ended = "FAILED", False
+    status, ended, planned = "FAILED", False, list(plan(config, names))
+    _start_ray_early(context, planned)
     try:
-        for name in plan(config, names):
+        for name in planned:
             if name.round > 1 and ended:
                 continue
             run_stage(context, name)
@@ -44,6 +45,15 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
         raise
     finally:
         context.runs.end_parent(status)
+
+
+def _start_ray_early(context: Context, planned: Sequence[ArtefactName]) -> None:
+    """Where stages that use Ray come after one that does not, Ray starts while that one works."""
+    left = [name for name in planned if not is_finished(context.run, name)]
+    if not context.fit and left[:1] == [DATASET] and len(left) > 1:
+        from dfssd.runtime.cluster import start_early
+
+        start_early()
 
 
 def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:

@@ -15,7 +15,7 @@ FREE = frozenset(
     (
         *section("run", "seed"),
         *("data.bad_limit", "data.max_side", "data.update"),
-        *("train.log_every", "train.compile", "train.loader_workers"),
+        *("train.log_every", "train.compile", "train.loader_workers", "train.checkpoint_min", "train.profile_steps"),
         *("train.cache_gib", "train.decoded_dir", "train.cache_dir", "train.cache_dir_gib"),
         *("pseudo.label_batch", "pseudo.num_actors", "pseudo.unreadable_limit"),
     )

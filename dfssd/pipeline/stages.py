@@ -186,6 +186,7 @@ STAGES = (
         reads=(*section("run", "seed"), *section("pseudo"), "train.imgsz", "train.amp"),
         inputs=_labelling_inputs,
         body="dfssd.pipeline.labelling:label_stage",
+        needs="dfssd.pipeline.labelling:needs",
         in_rounds=True,
     ),
     Row(

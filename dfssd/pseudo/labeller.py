@@ -20,7 +20,7 @@ from dfssd.config import Config
 from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest
 from dfssd.pseudo.shards import Log, Shard, Tally, decoded_bytes, fuse_and_write, summarise, unfinished
-from dfssd.pseudo.teachers import TeacherActor
+from dfssd.pseudo.teachers import TeacherActor, check_teachers
 from dfssd.runtime.cluster import actor_resources
 from dfssd.runtime.storage import Storage
 
@@ -47,6 +47,7 @@ def label(
     store = run.at(folder)
     todo = unfinished(config, store, manifest, folder)
     if todo:
+        check_teachers(run, weights, manifest.names)
         tally = Tally(config, folder, todo, len(manifest.unlabelled_rows()) + len(manifest.of_split("val")), log)
         _stream(config, run, folder, todo, weights, manifest.names, tally)
     return summarise(config, store, manifest)

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from dfssd.choices import POLICIES
 from dfssd.config import Config
 from dfssd.data.boxes import corners, iou
 from dfssd.data.manifest import Boxes, read_manifest, read_withheld
 from dfssd.pseudo.shards import read_shards
-from dfssd.pseudo.thresholds import BINS, POLICIES, ScoreCounts, labelled_rates, policy_thresholds, score_bin
+from dfssd.pseudo.thresholds import BINS, ScoreCounts, labelled_rates, policy_thresholds, score_bin
 from dfssd.runtime.storage import Storage
 
 HIT_IOU = 0.5

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
-from dfssd.models.detector import autocast_dtype, load_detector
+from dfssd.models.detector import load_detector, read_detector
+from dfssd.models.precision import autocast_dtype
 from dfssd.models.predict import predict
 from dfssd.pseudo.fusion import FLIPS
 from dfssd.pseudo.shards import Shard
@@ -181,8 +182,22 @@ def load_teachers(
     return Teachers(config, [run.read(w) for w in weights], [run.path(w) for w in weights], names, device)
 
 
+def check_teachers(run: Storage, weights: Sequence[str], names: Sequence[str]) -> None:
+    """Look at the teachers before actors are started.
+
+    Raises:
+        DfssdError: a file holds no detector, or one that does not know the classes.
+    """
+    for name in weights:
+        where = run.path(name)
+        class_map(read_detector(run.read(name), where).names, names, where)
+
+
 class TeacherActor:
     """The teachers in an actor of Ray Data.
+
+    A user error of the constructor is raised by the first call: Ray would take it for a broken node, and start the actor
+    again and again.
 
     Args:
         run_uri: storage of the run.
@@ -196,14 +211,28 @@ class TeacherActor:
         self, run_uri: str, config: Config, weights: Sequence[str], names: Sequence[str], threads: int, gpu: bool
     ) -> None:
         torch.set_num_threads(threads)
-        if gpu and not torch.cuda.is_available():
-            raise DfssdError(
-                "an actor was given a GPU that PyTorch does not see",
-                todo="check driver and CUDA version of the node (nvidia-smi, python -m torch.utils.collect_env), "
-                "or label with --gpu never",
-            )
-        device = torch.device("cuda" if gpu else "cpu")
-        self.teachers = load_teachers(config, Storage(run_uri), weights, names, device)
+        self.failed: DfssdError | None = None
+        try:
+            device = _device(gpu)
+            self.teachers = load_teachers(config, Storage(run_uri), weights, names, device)
+        except DfssdError as error:
+            self.failed = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.failed is not None:
+            raise self.failed
         return self.teachers(row)
+
+
+def _device(gpu: bool) -> torch.device:
+    """
+    Raises:
+        DfssdError: a GPU was reserved that PyTorch does not see.
+    """
+    if gpu and not torch.cuda.is_available():
+        raise DfssdError(
+            "a labelling actor was given a GPU that PyTorch does not see",
+            todo="check driver and CUDA version of the node (nvidia-smi, python -m torch.utils.collect_env), "
+            "or label with --gpu never",
+        )
+    return torch.device("cuda" if gpu else "cpu")

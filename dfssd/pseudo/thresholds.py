@@ -8,6 +8,7 @@ Legend: C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfssd.choices import POLICIES
 from dfssd.config import Thresholds
 from dfssd.data.manifest import Boxes, Row
 
 BINS = 1000  # of a score histogram; thresholds are exact to a thousandth
 FEWEST = 20  # candidates of a class from which a mixture is fitted
-POLICIES = ("fixed", "ema", "gmm", "match")
 
 
 @dataclass
@@ -143,15 +144,8 @@ def policy_thresholds(
     config: Thresholds, policy: str, scores: ScoreCounts, rate_c: np.ndarray, steps: int = 0
 ) -> np.ndarray:
     """(C,) thresholds of any policy on these candidates; for 'ema' those it will have reached after `steps`."""
-    if policy == "fixed":
-        return np.full(len(rate_c), config.tau)
-    if policy == "ema":
-        tau = scores.mean() * (1 - config.tau_decay**steps)
-    elif policy == "gmm":
-        tau = np.array([gmm_threshold(row, config.tau) for row in scores.counts])
-    else:
-        tau = match_thresholds(scores, rate_c)
-    return np.asarray(tau.clip(config.lowest(policy), config.tau_max))
+    tau = THRESHOLDS[policy](config, scores, rate_c, steps)
+    return np.asarray(tau.clip(config.lowest(policy), config.tau_max)) if "tau_max" in POLICIES[policy].uses else tau
 
 
 def gmm_threshold(counts: np.ndarray, fallback: float) -> float:
@@ -201,6 +195,15 @@ def match_thresholds(scores: ScoreCounts, rate_c: np.ndarray) -> np.ndarray:
     highest = BINS - 1 - reached[:, ::-1].argmax(1)
     tau = np.where(reached.any(1), highest / BINS, 0.0)
     return np.asarray(np.where(wanted > 0, tau, 1.0))
+
+
+# How each policy of `dfssd.choices` sets its (C,) thresholds; taken into its limits afterwards.
+THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.ndarray]] = {
+    "fixed": lambda config, scores, rate_c, steps: np.full(len(rate_c), config.tau),
+    "ema": lambda config, scores, rate_c, steps: scores.mean() * (1 - config.tau_decay**steps),
+    "gmm": lambda config, scores, rate_c, steps: np.array([gmm_threshold(row, config.tau) for row in scores.counts]),
+    "match": lambda config, scores, rate_c, steps: match_thresholds(scores, rate_c),
+}
 
 
 def class_sums(cls_n: Tensor, score_n: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from dfssd.data.manifest import read_manifest
 from dfssd.evaluate.gate import verdict
 from dfssd.report import pictures, tables
 from dfssd.report.quality import rows as quality_rows
-from dfssd.runtime.artefact import code_version
 from dfssd.runtime.artefact_names import QUALITY, newest_round
+from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
 
 STYLE = """

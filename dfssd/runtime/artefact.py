@@ -8,36 +8,18 @@ What `stage.json` says is checked: sizes where a stage is skipped, sha256 of wha
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from dfssd import __version__
 from dfssd.errors import DamagedFile, DfssdError
 from dfssd.runtime.artefact_names import PSEUDO, ArtefactName, is_finished
+from dfssd.runtime.code_version import code_version
 from dfssd.runtime.lease import Lease
 from dfssd.runtime.storage import Storage, side_by_side
 
 REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
-
-
-def code_version() -> str:
-    """Version and, in a checkout, the commit; '+' marks uncommitted changes."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__  # no git here: an installed package or an uploaded working directory
-    return f"{__version__}+g{commit}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,17 @@ import ray
 from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
-from dfssd.runtime.placement import Actors, Ask, CannotPlace, Node, Resources, auto_workers, place_actors, place_workers
+from dfssd.runtime.placement import (
+    LEAST_CPUS,
+    Actors,
+    Ask,
+    CannotPlace,
+    Node,
+    Resources,
+    auto_workers,
+    place_actors,
+    place_workers,
+)
 from dfssd.runtime.progress import clock
 
 __all__ = ["Actors", "Ask", "Resources"]  # so that whoever asks for room needs one import
@@ -74,15 +85,28 @@ def connect() -> None:
 
 def _settings() -> dict[str, Any]:
     """What `ray.init` is told."""
-    settings: dict[str, Any] = {
-        "runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}},
-        "logging_level": logging.WARNING,
-    }
+    env = {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}
+    settings: dict[str, Any] = {"logging_level": logging.WARNING}
     if not os.environ.get("RAY_ADDRESS"):
-        # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs.
-        settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs. It would
+        # look for it among all Rays of the machine, and give up where there are several: so it is told which is its own.
+        port = _free_port(8265)
+        env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
         settings |= {"object_store_memory": _object_store_bytes()}
-    return settings
+    return settings | {"runtime_env": {"env_vars": env}}
+
+
+def _free_port(first: int) -> int:
+    """The first port of loopback, from this one on, that nobody listens on."""
+    for port in range(first, first + 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    return first
 
 
 def _object_store_bytes() -> int:
@@ -246,6 +270,30 @@ def result(task: ray.ObjectRef, what: str, run: Run, asks: str) -> Any:
     return ray.get(task)
 
 
+def check_gpu(run: Run) -> str:
+    """Name of a GPU of the cluster, as PyTorch sees it in a task that has reserved one.
+
+    Raises:
+        DfssdError: it sees none: Ray counts GPUs by itself, and a node may lack the driver or have another CUDA version.
+    """
+    task = ray.remote(_gpu_name).options(num_cpus=LEAST_CPUS, num_gpus=1, max_retries=0)
+    name = str(result(task.remote(), "GPU", run, "a GPU"))
+    if not name:
+        raise DfssdError(
+            "Ray hands out a GPU that PyTorch does not see",
+            where=describe(),
+            todo="check driver and CUDA version of the node (nvidia-smi, python -m torch.utils.collect_env), "
+            "or take --gpu never",
+        )
+    return name
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def task_state(task: ray.ObjectRef) -> str:
     """Where a task is, in words; '' where that cannot be told (Ray's state API runs with its dashboard)."""
     from ray.util.state import get_task
@@ -257,7 +305,7 @@ def task_state(task: ray.ObjectRef) -> str:
         "RUNNING": "at work",
     }
     try:
-        found = get_task(task.task_id().hex(), timeout=10)
+        found = get_task(task.task_id().hex(), address=ray.get_runtime_context().gcs_address, timeout=10)
     except Exception:  # the API is there for people; whatever it fails with, the task is none the worse
         return ""
     last = found[-1] if isinstance(found, list) and found else found

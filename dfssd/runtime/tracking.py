@@ -176,7 +176,7 @@ class Runs:
             experiment_id = client.create_experiment(self.experiment, artifact_location=place)
         else:
             experiment_id = found.experiment_id
-        from dfssd.runtime.artefact import code_version
+        from dfssd.runtime.code_version import code_version
 
         tags = {**self.tags, **tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
         return str(client.create_run(experiment_id, tags=tags).info.run_id)

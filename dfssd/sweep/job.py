@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job
 from dfssd.data.formats import read_source
 from dfssd.errors import DfssdError
-from dfssd.pipeline.dry_run import time_step
+from dfssd.pipeline.timing import StepTimer
 from dfssd.report.tables import render
 from dfssd.runtime.artefact import differences, flatten
 from dfssd.runtime.artefact_names import STUDENT, TEACHER
@@ -112,16 +113,19 @@ def describe(config: Config, space: Space, options: Options) -> None:
     print(render(f"{space.name}: {wanted} trials", ["trial", "row", "seed", "stage", "steps"], rows))
     names = [str(name) for _, name in before]
     print("made once before: " + ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)))
-    seconds = {s: time_step(config, config.models.student, resources.threads, s, distills=s) for s in (False, True)}
-    busy = sum(t.config.train.steps * seconds[t.stage == STUDENT] for t in planned) or (
-        wanted * config.train.steps * seconds[True]
-    )
-    teacher = time_step(config, config.models.teacher, resources.threads, False, distills=False)
-    total = busy / count + names.count(str(TEACHER)) * config.teacher_steps() * teacher
+    timer = StepTimer(config, resources, bool(os.environ.get("RAY_ADDRESS")))
+    seconds = {s: timer(config.models.student, s, s) for s in (False, True)}
+    teacher = timer(config.models.teacher, False, False)
+    steps = [(t.config.train.steps, seconds[t.stage == STUDENT]) for t in planned]
+    steps = steps or [(wanted * config.train.steps, seconds[True])]
+    taught = names.count(str(TEACHER)) * config.teacher_steps()
+    said = "how long their steps take is not known"
+    if teacher is not None and None not in seconds.values():
+        total = sum(n * (each or 0.0) for n, each in steps) / count + taught * teacher
+        said = f"steps alone take about {clock(total)}"
     print(
-        f"{count} at a time, each {resources.describe(config.run.num_workers)}; "
-        f"steps alone take about {clock(total)} (measured on this machine; "
-        "validation and start-up come on top)"
+        f"{count} at a time, each {resources.describe(config.run.num_workers)}; {said} "
+        f"({timer.title}; validation and start-up come on top)"
     )
 
 

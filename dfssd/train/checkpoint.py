@@ -55,6 +55,12 @@ def store_newest(store: Storage, step: int, state: State, keep: int) -> None:
         store.delete(old)
 
 
+def newest_step(store: Storage) -> int:
+    """Step of the newest checkpoint that was written to its end; 0 where there is none."""
+    names = [n for n in store.folders() if n.startswith("step_") and store.exists(f"{n}/MANIFEST.json")]
+    return int(names[-1].removeprefix("step_")) if names else 0
+
+
 def load_newest(store: Storage, fingerprint: str | None) -> State | None:
     """State of the newest whole checkpoint below `store`, or None where there is none at all.
 

@@ -40,35 +40,37 @@ class InLoopTeacher:
     Args:
         average: the network's weight average, in eval mode.
         thresholds: follow its scores.
-        labelled: labelled images of this worker's batch, which come first.
     """
 
-    def __init__(
-        self, average: nn.Module, thresholds: RunningThresholds, config: Config, labelled: int, world: WorkerGroup
-    ) -> None:
-        self.average, self.thresholds, self.config = average, thresholds, config
-        self.labelled, self.world = labelled, world
+    def __init__(self, average: nn.Module, thresholds: RunningThresholds, config: Config, world: WorkerGroup) -> None:
+        self.average, self.thresholds, self.config, self.world = average, thresholds, config, world
         self.started_at: float | None = None  # val mAP50-95 of the weights it began with
 
     @torch.no_grad()
-    def label(self, weak_bchw: Tensor, batch: Batch) -> Batch:
-        """The batch with this step's candidates for its unlabelled images, whatever boxes they had before.
+    def label(
+        self, weak_bchw: Tensor, batch: Batch, labelled: int, dtype: torch.dtype | None = None
+    ) -> tuple[Batch, Tensor]:
+        """The batch with this step's candidates for its unlabelled images, whatever boxes they had before, and what `see` is
+        to know of it.
 
         Args:
             weak_bchw: weak view of the unlabelled images, 0..1.
+            labelled: labelled images of the batch, which come first.
+            dtype: precision of the pass under autocast; None: float32.
         """
         own = self.config.pseudo
-        found = predict(self.average, weak_bchw, own.floor, own.nms_iou, own.max_candidates)
-        candidates = _candidates(found, weak_bchw.shape[3], weak_bchw.shape[2], self.labelled).cpu()
-        real = batch["batch_idx"] < self.labelled
+        found = predict(self.average, weak_bchw, own.floor, own.nms_iou, own.max_candidates, dtype)
+        candidates = _candidates(found, weak_bchw.shape[3], weak_bchw.shape[2], labelled).cpu()
+        real = batch["batch_idx"] < labelled
         rows = candidates.numpy()
-        counted = self.thresholds.counted(
-            rows[:, 0], rows[:, 5], len(weak_bchw), batch["cls"][real].numpy(), self.labelled
-        )
-        self.thresholds.see(self.world.sum(counted.to(weak_bchw.device)) if self.world.size > 1 else counted)
+        counted = self.thresholds.counted(rows[:, 0], rows[:, 5], len(weak_bchw), batch["cls"][real].numpy(), labelled)
         columns = {"cls": candidates[:, 0], "bboxes": candidates[:, 1:5], "score": candidates[:, 5]}
         columns |= {"agreement": torch.ones_like(candidates[:, 5]), "batch_idx": candidates[:, 6]}
-        return batch | {k: torch.cat([batch[k][real], v.to(batch[k].dtype)]) for k, v in columns.items()}
+        return batch | {k: torch.cat([batch[k][real], v.to(batch[k].dtype)]) for k, v in columns.items()}, counted
+
+    def see(self, counted: Tensor, device: torch.device) -> None:
+        """Move the thresholds by what all micro-batches of all workers counted in this step."""
+        self.thresholds.see(self.world.sum(counted.to(device)) if self.world.size > 1 else counted)
 
     def failing(self, map50_95: float) -> str:
         """Why this teacher no longer learns anything good, in words; '' where it does."""

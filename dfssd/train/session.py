@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.config_checks import check_weights
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
@@ -21,58 +22,25 @@ from dfssd.data.decoded import DecodedCache
 from dfssd.data.loaders import start_server, training_loader
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
-from dfssd.distill.criterion import Criterion, StudentOutput
-from dfssd.distill.features import Projections
+from dfssd.distill.criterion import Criterion
 from dfssd.errors import DfssdError
-from dfssd.models.batch_norm import share_statistics
 from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import Teacher, autocast_dtype, build_detector, feature_channels
-from dfssd.models.head import branches
-from dfssd.models.taps import Taps
+from dfssd.models.detector import Teacher, build_detector
+from dfssd.models.ghost_norm import GhostNorm
+from dfssd.models.precision import autocast_dtype
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import Rules, StepTargets, or_no_candidate, targets_of
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.clocks import StepClock
+from dfssd.train.feed import Feed
 from dfssd.train.job import TrainJob
 from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.optim import make_optimiser
+from dfssd.train.random_state import random_state, restore_random_state
+from dfssd.train.student import Student
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
-
-
-class Student(nn.Module):
-    """All that is trained: the detector, the projections of its taps, and an online teacher where there is one.
-
-    They live in one module, so that DDP synchronises the gradients of all.
-
-    Args:
-        teacher_channels: channels of the teacher's taps; None: features are not distilled.
-        layers: layers to tap; none: the neck's outputs.
-        generators: with MGD's generators.
-        online: a teacher that trains too, on the first `labelled` images of a batch.
-    """
-
-    def __init__(
-        self,
-        detector: DetectionModel,
-        teacher_channels: list[int] | None = None,
-        layers: Sequence[int] = (),
-        generators: bool = False,
-        online: DetectionModel | None = None,
-        labelled: int = 0,
-    ) -> None:
-        super().__init__()
-        self.detector, self.online, self.labelled = detector, online, labelled
-        self.taps = Taps(detector, layers, "student") if layers and teacher_channels else None
-        own = self.taps.channels if self.taps else feature_channels(detector)
-        self.projections = Projections(own, teacher_channels, generators) if teacher_channels else None
-
-    def forward(self, images_bchw: Tensor) -> StudentOutput:
-        raw = branches(self.detector(images_bchw))
-        taps = self.taps.take() if self.taps else raw["one2many"].feats
-        projected = self.projections(taps) if self.projections is not None else []
-        teacher = branches(self.online(images_bchw[: self.labelled])) if self.online is not None else None
-        return StudentOutput(raw, taps, projected, teacher)
 
 
 @dataclass
@@ -94,6 +62,10 @@ class Session:
     criterion: Criterion
     streams: Streams
     val: ManifestDataset
+    norms: GhostNorm
+    clock: StepClock
+    micro_batches: int  # that a global batch is cut into
+    scaler: torch.amp.GradScaler | None = None  # where the student's pass is in float16
     in_loop: InLoopTeacher | None = None  # where the network's own average labels
     step: int = 0
     best: dict[str, Any] | None = None
@@ -108,11 +80,33 @@ class Session:
     def teacher_ema(self) -> ModelEMA | None:
         return self.teaching.ema if self.teaching else None
 
-    def targets(self, batch: dict[str, Any]) -> StepTargets:
+    def targets(self, batch: dict[str, Any], labelled: int) -> StepTargets:
         """What a collated batch teaches, on the CPU; thresholds are those of before the batch."""
         config = self.criterion.config
         tau = self.policy.thresholds() if self.policy and config and config.lambda_u > 0 else None
-        return targets_of(batch, self.student.labelled, tau, Rules.of(config) if config else Rules())
+        return targets_of(batch, labelled, tau, Rules.of(config) if config else Rules())
+
+    @property
+    def mine(self) -> range:
+        """The micro-batches of a step that this worker computes."""
+        return range(self.world.rank, self.micro_batches, self.world.size)
+
+    @property
+    def share(self) -> float:
+        """Of the micro-batches of a step, this worker's."""
+        return len(self.mine) / self.micro_batches
+
+    def average_statistics(self) -> None:
+        """Give all workers the same statistics of batch norm; each follows its own micro-batches."""
+        averages = [self.ema.ema, *([self.teacher_ema.ema] if self.teacher_ema else [])]
+        for model in (self.student, *averages):
+            self.world.average_buffers(model, self.share)
+
+    def feed(self) -> Feed:
+        """Micro-batches of this worker on its device, from the present step to the last."""
+        batch, count = self.job.config.train.batch, self.micro_batches
+        labelled = [len(range(k, batch, count)) for k in range(count)]
+        return Feed(iter(self.loader()), self.mine, self.targets, labelled, self.device)
 
     def loader(self) -> Iterable[dict[str, Any]]:
         """Batches of this worker from the present step to the last."""
@@ -127,9 +121,9 @@ class Session:
             repeats["labelled"] = repeat_factors(labels, classes, config.train.repeat_threshold)
         seed, world = config.run.seed, self.world
         sampler = StepSampler(
-            repeats, per_step, seed, self.step, self.job.steps, plain_from, rank=world.rank, world=world.size
+            repeats, per_step, seed, self.step, self.job.steps, plain_from, world.rank, world.size, self.micro_batches
         )
-        batch_bytes = -(-sum(per_step.values()) // world.size) * 3 * config.train.imgsz**2
+        batch_bytes = -(-sum(per_step.values()) // self.micro_batches) * 3 * config.train.imgsz**2
         return training_loader(self.streams, sampler, config.train.loader_workers, self.device, batch_bytes)
 
     def state(self) -> dict[str, Any]:
@@ -147,7 +141,10 @@ class Session:
             "balance": self.criterion.balance.state_dict() if self.criterion.balance else None,
             "teacher_ema": self.teacher_ema.ema.state_dict() if self.teacher_ema else None,
             "teacher_ema_updates": self.teacher_ema.updates if self.teacher_ema else 0,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "micro_batches": self.micro_batches,
             "rng": torch.get_rng_state(),
+            "random": random_state(self.device),
             "best": self.best,
             "lead": self.criterion.lead,
             "started_at": self.in_loop.started_at if self.in_loop else None,
@@ -174,7 +171,17 @@ class Session:
         self.criterion.lead = state.get("lead", 1.0)
         if self.in_loop:
             self.in_loop.started_at = state["started_at"]
+        if self.scaler and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.micro_batches = state.get("micro_batches", self.micro_batches)
+        if self.micro_batches < self.world.size:
+            raise DfssdError(
+                f"this run works in {self.micro_batches} micro-batches, fewer than {self.world.size} workers",
+                todo=f"resume it with --num-workers {self.micro_batches} or fewer",
+            )
         torch.set_rng_state(state["rng"])
+        if "random" in state:
+            restore_random_state(state["random"], self.device)
         clock = state.get("clock")
         if clock:  # workers that were started again within one attempt: its own clock never stopped
             this = clock["begun"] == self.job.begun
@@ -198,23 +205,23 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         check_weights(config.distill)
     teaching = build_teaching(job, run, detector, manifest, device)
     if teaching and teaching.reached is not None and config.distill.fade > 0:
-        teaching.own = Teacher(ema.ema, device, frozen=False)
-    labelled = world.share_of(config.train.batch)
+        own_dtype = autocast_dtype(config.distill.teacher_amp, device)
+        teaching.own = Teacher(ema.ema, device, frozen=False, dtype=own_dtype)
     strong = (
         config.mean_teacher.strong_view if job.labels_itself else config.distill.student_view if job.distills else 0.0
     )
-    student = _student(detector, teaching, config.distill, labelled).to(device).train()
+    student = _student(detector, teaching, config.distill).to(device).train()
     student.to(memory_format=torch.channels_last)
-    if config.train.batch_norm == "global" or (config.train.batch_norm == "auto" and world.size > 1):
-        share_statistics(student)
     if config.train.compile:
         detector.compile()
         if teaching:
             teaching.teacher.model.compile()
-    wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
+    wrapped: nn.Module = student
+    if world.size > 1:
+        wrapped = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     candidates = read_pseudo(run.at(str(job.pseudo))) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if method else None
-    in_loop = InLoopTeacher(ema.ema, policy, config, labelled, world) if isinstance(policy, RunningThresholds) else None
+    in_loop = InLoopTeacher(ema.ema, policy, config, world) if isinstance(policy, RunningThresholds) else None
     box_loss, online = config.train.box_loss, teaching.online if teaching else None
     criterion = Criterion(
         DetectionLoss(detector, box_loss),
@@ -223,13 +230,15 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         pairing=teaching.pairing if teaching else None,
         generators=student.projections.generators if student.projections is not None else None,
         teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
+        masks=torch.Generator(device),
     )
     val, caches = manifest.of_split("val"), _caches(job, manifest)
+    dtype = autocast_dtype(config.train.amp, device)
     return Session(
         job=job,
         world=world,
         device=device,
-        dtype=autocast_dtype(config.train.amp, device),
+        dtype=dtype,
         teacher_dtype=autocast_dtype(config.distill.teacher_amp, device),
         manifest=manifest,
         student=student,
@@ -242,6 +251,10 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         streams=Streams(_streams(job, manifest, candidates, caches), strong),
         val=ManifestDataset(val, [r.boxes for r in val], manifest.names, config.train.imgsz, **caches),
         in_loop=in_loop,
+        norms=GhostNorm(student),
+        clock=StepClock(device),
+        micro_batches=config.micro_batches(),
+        scaler=torch.amp.GradScaler(device.type) if dtype == torch.float16 else None,
     )
 
 
@@ -253,14 +266,15 @@ def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> 
     return make_policy(thresholds, *_scores(manifest, candidates))
 
 
-def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill, labelled: int) -> Student:
+def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill) -> Student:
     """The student with what its teacher makes necessary."""
     if teaching is None:
-        return Student(detector, labelled=labelled)
+        return Student(detector)
     for note in teaching.pairing.notes:
         print(f"WARNING: {note}", flush=True)
     channels = teaching.teacher.channels if config.lambda_f > 0 else None
-    return Student(detector, channels, config.taps, config.divergence == "mgd", teaching.online, labelled)
+    generators = DIVERGENCES[config.divergence].needs == "generator"
+    return Student(detector, channels, config.taps, generators, teaching.online)
 
 
 def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCounts, np.ndarray]:

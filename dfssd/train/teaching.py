@@ -13,6 +13,7 @@ from dfssd.data.manifest import Manifest
 from dfssd.errors import DfssdError
 from dfssd.models.detector import Teacher, build_detector, load_detector
 from dfssd.models.pairing import Pairing, pair
+from dfssd.models.precision import autocast_dtype
 from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
 
@@ -55,11 +56,13 @@ def build_teaching(
     data, where = store.read(name), config.distill.distill_teacher if given else store.path(name)
     layers = config.distill.teacher_taps or config.distill.taps
     layers = layers if config.distill.lambda_f > 0 else ()
+    dtype = autocast_dtype(config.distill.teacher_amp, device)
     if config.distill.teacher_mode == "frozen":
-        teacher, online, ema = Teacher(load_detector(data, where, config.train.imgsz), device, layers), None, None
+        frozen = load_detector(data, where, config.train.imgsz)
+        teacher, online, ema = Teacher(frozen, device, layers, dtype=dtype), None, None
     else:
         online, ema = _online(data, where, config, manifest, device)
-        teacher = Teacher(ema.ema, device, layers, frozen=False)
+        teacher = Teacher(ema.ema, device, layers, frozen=False, dtype=dtype)
     try:
         pairing = pair(teacher, student.model[-1], manifest.names, config.distill.prediction)
     except DfssdError as error:

@@ -61,7 +61,7 @@ def test_a_sweep(jobs):
 
 @pytest.mark.parametrize("job", ["teacher", "pseudo_label", "evaluate"])
 def test_what_cannot_be_placed_says_so_within_a_minute(jobs, job):
-    wrong = ["--gpu", "require"] if job == "pseudo_label" else ["--cpus-per-worker", "3"]
+    wrong = ["--gpu", "require", "--floor", "0.07"] if job == "pseudo_label" else ["--cpus-per-worker", "3"]
     lacks = (
         "1 labelling actor with a GPU each need 1 GPUs, the cluster has 0" if job == "pseudo_label" else "room for 0"
     )
@@ -70,3 +70,33 @@ def test_what_cannot_be_placed_says_so_within_a_minute(jobs, job):
     done = jobs.run(job, "--run-name", "r", "--overwrite", *SIZE, *more, *wrong)
     assert done.returncode == 2 and lacks in said(done) and "Traceback" not in said(done), said(done)[-3000:]
     assert time.monotonic() - begun < 60
+
+
+def test_a_dry_run_times_its_steps_on_a_node(jobs):
+    done = jobs.run("pipeline", "--run-name", "dry", "--data", str(jobs.root / "images"), *ALL, "--dry-run")
+    assert done.returncode == 0 and "time from steps measured on" in said(done), said(done)[-3000:]
+    assert "2 thread(s)" in said(done) and "unknown" not in said(done)
+
+
+@pytest.mark.parametrize("job", ["teacher", "pseudo_label"])
+def test_gpus_that_only_ray_believes_in_are_named(made_up_gpus, job):
+    """Two GPUs of which PyTorch sees none: a user error, without retries; with --gpu never all is well."""
+    flags = ["--run-name", "r", *SIZE]
+    more = [*TRAINING, "--role", "label_only"] if job == "teacher" else ["--tta", "none", "--floor", "0.07"]
+    begun = time.monotonic()
+    done = made_up_gpus.run(job, *flags, *more)
+    assert done.returncode == 2 and "GPU that PyTorch does not see" in said(done), said(done)[-4000:]
+    assert time.monotonic() - begun < 120
+    done = made_up_gpus.run(job, *flags, *more, "--gpu", "never")
+    assert done.returncode == 0, said(done)[-4000:]
+
+
+@pytest.fixture(scope="module")
+def made_up_gpus():
+    with two_nodes(cpus=(1, 3), gpus=(0, 2)) as jobs:
+        make_dataset(jobs.root / "images", images=60, side=64, seed=3)
+        subprocess.run([sys.executable, "-c", WAIT, jobs.env["RAY_ADDRESS"]], env=jobs.env, timeout=120, check=True)
+        data = ["--data", str(jobs.root / "images"), "--label-fraction", "0.4"]
+        assert jobs.run("prepare", "--run-name", "r", *data).returncode == 0
+        assert jobs.run("teacher", "--run-name", "r", *SIZE, *TRAINING, "--gpu", "never").returncode == 0
+        yield jobs

@@ -73,7 +73,7 @@ def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, gr
     monkeypatch.setattr("dfssd.train.worker.RESIZE_S", 3.0)
     give_teacher_and_candidates(prepared)
     steps = 200  # long enough for the node to start and for Ray to look twice, on a fast machine too
-    own = {"steps": steps, "val_every": 20, "log_every": 1, "batch": 5, "batch_norm": "local"}
+    own = {"steps": steps, "val_every": 20, "log_every": 1, "batch": 5}
     config = tiny_config(prepared, num_workers="1:3", **own)
     assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (1, 1)
     assert worker_resources(config.run).cpus == 1

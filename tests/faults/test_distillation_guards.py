@@ -24,7 +24,7 @@ def _stops(prepared, monkeypatch, match, **settings):
     )
     done = []
     update = loop.update
-    monkeypatch.setattr(loop, "update", lambda s: (update(s), done.append(s.step)))
+    monkeypatch.setattr(loop, "update", lambda s, broken: (update(s, broken), done.append(s.step)))
     with pytest.raises(DfssdError, match=match) as caught:
         train_in_process(make_job("student", str(prepared / "r"), config))
     assert len(done) < LOG_EVERY and caught.value.todo
@@ -41,8 +41,8 @@ def test_detached_neck(prepared, monkeypatch):
     from dfssd.train import session
 
     class Detached(session.Student):
-        def forward(self, images):
-            out = super().forward(images)
+        def forward(self, images, labelled=0):
+            out = super().forward(images, labelled)
             return type(out)(out.raw, out.taps, [p.detach() for p in out.projected])
 
     monkeypatch.setattr(session, "Student", Detached)

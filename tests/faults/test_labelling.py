@@ -192,3 +192,12 @@ def test_the_report_is_made_and_the_val_split_is_labelled_too(undisturbed):
     val = {r.image_id for r in read_manifest(run.at("dataset")).of_split("val")}
     labelled = {i for i, _ in read_shards(run.at("pseudo"), "val")}
     assert labelled == val and not set(candidates) & val  # training reads only what read_pseudo gives
+
+
+def test_a_teacher_of_other_classes_ends_the_job_before_an_actor_is_started(run, local_ray):
+    manifest, begun = read_manifest(run.at("dataset")), time.monotonic()
+    manifest.names.append("rust")
+    config = tiny_config(Path(run.uri).parent)
+    with pytest.raises(DfssdError, match="does not know the classes"):
+        labeller.label(config, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
+    assert time.monotonic() - begun < 20
