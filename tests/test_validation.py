@@ -119,15 +119,19 @@ def test_records_lie_where_the_manifest_has_them(trained):
 
 
 @pytest.fixture(scope="module")
-def measured(trained):
+def measured(trained, strip):
     """The whole measurement of that detector, in two roles."""
     from dfssd.evaluate.measure import measure
 
     storage, _ = trained
+    again = Storage(str(storage / "again"))
+    summary = prepare(Data(data=str(strip), label_fraction=1.0, split_shares=(0.6, 0.2, 0.2)), 0, again.at("dataset"))
     run = Storage(str(storage / "r"))
     for name in ("best.pt", "stage.json"):
         if run.exists(f"label_only/{name}"):
             run.write(f"student/{name}", run.read(f"label_only/{name}"))
+    record = {"summary": summary, "duration_s": 1.0, "finished_utc": "2026-01-01T00:00:00Z"}
+    run.write_json("dataset/stage.json", record)
     config = tiny_config(storage)
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"latency_repeats": 5})})
     return config, run, measure(config, run.uri, ["label_only", "student"], 1)
@@ -190,3 +194,74 @@ def test_the_row_of_labels_stands_under_its_classes():
                "labelled_images": 3, "labelled_boxes": {"pit": 7, "scratch": 1}}  # fmt: skip
     header, rows = split_rows(summary)
     assert header[3:] == ["scratch", "pit"] and rows[-1][3:] == ["1", "7"] and rows[1][2] == "-"
+
+
+PROBE = """
+<script>%s</script><script>
+addEventListener("load", async () => {
+  const out = document.createElement("pre"); out.id = "probe";
+  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const bad = window.axe ? (await axe.run()).violations.filter(v => ["serious", "critical"].includes(v.impact)) : [];
+  const broken = [...document.images].filter(i => i.complete && !i.naturalWidth).length;
+  const said = {wide, broken, dark: matchMedia("(prefers-color-scheme: dark)").matches, axe: !!window.axe,
+                bad: bad.map(v => v.id + ": " + v.nodes.slice(0, 2).map(n => n.html.slice(0, 90)).join(" | "))};
+  out.textContent = JSON.stringify(said); document.body.append(out);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def page(measured):
+    from dfssd.report.html import render
+    from dfssd.report.pictures import write_detection_sheet
+
+    config, run, results = measured
+    if "student" not in results:  # another test takes it away
+        pytest.skip("the student was taken away")
+    write_detection_sheet(config, run, results, {"student": "student"})
+    return render(config, run, results)
+
+
+def test_the_report_is_one_file_with_all_sections(page, tmp_path):
+    import re
+    from html.parser import HTMLParser
+
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", page) and "url(" not in page and "@import" not in page
+    for words in ('lang="en"', "viewport", "Operating point", "Worst misses", "Side by side", "--max-escape", "Confusion",
+                  "Calibration", "Time a stage", "near-duplicate", "All settings", "prefers-color-scheme", "@media print",
+                  "Val chose weights and scores"):  # fmt: skip
+        assert words in page, words
+    ids = re.findall(r'id="(\w+)"', page)
+    links = re.findall(r'href="#(\w+)"', page)
+    assert len(ids) == len(set(ids)) and set(links) <= set(ids) and len(links) >= 9
+    HTMLParser().feed(page)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_report_in_a_browser(page, tmp_path, dark):
+    """Headless Chromium, two widths: no console error, no request outside, nothing wider than the page, axe (where it is)."""
+    import json
+    import os
+    import re
+    import subprocess
+    from html import unescape
+    from pathlib import Path
+
+    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), "")
+    if not browser:
+        pytest.skip("no Chromium")
+    axe = Path(os.environ.get("AXE_JS", "node_modules/axe-core/axe.min.js"))
+    code = axe.read_text() if axe.exists() else ""
+    file = tmp_path / "report.html"
+    file.write_text(page.replace("</body>", PROBE % code.replace("%", "%%").replace("%%", "%") + "</body>"))
+    for width in (1280, 500):
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=20000",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+             "--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+             "--dump-dom", file.as_uri()],
+            capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+        said = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
+        assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert said["dark"] == dark and said["wide"] <= 0 and said["broken"] == 0 and not said["bad"], said

@@ -6,9 +6,10 @@ import shlex
 from typing import Any
 
 from dfssd.config import Config
+from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import publish_best, verdict
 from dfssd.evaluate.verdict import equal_footing, escapes_in_words, on_test
-from dfssd.report.tables import models_in, result_table
+from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import tracking_uri
 
@@ -81,3 +82,30 @@ def next_commands(config: Config, run: Storage) -> list[str]:
             f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"
         )
     return commands
+
+
+def print_files(results: dict[str, Any], on: str) -> None:
+    """Print what model files measured, one a row, each at its own operating point."""
+    header = [
+        "model",
+        "mAP50",
+        "mAP50-95",
+        "COCO mAP50-95",
+        "score",
+        "escapes",
+        "rejects",
+        "false boxes",
+        "ms (p50, p95)",
+    ]
+    rows, notes = [], []
+    for file, one in results.items():
+        line, point = one["line"], one["operating_point"]
+        coco = one["coco"]["all"]["map50_95"]
+        rates = [f"{r['count']} of {r['pictures']}" for r in (line["escape"], line["overkill"])]
+        numbers = [f"{one['map50']:.4f}", f"{one['map50_95']:.4f}", "-" if coco is None else f"{coco:.4f}"]
+        times = f"{one['latency_ms']:.1f}, {one['latency_p95_ms']:.1f}"
+        rows.append([file, *numbers, f"{point['score']:.3f}", *rates, f"{line['false_boxes']:.2f}", times])
+        notes += [f"scores chosen on {point['chosen_on']} for at most {point['max_escape']:.1%} escapes"]
+        notes += [*point["notes"], *doubts(line, point["max_escape"], on), one["latency_note"]]
+    print(render(f"measured on {on}", header, rows))
+    print("\n".join(dict.fromkeys(notes)))
