@@ -18,7 +18,6 @@ from PIL import Image
 from dfssd.data.checks import REASONS
 from dfssd.data.manifest import SPLITS, Boxes, Row, read_manifest, read_withheld
 from dfssd.report import audit
-from dfssd.report.html import STYLE
 from dfssd.report.pictures import draw
 from dfssd.runtime.storage import Storage
 
@@ -53,7 +52,6 @@ def write_audit(dataset: Storage, summary: dict[str, Any], imgsz: int) -> None:
     contradictions = audit.contradictions(labels, _pairs(dataset))
     proposal = audit.proposal(sizes, labels, imgsz) if labels else ""
     fields: dict[str, Any] = {
-        "style": STYLE,
         "total": len(manifest.rows),
         "names": names,
         "version": summary.get("version", 1),
