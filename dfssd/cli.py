@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dfssd import __version__
 from dfssd.errors import find_user_error, nearest
+from dfssd.version import __version__
 
 
 class Command(NamedTuple):
@@ -22,6 +22,7 @@ COMMANDS = {
     "pipeline": Command("all stages in order: from images to a measured student", "dfssd.jobs.pipeline:job"),
     "prepare": Command("check images and labels, split, choose the labelled subset", "dfssd.jobs.prepare:job"),
     "teacher": Command("train on labels alone: the teacher, or the label-only student", "dfssd.jobs.teacher:job"),
+    "mean_teacher": Command("let the teacher go on with the unlabelled images too", "dfssd.jobs.mean_teacher:job"),
     "pseudo_label": Command("label the unlabelled images, and measure the labels", "dfssd.jobs.pseudo_label:job"),
     "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
     "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),

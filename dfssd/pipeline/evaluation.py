@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dfssd.errors import DfssdError
 from dfssd.evaluate.measure import measure
-from dfssd.pipeline.context import Context, Result
-from dfssd.pipeline.stages import Planned, finished_models, row_of
+from dfssd.pipeline.context import Context, Planned, Result
+from dfssd.pipeline.stages import finished_models, row_of
 from dfssd.report.html import write_report
 from dfssd.report.tables import tracked
 from dfssd.runtime.artefact import Stage

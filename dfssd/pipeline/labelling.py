@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dfssd.data.manifest import read_manifest
-from dfssd.pipeline.context import Context, Result
+from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
-from dfssd.pipeline.stages import Planned, row_of
+from dfssd.pipeline.stages import row_of
 from dfssd.pseudo.quality import measure
 from dfssd.report import quality as report
 from dfssd.runtime.artefact import Stage

@@ -72,7 +72,9 @@ def write_audit(dataset: Storage, summary: dict[str, Any], imgsz: int) -> None:
         "bins": _bins(labels, imgsz),
         **_counts(summary, names),
     }
-    template = Environment(autoescape=True).from_string(files("dfssd.report").joinpath("audit.html.j2").read_text())
+    template = Environment(autoescape=True).from_string(
+        files("dfssd.report").joinpath("templates", "audit.html.jinja").read_text()
+    )
     dataset.write("audit.html", template.render(**fields).encode())
 
 
