@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ COMMANDS = {
     "pseudo_label": Command("label the unlabelled images, and measure the labels", "dfssd.jobs.pseudo_label:job"),
     "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
     "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
+    "track": Command("deliver to MLflow what it missed while it was down", "dfssd.jobs.track:job"),
     "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
     "suggest": Command("the unlabelled images most worth a label", "dfssd.jobs.suggest:job"),
     "review": Command("labels out to Label Studio, CVAT, COCO or YOLO, and back", "dfssd.jobs.review:job"),
@@ -75,11 +78,22 @@ def run(name: str, words: Sequence[str] | None = None) -> None:
     main(lambda: getattr(importlib.import_module(module), function)(words))
 
 
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM is an orderly end, as Ctrl-C is: leases are given back and the user is told how to go on."""
+    raise KeyboardInterrupt
+
+
 def main(job: Callable[[], None]) -> None:
-    """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C with 130 and how to go on."""
+    """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C and SIGTERM with 130 and how to go on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         job()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if (
+            isinstance(error, SystemExit) and error.code != signal.SIGTERM
+        ):  # Ray's handler ends with the signal's number
+            raise
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
