@@ -73,7 +73,7 @@ def write_audit(dataset: Storage, summary: dict[str, Any], imgsz: int) -> None:
         **_counts(summary, names),
     }
     template = Environment(autoescape=True).from_string(
-        files("dfssd.report").joinpath("templates", "audit.html.jinja").read_text()
+        files("dfssd.report").joinpath("templates/audit.html.jinja").read_text()
     )
     dataset.write("audit.html", template.render(**fields).encode())
 
