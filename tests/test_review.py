@@ -280,3 +280,21 @@ def test_the_choice_takes_one_of_each_group_and_spreads():
     assert max(plain) < 25 and len({groups[c] for c in plain}) == 10
     assert suggest.choose(total, groups, None, None, 5, set(range(12)))[0][0] >= 24  # groups that are labelled already
     assert len(suggest.choose(total, groups, features, None, 80, set())[0]) == 50
+
+
+def test_the_most_doubtful_images_come_with_names_a_table_and_tasks(labelled_run):
+    from dfssd.pipeline.labelling import _write_doubtful
+    from dfssd.pseudo.quality import measure
+    from dfssd.runtime.artefact import Stage
+    from dfssd.runtime.artefact_names import QUALITY
+
+    config, run = labelled_run
+    stage = Stage(run, QUALITY, {})
+    names = _write_doubtful(stage, measure(config, run, "pseudo"), read_manifest(run.at("dataset")))
+    assert names == ["doubtful.png", "doubtful.csv", "doubtful_tasks.json"]
+    rows = list(csv.DictReader(io.StringIO(stage.store.read("doubtful.csv").decode())))
+    tasks = json.loads(stage.store.read("doubtful_tasks.json"))
+    jsonschema.validate(tasks, TASK_SCHEMA)
+    assert rows and [r["file"] for r in rows] == [t["data"]["file"] for t in tasks]
+    doubts = [float(r["doubt"]) for r in rows]
+    assert doubts == sorted(doubts, reverse=True)
