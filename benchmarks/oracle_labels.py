@@ -12,6 +12,7 @@ import tyro
 
 from dfssd.data.manifest import pseudo_table, read_manifest, read_withheld, write_table
 from dfssd.runtime.artefact import Stage
+from dfssd.runtime.artefact_names import DATASET, PSEUDO
 from dfssd.runtime.storage import Storage
 
 
@@ -26,7 +27,7 @@ class Arguments:
 def main() -> None:
     a = tyro.cli(Arguments, description=__doc__)
     run = Storage(a.storage_path).at(a.run_name)
-    stage = Stage(run, "pseudo", {"oracle": True}, ("dataset",))
+    stage = Stage(run, PSEUDO, {"oracle": True}, (DATASET,))
     if stage.begin(overwrite=False) == "finished":
         return
     ids = [r.image_id for r in read_manifest(run.at("dataset")).unlabelled_rows()]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tyro
 
+from dfssd.choices import POLICIES
 from dfssd.config import Config, Run, Train
 from dfssd.evaluate.measure import measure
 from dfssd.runtime.storage import Storage
@@ -27,7 +28,6 @@ from dfssd.runtime.storage import Storage
 ROOT = Path(__file__).resolve().parent.parent
 HARD = ["--score-power", "0", "--uncertain", "background"]
 SOFT = ["--score-power", "1", "--uncertain", "ignore"]
-POLICIES = ("fixed", "ema", "gmm", "match")
 
 
 @dataclass
@@ -97,7 +97,7 @@ def first_rows(s: Settings) -> list[Row]:
         f"{s.storage_path}/{run}/best.pt"
         for run in ("base/teacher", "label_only_0/label_only", "label_only_1/label_only")
     ]
-    label = [*label, "--teacher", *files]
+    label = [*label, "--label-teachers", *files]
     rows.append(Row("", "ensemble", "", [label], ["base", "label_only_0", "label_only_1"], ["base/dataset"]))
     every = ["prepare", "--data", s.data, "--label-fraction", "1.0"]
     ceiling = [every, ["teacher", "--role", "label_only", *flags]]

@@ -39,13 +39,17 @@ from dfssd.data.manifest import pseudo_table, read_manifest, write_table
 from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.distill.features import KINDS
-from dfssd.models.detector import Teacher, branches, build_detector, detector_bytes
+from dfssd.models.detector import Teacher, build_detector, detector_bytes
+from dfssd.models.head import branches
+from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
+from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.job import TrainJob
-from dfssd.train.loop import clip, forward, to_device, update
+from dfssd.train.feed import moved
+from dfssd.train.loop import clip, update
 from dfssd.train.session import Session, build_session
+from dfssd.train.step import accumulate
 
 ALL_FP32 = "ours, full, teacher fp32"
 COMPILED = "ours, full, --compile"
@@ -112,8 +116,9 @@ class Bench:
             train=Train(imgsz=s.imgsz, batch=batch, amp=amp, steps=100_000, compile=compiled, **more),  # type: ignore[arg-type]
             distill=Distill(**distill),
         )
-        inputs = {"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {}
-        return build_session(TrainJob(stage, self.run.uri, config, **inputs), WorkerGroup(), self.device)
+        name = ArtefactName.parse(stage)
+        inputs = {"teacher": TEACHER, "pseudo": PSEUDO} if name == STUDENT else {}
+        return build_session(train_job(config, self.run, name, **inputs), WorkerGroup(), self.device)
 
     def model(self, spec: str) -> Any:
         return build_detector(spec, self.manifest.names, self.s.imgsz).to(self.device)
@@ -121,12 +126,9 @@ class Bench:
 
 def our_step(s: Session, batch: dict[str, Any]) -> None:
     """One step of `dfssd.train.loop.train`, without its log steps."""
-    batch = to_device(batch, s.device)
-    out, teacher = forward(s, network_input(batch["img"], s.device))
-    terms = s.criterion(out, teacher, batch, 0.5)
-    (terms.total() * s.job.config.train.batch).backward()
-    clip(s, terms, batch["im_file"])
-    update(s)
+    micro = moved(0, batch, s.targets(batch, s.job.config.train.batch), s.device)
+    accumulate(s, [micro], 0.0, False, None)
+    update(s, clip(s)[1])
 
 
 def floor(bench: Bench, amp: bool) -> Callable[[Tensor], None]:
@@ -138,7 +140,7 @@ def floor(bench: Bench, amp: bool) -> Callable[[Tensor], None]:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
             teacher(images)
             raw = branches(student(images))["one2many"]
-        (raw["boxes"].mean() + raw["scores"].mean()).backward()
+        (raw.boxes.mean() + raw.scores.mean()).backward()
         student.zero_grad(set_to_none=True)
 
     return run
@@ -154,7 +156,7 @@ def ultralytics_step(bench: Bench, distils: bool) -> Callable[[dict[str, Any]], 
     half = torch.amp.GradScaler("cuda") if bench.device.type == "cuda" else None
 
     def run(batch: dict[str, Any]) -> None:
-        inputs = {**batch, "img": batch["img"].to(bench.device).float() / 255}
+        inputs = {**batch, "img": batch["img"].to(bench.device).expand(-1, 3, -1, -1).float() / 255}
         with torch.autocast("cuda", enabled=half is not None):
             loss = model(inputs)[0].sum()
         loss.backward()
@@ -171,7 +173,7 @@ def steps_to_time(bench: Bench) -> dict[str, Callable[[], None]]:
     s = bench.s
     half = max(1, s.batch // 2)
     plain = bench.session("label_only", "fp32", s.batch)
-    labelled = to_device(next(iter(plain.loader())), bench.device)
+    labelled = {k: v.to(bench.device) if isinstance(v, Tensor) else v for k, v in next(iter(plain.loader())).items()}
     mixed_session = bench.session("student", "fp32", half, **FULL, divergence=s.divergence)
     mixed = next(iter(mixed_session.loader()))
     stock_batch = {k: v for k, v in labelled.items() if isinstance(v, Tensor)}

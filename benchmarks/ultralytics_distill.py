@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from ultralytics import YOLO, settings
 
 from dfssd.config import Thresholds, Train
@@ -37,12 +36,21 @@ class Arguments:
     seed: int = 0
     threads: int = 1
     close_mosaic: float = 0.3
+    student: str = "yolov8n.yaml"
+    """Network, or weights to begin with (.pt)."""
+    device: str = "cpu"
     pseudo: bool = False
     """Also write the pseudo-labels as label files; half of each batch is then unlabelled images."""
 
 
 def main() -> None:
-    a = tyro.cli(Arguments, description=__doc__)
+    import tyro
+
+    train_stock(tyro.cli(Arguments, description=__doc__))
+
+
+def train_stock(a: Arguments) -> None:
+    """Train, and leave `stock/best.pt` and `stock/last.pt`."""
     run = Path(a.storage_path).absolute() / a.run_name
     storage, train = Storage(str(run)), Train()
     data, epochs = run / "yolo", EPOCHS[a.pseudo]
@@ -50,7 +58,7 @@ def main() -> None:
     write_data(data, storage, epoch_images=a.steps * batch // epochs, pseudo=a.pseudo)
     torch.set_num_threads(a.threads)
     settings.update({"mlflow": False, "tensorboard": False, "raytune": False})
-    model = YOLO("yolov8n.yaml")
+    model = YOLO(a.student)
     model.add_callback("on_train_start", lambda trainer: same_average(trainer, train, a.threads))
     model.train(
         data=str(data / "data.yaml"),
@@ -68,18 +76,18 @@ def main() -> None:
         warmup_bias_lr=0.0,
         close_mosaic=round(a.close_mosaic * epochs),
         seed=a.seed,
-        device="cpu",
+        device=0 if a.device == "cuda" else a.device.removeprefix("cuda:"),
         workers=0,
         amp=False,
         plots=False,
-        pretrained=False,
+        pretrained=a.student.endswith(".pt"),
         project=str(run),
         name="ultralytics",
         exist_ok=True,
         verbose=False,
     )
-    best = run / "ultralytics" / "weights" / "best.pt"
-    storage.write("stock/best.pt", best.read_bytes())
+    for name in ("best.pt", "last.pt"):
+        storage.write(f"stock/{name}", (run / "ultralytics" / "weights" / name).read_bytes())
     fitness = float(model.trainer.best_fitness)  # mAP50-95 since 8.4
     storage.write_json("stock/stage.json", {"summary": {"best": {"map50_95": fitness}}})
     shutil.rmtree(data)

@@ -1,68 +1,99 @@
-"""What all jobs share: flags from the config, user errors as text with exit code 2, and the dry run."""
+"""The commands: `dfssd NAME ...`, and `python jobs/NAME.py ...` for those that run under `ray job submit`."""
 
 from __future__ import annotations
 
+import importlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
-import tyro
-from pydantic import ValidationError, create_model
-
-from dfssd.config import Config, Section
-from dfssd.errors import DfssdError, find_user_error
+from dfssd.errors import find_user_error, nearest
+from dfssd.version import __version__
 
 
-def parse(
-    doc: str, sections: Sequence[str], args: Sequence[str] | None = None, base: Config | None = None, **extra: Any
-) -> tuple[Config, Any]:
-    """Read the command line of a job.
+class Command(NamedTuple):
+    """One command: what it does, in one line, and the "module:function" that takes the words after its name."""
+
+    does: str
+    job: str
+
+
+COMMANDS = {
+    "pipeline": Command("all stages in order: from images to a measured student", "dfssd.jobs.pipeline:job"),
+    "prepare": Command("check images and labels, split, choose the labelled subset", "dfssd.jobs.prepare:job"),
+    "teacher": Command("train on labels alone: the teacher, or the label-only student", "dfssd.jobs.teacher:job"),
+    "mean_teacher": Command("let the teacher go on with the unlabelled images too", "dfssd.jobs.mean_teacher:job"),
+    "pseudo_label": Command("label the unlabelled images, and measure the labels", "dfssd.jobs.pseudo_label:job"),
+    "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
+    "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
+    "track": Command("deliver to MLflow what it missed while it was down", "dfssd.jobs.track:job"),
+    "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
+    "suggest": Command("the unlabelled images most worth a label", "dfssd.jobs.suggest:job"),
+    "review": Command("labels out to Label Studio, CVAT, COCO or YOLO, and back", "dfssd.jobs.review:job"),
+    "predict": Command("label pictures with an exported model, or a folder as they arrive", "dfssd.jobs.predict:job"),
+    "sweep": Command("many runs with Ray Tune, and a table of what came of them", "dfssd.jobs.sweep:job"),
+}
+
+
+def console() -> None:
+    """The command `dfssd`."""
+    words = sys.argv[1:]
+    if words[:1] == ["--version"]:
+        print(f"dfssd {__version__}")
+    elif not words or words[0] in ("-h", "--help"):
+        print(overview())
+    elif words[0].replace("-", "_") in COMMANDS:
+        run(words[0].replace("-", "_"), words[1:])
+    else:
+        print(f"error: dfssd has no command {words[0]!r}{nearest(words[0], COMMANDS)}\n", file=sys.stderr)
+        print(overview(), file=sys.stderr)
+        sys.exit(2)
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "dfssd: train a small, fast defect detector from few labels and many unlabelled images, on a Ray cluster",
+            "",
+            *lines,
+            "",
+            "dfssd COMMAND --help shows what a command takes, dfssd --version the version.",
+        ]
+    )
+
+
+def run(name: str, words: Sequence[str] | None = None) -> None:
+    """Run a command.
 
     Args:
-        doc: the job's description, shown by --help.
-        sections: sections of Config that the job uses; the others keep their defaults.
-        base: what flags that are not given mean; default the defaults.
-        extra: further flags of the job as pydantic fields, name=(type, Field(...)).
-
-    Returns:
-        the full config, and the parsed flags with the extra ones as attributes.
+        words: what follows its name; default the words of the process.
     """
-    base = base or Config()
-    fields: dict[str, Any] = {s: (Config.model_fields[s].annotation, getattr(base, s)) for s in sections}
-    model = create_model("Job", __base__=Section, **fields, **extra)
-    model.__doc__ = doc
-    parsed = tyro.cli(
-        model,
-        args=split_layers(sys.argv[1:] if args is None else args),
-        description=doc,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    shared = {name: getattr(parsed, name) for name in Config.model_fields if name in fields or name in extra}
-    try:
-        return Config(**shared), parsed
-    except ValidationError as error:
-        raise DfssdError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
+    module, _, function = COMMANDS[name].job.partition(":")
+    words = sys.argv[1:] if words is None else words
+    main(lambda: getattr(importlib.import_module(module), function)(words))
 
 
-def split_layers(args: Sequence[str]) -> list[str]:
-    """Let layers be written as in papers: `--taps 15,18,21` beside `--taps 15 18 21`."""
-    words: list[str] = []
-    for word in args:
-        flag, equals, value = word.partition("=")
-        if flag in ("--taps", "--teacher-taps") and equals:
-            words += [flag, *value.split(",")]
-        elif words and words[-1] in ("--taps", "--teacher-taps"):
-            words += word.split(",")
-        else:
-            words.append(word)
-    return words
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM is an orderly end, as Ctrl-C is: leases are given back and the user is told how to go on."""
+    raise KeyboardInterrupt
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C with 130 and how to go on."""
+    """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C and SIGTERM with 130 and how to go on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         job()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if (
+            isinstance(error, SystemExit) and error.code != signal.SIGTERM
+        ):  # Ray's handler ends with the signal's number
+            raise
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

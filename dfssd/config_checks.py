@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dfssd.choices import DIVERGENCES, POLICIES
 from dfssd.config import Config, Data, Distill, Thresholds, Train
 from dfssd.errors import DfssdError
 
-OWN_TAU = ("kl", "cwd", "js", "hw_js")  # divergences with a temperature
 SHARES = ("share_u", "share_p", "share_f")
 
 
@@ -15,7 +15,7 @@ def settings_without_effect(config: Config) -> list[str]:
     """Sentences on settings that were changed but cannot do anything in this combination."""
     distill, default = config.distill, Distill()
     notes = _thresholds_without_effect(config.thresholds)
-    if distill.divergence not in OWN_TAU and distill.feature_tau != default.feature_tau:
+    if not DIVERGENCES[distill.divergence].tau and distill.feature_tau != default.feature_tau:
         notes.append(f"--feature-tau has no effect with --divergence {distill.divergence}")
     if distill.feature_schedule != "off_last_epochs" and distill.off_last != default.off_last:
         notes.append(f"--off-last has no effect with --feature-schedule {distill.feature_schedule}")
@@ -42,12 +42,7 @@ def settings_without_effect(config: Config) -> list[str]:
 
 
 def _thresholds_without_effect(config: Thresholds) -> list[str]:
-    used = {
-        "fixed": {"tau"},
-        "ema": {"tau_min", "tau_max", "tau_decay"},
-        "gmm": {"tau", "tau_min", "tau_max"},
-        "match": {"tau_min", "tau_max"},
-    }[config.threshold_policy]
+    used = POLICIES[config.threshold_policy].uses
     changed = [k for k, v in config if k != "threshold_policy" and v != getattr(Thresholds(), k) and k not in used]
     return [f"--{k.replace('_', '-')} has no effect with --threshold-policy {config.threshold_policy}" for k in changed]
 

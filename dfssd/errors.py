@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -16,7 +17,7 @@ class DfssdError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", todo: str = "") -> None:
-        self.what, self.where, self.todo = what, where, todo
+        self.what, self.where, self.todo = mask(what), mask(where), mask(todo)
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -32,8 +33,34 @@ class DfssdError(Exception):
         return (_rebuild, (self.what, self.where, self.todo))
 
 
-def _rebuild(what: str, where: str, todo: str) -> DfssdError:
-    return DfssdError(what, where=where, todo=todo)
+class StorageError(DfssdError, OSError):
+    """Storage does not answer, is full or may not be written: nothing is said about what lies there."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (self.what, self.where, self.todo, "StorageError"))
+
+
+class DamagedFile(DfssdError, ValueError):
+    """A file of the project was read completely, and does not hold what it should."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (self.what, self.where, self.todo, "DamagedFile"))
+
+
+def _rebuild(what: str, where: str, todo: str, kind: str = "DfssdError") -> DfssdError:
+    made: DfssdError = {"StorageError": StorageError, "DamagedFile": DamagedFile}.get(kind, DfssdError)(
+        what, where=where, todo=todo
+    )
+    return made
+
+
+_USER = re.compile(r"(?<=://)[^/@\s'\"]+@")
+_KEY = re.compile(r"(?i)([?&](?:[\w-]*(?:key|secret|token|password|signature|credential)[\w-]*)=)[^&\s'\"]+")
+
+
+def mask(text: str) -> str:
+    """`text` without user, password or keys in the URIs it holds: they must not reach a log, a table or MLflow."""
+    return _KEY.sub(r"\1***", _USER.sub("***@", text))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

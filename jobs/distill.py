@@ -1,13 +1,6 @@
 """Train the student on labels, pseudo-labels and the teacher's features and predictions; leaves <run>/student."""
 
-from dfssd.cli import main, parse
-from dfssd.pipeline.run import run_stages
-
-
-def job() -> None:
-    config, _ = parse(__doc__ or "", ["run", "models", "train", "thresholds", "distill"])
-    run_stages(config, ["student"])
-
+from dfssd.cli import run
 
 if __name__ == "__main__":
-    main(job)
+    run("distill")

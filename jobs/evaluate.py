@@ -1,16 +1,6 @@
-"""Measure teacher, label-only student and distilled student on the test split; leaves <run>/report."""
+"""Measure teacher, label-only student and distilled student; leaves <run>/report."""
 
-from dfssd.cli import main, parse
-from dfssd.pipeline.run import run_stages
-from dfssd.report.terminal import print_results
-
-
-def job() -> None:
-    config, _ = parse(__doc__ or "", ["run", "train", "evaluate"])
-    run_stages(config, ["report"])
-    if not config.run.dry_run:
-        print_results(config)
-
+from dfssd.cli import run
 
 if __name__ == "__main__":
-    main(job)
+    run("evaluate")

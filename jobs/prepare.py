@@ -1,13 +1,6 @@
 """Check images and labels, group near-duplicates, split, choose the labelled subset; leaves <run>/dataset."""
 
-from dfssd.cli import main, parse
-from dfssd.pipeline.run import run_stages
-
-
-def job() -> None:
-    config, _ = parse(__doc__ or "", ["run", "data"])
-    run_stages(config, ["dataset"])
-
+from dfssd.cli import run
 
 if __name__ == "__main__":
-    main(job)
+    run("prepare")

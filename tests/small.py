@@ -10,6 +10,8 @@ import torch
 from dfssd.config import Config, Data, Distill, Models, Pseudo, Run, Thresholds, Train
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
 from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.pipeline.training import train_job
+from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
 
@@ -23,7 +25,16 @@ OTHERS = {"distill": Distill, "thresholds": Thresholds, "pseudo": Pseudo}
 
 def tiny_config(storage: Path, **changes: object) -> Config:
     """Settings that train in seconds on one CPU, in fp32 so that runs can be compared bit by bit."""
-    train = {"imgsz": 64, "batch": 4, "steps": 6, "val_every": 3, "log_every": 1, "amp": "fp32", "loader_workers": 0}
+    train = {
+        "imgsz": 64,
+        "batch": 4,
+        "steps": 6,
+        "val_every": 3,
+        "log_every": 1,
+        "amp": "fp32",
+        "loader_workers": 0,
+        "cache_gib": 0,
+    }
     run = {"storage_path": str(storage), "run_name": "r", "gpu": "never"}
     others: dict[str, dict[str, object]] = {
         "distill": {"teacher_amp": "fp32"},
@@ -46,10 +57,10 @@ def tiny_config(storage: Path, **changes: object) -> Config:
 
 
 def make_job(stage: str, run_uri: str, config: Config) -> TrainJob:
-    """A training stage; the student's learns from what `give_teacher_and_candidates` left."""
-    return TrainJob(
-        stage, run_uri, config, **({"teacher": "teacher", "pseudo": "pseudo"} if stage == "student" else {})
-    )
+    """A training stage by its folder; the student's learns from what `give_teacher_and_candidates` left."""
+    name = ArtefactName.parse(stage)
+    inputs = {"teacher": TEACHER, "pseudo": PSEUDO} if name == STUDENT else {}
+    return train_job(config, Storage(run_uri), name, **inputs)
 
 
 def give_teacher_and_candidates(storage):

@@ -1,5 +1,7 @@
 """The command line is a contract: names, defaults and units are frozen here."""
 
+import importlib
+import json
 import re
 import subprocess
 import sys
@@ -7,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dfssd.cli import parse
-from dfssd.config import Config, Data, Distill, Pseudo, Run, Section, Thresholds, Train
+from dfssd.cli import COMMANDS
+from dfssd.config import SECTIONS, Config, Data, Distill, Pseudo, Run, Thresholds, Train, all_keys
 from dfssd.config_checks import refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.errors import DfssdError
+from dfssd.flags import parse
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py"))
@@ -19,33 +22,39 @@ FLAGS = [
     "amp",
     "bad-limit",
     "balance",
-    "batch-norm",
     "baseline",
     "batch",
     "box-loss",
     "cache-dir",
     "cache-dir-gib",
     "cache-gib",
+    "checkpoint-min",
+    "calibration-pictures",
     "close-mosaic",
     "compile",
+    "config",
     "cpus-per-worker",
     "data",
+    "decoded-dir",
     "distill-teacher",
     "divergence",
     "dry-run",
     "ema-decay",
     "experiment",
+    "fade",
     "feature-schedule",
     "feature-tau",
     "fliplr",
     "flipud",
     "floor",
     "format",
+    "formats",
     "fuse-iou",
     "gpu",
     "grad-clip",
     "hsv",
     "imgsz",
+    "int8",
     "label-batch",
     "label-fraction",
     "label-teachers",
@@ -63,20 +72,35 @@ FLAGS = [
     "lr",
     "lr-final",
     "max-candidates",
+    "max-escape",
     "max-group-share",
     "max-side",
+    "micro-batch",
+    "mean-teacher",
+    "mean-teacher-decay",
+    "mean-teacher-lr",
+    "mean-teacher-policy",
+    "mean-teacher-power",
+    "mean-teacher-steps",
+    "mean-teacher-weight",
     "missing-labels",
     "mixup",
     "mosaic",
     "names",
     "near-duplicate",
+    "nms-inside",
     "nms-iou",
     "num-actors",
     "num-workers",
     "off-last",
     "overwrite",
+    "parity-pictures",
+    "precision",
     "prediction",
+    "profile-steps",
+    "print-config",
     "publish-best",
+    "register",
     "repeat-threshold",
     "rounds",
     "run-name",
@@ -87,11 +111,14 @@ FLAGS = [
     "share-f",
     "share-p",
     "share-u",
+    "silent",
     "split",
     "split-shares",
     "steps",
     "storage-path",
+    "strong-view",
     "student",
+    "student-view",
     "taps",
     "tau",
     "tau-decay",
@@ -104,6 +131,7 @@ FLAGS = [
     "teacher-patience",
     "teacher-steps",
     "teacher-taps",
+    "tf32",
     "threshold-policy",
     "translate",
     "tta",
@@ -111,10 +139,13 @@ FLAGS = [
     "unlabelled",
     "unlabelled-ratio",
     "unreadable-limit",
+    "update",
     "val-every",
+    "version",
     "wait-min",
     "warmup-steps",
     "weight-decay",
+    "white-level",
 ]
 
 
@@ -128,34 +159,148 @@ def _job(name, *args, timeout=120):
     )
 
 
-def test_the_pipeline_has_these_flags_and_no_others(capsys):
-    own = ("baseline", "publish_best", "rounds")
-    flags = {name: (Config.model_fields[name].annotation, Config.model_fields[name]) for name in own}
+def shown_by(capsys, *sections):
+    """Flags that the help lists, each at the beginning of its line."""
     with pytest.raises(SystemExit):
-        parse("", [s for s in Config.model_fields if s not in own], ["--help"], **flags)
-    shown = set(re.findall(r"(?<![\w-])--(?!no-)([a-z][a-z0-9-]+)", capsys.readouterr().out)) - {"help"}
-    mentioned_in_text = {"data", "steps", "batch", "unlabelled", "tau"}
-    assert shown - mentioned_in_text <= set(FLAGS), sorted(shown - set(FLAGS))
-    assert set(FLAGS) <= shown, sorted(set(FLAGS) - shown)
+        parse("", sections, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    return {m[1] for line in lines if (m := re.match(r"\s{1,4}(?:-h, )?--([a-z][a-z0-9-]+)", line))} - {"help"}
+
+
+def test_the_pipeline_has_these_flags_and_no_others(capsys):
+    shown = shown_by(capsys, *all_keys())
+    assert shown == set(FLAGS), sorted(shown ^ set(FLAGS))
 
 
 def test_field_names_are_unique_and_described():
-    sections = [
-        f.annotation
-        for f in Config.model_fields.values()
-        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
-    ]
-    names = [name for s in sections for name in s.model_fields]
+    names = [name for s in SECTIONS.values() for name in s.model_fields]
     assert len(names) == len(set(names))
-    assert all(f.description for s in sections for f in s.model_fields.values())
+    assert all(f.description for s in SECTIONS.values() for f in s.model_fields.values())
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_has_help_with_defaults(name):
     result = _job(name, "--help")
     assert result.returncode == 0 and "--storage-path" in result.stdout and "(default:" in result.stdout
-    lines = (ROOT / "jobs" / f"{name}.py").read_text().splitlines()
-    assert len(lines) <= 60
+    assert f"  dfssd {name} " in result.stdout, "an example"
+    for remark in ("docs/design.md", "As everywhere", "pydantic"):
+        assert remark not in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_slow(name):
+    """Half a second, where torch and Ray alone take two."""
+    code = (
+        "import sys\nfrom dfssd.cli import run\ntry:\n    run(sys.argv[1], ['--help'])\nexcept SystemExit:\n    pass\n"
+    )
+    code += "print('IMPORTED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.rpartition("IMPORTED")[2].split()
+    assert not {"torch", "ray", "numpy", "pyarrow", "ultralytics", "mlflow", "matplotlib", "scipy"} & set(imported)
+
+
+def _console(*words):
+    code = "from dfssd.cli import console; console()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+
+
+def test_the_console_lists_commands_and_names_the_nearest():
+    from dfssd import __version__
+
+    said = _console("--help").stdout
+    assert all(f"  {name} " in said for name in COMMANDS)
+    assert _console("--version").stdout == _console("prepare", "--version").stdout == f"dfssd {__version__}\n"
+    wrong = _console("pipelin")
+    assert wrong.returncode == 2 and "did you mean 'pipeline'?" in wrong.stderr
+
+
+def test_the_commands_of_the_table_are_there():
+    for command in COMMANDS.values():
+        module, _, function = command.job.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+    assert set(JOBS) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("evaluate", ["--lr", "5"]),
+        ("prepare", ["--num-workers", "2"]),
+        ("distill", ["--label-fraction", "0.5"]),
+        ("pseudo_label", ["--teacher", "a.pt"]),
+        ("teacher", ["--role", "label_only", "--teacher-patience", "3"]),
+    ],
+)
+def test_flags_without_effect_on_a_job_are_refused(name, words, tmp_path):
+    result = _job(name, "--storage-path", str(tmp_path), *words)
+    assert result.returncode == 2 and words[-2] in result.stderr + result.stdout, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_settings_is_read_and_flags_win(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {imgsz: 96, lr: 0.01}\ndistill:\n  taps: [4, 15]\nrounds: 2\nthresholds.tau: 0.3\n")
+    config, _ = parse("", ["train", "distill"], ["--config", str(file), "--lr", "0.5"])
+    assert (config.train.imgsz, config.train.lr, config.distill.taps) == (96, 0.5, (4, 15))
+    assert config.rounds == 2 and config.thresholds.tau == 0.3, "also what this job does not show"
+    with pytest.raises(SystemExit) as ended:
+        parse("", ["train", "rounds"], [f"--config={file}", "--print-config"])
+    assert ended.value.code == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    config, _ = parse("", ["train"], ["--config", str(again)])
+    assert config.train.imgsz == 96 and config.rounds == 2
+
+
+def test_what_runs_record_can_be_given_back(tmp_path, monkeypatch, capsys):
+    """Settings of a stage's record, and all settings as the report has them."""
+    from dfssd.pipeline.stages import settings_of
+    from dfssd.runtime.artefact_names import STUDENT
+
+    monkeypatch.setattr("dfssd.pipeline.settings.given_weights", lambda spec: spec.encode())
+    config = Config(train=Train(imgsz=96, hsv=(0.1, 0.2, 0.3)), distill=Distill(taps=(4, 15), lambda_p=0.5))
+    (tmp_path / "report.json").write_text(json.dumps(config.model_dump(mode="json")))
+    assert parse("", ["train"], ["--config", str(tmp_path / "report.json")])[0] == config
+    other = config.model_copy(update={"distill": config.distill.model_copy(update={"distill_teacher": "a.pt"})})
+    record = {"config": settings_of(other, STUDENT), "inputs": {}, "outputs": {}}
+    (tmp_path / "stage.json").write_text(json.dumps(record))
+    back, _ = parse("", ["train"], ["--config", str(tmp_path / "stage.json")])
+    assert settings_of(back, STUDENT) == settings_of(config, STUDENT)
+    assert "give --distill-teacher" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {imgzs: 96}", "'train.imgzs' is not a setting, did you mean 'train.imgsz'"),
+        ("imgsz: 96", "'imgsz' is not a setting, did you mean 'train.imgsz'"),
+        ("training: {lr: 1}", "'training.lr' is not a setting, did you mean 'train.lr'"),
+        ("train: {imgsz: 100}", "--imgsz 100: must be a multiple of 32"),
+        ("train: {imgsz: [1}", "neither YAML nor JSON"),
+        ("- 1", "holds no settings"),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(DfssdError, match=re.escape(message)) as caught:
+        parse("", ["train"], ["--config", str(tmp_path / "run.yaml")])
+    assert str(tmp_path) in caught.value.where
+    with pytest.raises(DfssdError, match="cannot be read"):
+        parse("", ["train"], ["--config", str(tmp_path / "gone.yaml")])
+
+
+def test_help_names_ranges_and_a_flag_means_one_thing_in_all_jobs(capsys):
+    with pytest.raises(SystemExit):
+        parse("", ["data", "train"], ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "[above 0 to 1]" in said and "[from 32 in steps of 32]" in said
+    for name in JOBS:
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"dfssd.jobs.{name}").job(["--help"])
+        said = " ".join(re.sub("[│|]", " ", capsys.readouterr().out).split())
+        teacher = SECTIONS["models"].model_fields["teacher"].description
+        assert ("--teacher STR" in said) == (f"--teacher STR {teacher}" in said)
 
 
 def test_flags_reach_the_config():
@@ -240,7 +385,8 @@ def test_a_submitted_job_refuses_relative_paths(tmp_path, monkeypatch):
 
 
 def test_unknown_flags_and_bad_values_end_with_2():
-    for args in (["--imgzs", "64"], ["--imgsz", "100"], ["--label-fraction", "0"]):
+    for args in (["--imgzs", "64"], ["--imgsz", "100"], ["--label-fraction", "2"], ["--amp", "fp8"], ["--lr", "x"]):
         result = _job("pipeline", *args)
+        assert "http" not in result.stderr + result.stdout and args[0] in result.stderr + result.stdout
         assert result.returncode == 2, result.stderr
         assert "Traceback" not in result.stderr, result.stderr

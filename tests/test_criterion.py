@@ -9,9 +9,9 @@ from dfssd.distill.criterion import Criterion, joined, schedule
 from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, build_detector
 from dfssd.models.pairing import pair
-from dfssd.pseudo.thresholds import EmaThreshold, FixedThreshold
+from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.session import Student
+from dfssd.train.student import Student
 
 NAMES = ["a", "b", "c"]
 
@@ -22,9 +22,9 @@ def _parts(**settings):
     teacher = Teacher(build_detector("yolov8s.yaml", NAMES, 64), torch.device("cpu"))
     config = Distill(**{"balance": "none", **settings})
     student = Student(detector, teacher.channels, generators=config.divergence == "mgd").train()
-    policy, pairing = FixedThreshold(torch.full((3,), 0.5)), pair(teacher, detector.model[-1], NAMES, config.prediction)
+    pairing = pair(teacher, detector.model[-1], NAMES, config.prediction)
     generators = student.projections.generators
-    criterion = Criterion(DetectionLoss(detector), config, policy, 2, WorkerGroup(), pairing, generators)
+    criterion = Criterion(DetectionLoss(detector), config, WorkerGroup(), pairing, generators)
     return student, teacher, criterion
 
 
@@ -38,15 +38,20 @@ def _batch(score=0.9, candidates=True):
         "batch_idx": torch.tensor(image),
         "score": torch.tensor([1.0, 1.0, score][:n]),
         "agreement": torch.ones(n),
+        "img": torch.zeros(4),
     }
+
+
+def _targets(batch, config, labelled=2):
+    return targets_of(batch, labelled, torch.full((3,), 0.5), Rules.of(config))
 
 
 def _run(batch, progress=0.0, **settings):
     student, teacher, criterion = _parts(**settings)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     out = student(images)
-    out.raw["one2many"]["scores"].retain_grad()
-    terms = criterion(out, teacher(images), batch, progress)
+    out.raw["one2many"].scores.retain_grad()
+    terms = criterion(out, teacher(images), _targets(batch, criterion.config), progress)
     return student, out.raw["one2many"], terms
 
 
@@ -63,7 +68,7 @@ def test_all_terms_are_there_by_name_and_reach_their_weights():
 def _pse_grad(batch):
     _, raw, terms = _run(batch)
     sum(v for k, v in terms.losses.items() if k.startswith("pse")).backward()
-    return raw["scores"].grad.abs().sum(1), terms
+    return raw.scores.grad.abs().sum(1), terms
 
 
 def test_an_image_without_candidates_says_nothing():
@@ -109,7 +114,7 @@ def test_a_pseudo_label_of_weight_zero_is_absent():
     """score**gamma underflows to 0: then the box claims no anchor's class, box or DFL term."""
     sure, _ = _pse_grad(_batch(score=0.9))
     _, raw, terms = _run(_batch(score=0.9), score_power=3000.0)
-    raw["boxes"].retain_grad()
+    raw.boxes.retain_grad()
     sum(v for k, v in terms.losses.items() if k.startswith("pse")).backward()
     inside = sure[2] > 0
     assert terms.losses["pse/box"] == 0 and terms.losses["pse/dfl"] == 0 and inside.any()
@@ -121,7 +126,7 @@ def test_an_uncertain_box_as_background_is_what_it_says():
     """The ablation: below the threshold means 'no defect here', also in an image without candidates."""
     _, raw, terms = _run(_batch(score=0.3), uncertain="background")
     sum(v for k, v in terms.losses.items() if k.startswith("pse")).backward()
-    grad = raw["scores"].grad.abs().sum(1)
+    grad = raw.scores.grad.abs().sum(1)
     assert (grad[2:] > 0).all() and terms.counts["pse/pseudo_labels"] == 0
 
 
@@ -130,19 +135,16 @@ def test_the_area_of_a_silent_image_in_a_mosaic_is_unknown():
     batch = _batch(score=0.0)
     grad, _ = _pse_grad(batch)
     assert (grad == 0).all()  # nothing but a silent image in the whole sample
-    batch = {k: torch.cat([v, v[-1:]]) for k, v in batch.items()}  # a silent quarter beside an image with a candidate
+    batch = {
+        k: torch.cat([v, v[-1:]]) if k != "img" else v for k, v in batch.items()
+    }  # a silent quarter beside an image with a candidate
     batch["score"][-1], batch["bboxes"][-1] = 0.9, torch.tensor([0.1, 0.1, 0.1, 0.1])
     grad, terms = _pse_grad(batch)
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[2:6, 2:6] = True
     level = grad[2][:64].view(8, 8)
     assert (level[inside] == 0).all() and (level[~inside] > 0).all() and terms.counts["pse/uncertain"] == 0
-    policy = EmaThreshold(3, 0.5, 0.1)
-    student, teacher, criterion = _parts()
-    criterion.policy = policy
-    images = torch.rand(4, 3, 64, 64)
-    criterion(student(images), teacher(images), _batch(score=0.0), 0.0)
-    assert (policy.mean == 0).all()
+    assert (_targets(_batch(score=0.0), Distill()).policy == 0).all()
 
 
 def test_a_weight_of_zero_switches_a_term_off():
@@ -228,20 +230,21 @@ def test_two_workers_add_up_to_one(settings, monkeypatch):
         "batch_idx": image,
         "score": torch.where(image < 2, torch.ones(100), 0.9),
         "agreement": torch.ones(100),
+        "img": torch.zeros(4),
     }
     for conv in teacher.model.model[-1].cv3:
         conv[-1].bias.data += 6
 
     def terms(world, rows, sub, labelled):
-        detection, policy = DetectionLoss(student.detector, box_loss), EmaThreshold(3, 0.999, 0.3)
-        criterion = Criterion(detection, config, policy, labelled, world, one.pairing)
-        return criterion(student(images[rows]), teacher(images[rows]), sub, 0.0)
+        criterion = Criterion(DetectionLoss(student.detector, box_loss), config, world, one.pairing)
+        targets = targets_of(sub, labelled, torch.full((3,), 0.3), Rules.of(config))
+        return criterion(student(images[rows]), teacher(images[rows]), targets, 0.0)
 
     alone = terms(WorkerGroup(), [0, 1, 2, 3], batch, 2)
     shards = []
     for rank in (0, 1):  # worker 0: labelled 0, unlabelled 2; worker 1: labelled 1, unlabelled 3
         keep = (image == rank) | (image == rank + 2)
-        sub = {k: v[keep] for k, v in batch.items()}
+        sub = {k: v[keep] if k != "img" else v[:2] for k, v in batch.items()}
         sub["batch_idx"] = (sub["batch_idx"] >= 2).float()
         shards.append(([rank, rank + 2], sub))
     recorders = [_Recorder(), _Recorder()]

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -44,20 +46,27 @@ def test_aws_accepts_the_nodes(cluster):
 
 
 def test_versions_are_the_tested_ones(cluster, job):
-    said = " ".join(cluster["setup_commands"]) + (ROOT / "deploy" / "Dockerfile").read_text()
-    found = re.findall(r"([\w-]+)(?:\[[\w,]+\])?==([\d.]+)", said)
-    assert {name for name, _ in found} >= {"ray", "torch", "torchvision", "mlflow"}
-    assert all(PINS[name] == version for name, version in found)
+    assert {"ray", "torch", "torchvision", "mlflow", "ultralytics"} <= set(PINS)
+    installs = [c for c in cluster["setup_commands"] if "pip install" in c]
+    docker = (ROOT / "deploy" / "Dockerfile").read_text()
+    installs += [c for c in re.split(r"&&|\n(?=[A-Z]+ )", docker.replace("\\\n", "")) if "pip install" in c]
+    assert len(installs) == 4 and all("-c constraints.txt" in c for c in installs)
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == PINS["ray"]
-    assert "-c constraints.txt" in said and "-c ~/constraints.txt" in said
 
 
-def test_the_nodes_have_all_that_the_project_needs(cluster):
+def test_the_nodes_have_all_that_the_project_needs(cluster, tmp_path):
+    """The command that writes their requirements, run as they run it."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    words = set(re.findall(r"[\w-]+", " ".join(cluster["setup_commands"])))
-    assert {re.split(r"[\[><=]", one)[0] for one in needed} <= words
+    for there, here in cluster["file_mounts"].items():
+        if here.startswith("./"):
+            (tmp_path / Path(there).name).write_bytes((ROOT / here).read_bytes())
+    (command,) = (c for c in cluster["setup_commands"] if "requirements.txt" in c and "pip" not in c)
+    command = command.replace("~/dfssd-env/bin/python", sys.executable)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "requirements.txt").read_text().splitlines() == needed
+    assert any("-r requirements.txt" in c and "boto3" in c for c in cluster["setup_commands"])
 
 
 def test_the_cluster_is_shut(cluster):
@@ -159,20 +168,54 @@ def test_kubernetes_accepts_the_job(job):
     jsonschema.validate(job["spec"], _JOB)
 
 
+def _bytes(quantity):
+    """Of a Kubernetes quantity: 8Gi, 24Gi, or plain bytes."""
+    number, unit = re.fullmatch(r"(\d+)([KMGT]i)?", str(quantity)).groups()
+    return int(number) * 1024 ** ("KMGT".index(unit[0]) + 1 if unit else 0)
+
+
+def _pods(spec):
+    """(parameters of ray start, pod) of head and workers."""
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [(group["rayStartParams"], group["template"]) for group in groups]
+
+
 def test_the_job_has_a_token_shared_memory_and_no_secret_in_it(job):
     spec = job["spec"]["rayClusterSpec"]
     assert spec["authOptions"]["mode"] == "token" and spec["authOptions"]["secretName"]
-    pods = [spec["headGroupSpec"]["template"], *(g["template"] for g in spec["workerGroupSpecs"])]
-    for pod in pods:
+    for parameters, pod in _pods(spec):
         (container,), (volume,) = pod["spec"]["containers"], pod["spec"]["volumes"]
         assert volume["emptyDir"]["medium"] == "Memory"
         assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+        # Ray puts its store on disk where /dev/shm is smaller; loading processes need some of it too, and it is memory.
+        store, shm = int(parameters["object-store-memory"]), _bytes(volume["emptyDir"]["sizeLimit"])
+        assert 1.5 * store <= shm <= _bytes(container["resources"]["limits"]["memory"]) / 2
         env = {one["name"]: one["value"] for one in container["env"]}
         assert env["RAY_AUTH_MODE"] == "token" and not any("SECRET" in k or "KEY" in k for k in env)
         assert "MLFLOW_TRACKING_URI" in env and container["envFrom"][0]["secretRef"]["name"]
     (gpu,) = spec["workerGroupSpecs"]
     assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert 0 <= gpu["minReplicas"] <= gpu["replicas"] <= gpu["maxReplicas"]
+
+
+def test_nobody_else_reaches_the_pods(job):
+    policy = yaml.safe_load((ROOT / "deploy" / "networkpolicy.yaml").read_text())
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    spec = policy["spec"]
+    chosen = spec["podSelector"]["matchLabels"]
+    for _, pod in _pods(job["spec"]["rayClusterSpec"]):
+        assert chosen.items() <= pod["metadata"]["labels"].items()
+    assert spec["policyTypes"] == ["Ingress"]
+    own, others = spec["ingress"]
+    assert own["from"] == [{"podSelector": {"matchLabels": chosen}}]
+    assert others["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert all(peer["podSelector"]["matchLabels"] for peer in others["from"]), "an empty selector is everybody"
+    assert others["from"][0]["podSelector"]["matchLabels"] == {"job-name": job["metadata"]["name"]}
+
+
+def test_what_is_built_is_neither_kept_nor_uploaded():
+    for name in (".gitignore", ".rayignore"):
+        assert {"/build/", "__pycache__/", ".venv/"} <= set((ROOT / name).read_text().split())
 
 
 def test_the_image_copies_what_is_there():

@@ -14,11 +14,12 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, build_detector, detector_bytes, read_detector
 from dfssd.models.pairing import pair
 from dfssd.models.taps import Taps
-from dfssd.pseudo.thresholds import FixedThreshold
+from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
-from dfssd.train.session import Student, build_session
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
+from dfssd.train.session import build_session
+from dfssd.train.student import Student
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")
@@ -43,7 +44,12 @@ def _batch():
         "batch_idx": torch.tensor([0.0, 1.0, 2.0]),
         "score": torch.tensor([1.0, 1.0, 0.9]),
         "agreement": torch.ones(3),
+        "img": torch.zeros(4),
     }
+
+
+def _targets(batch=None, classes=3):
+    return targets_of(batch or _batch(), 2, torch.full((classes,), 0.5), Rules())
 
 
 def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES, teacher_names=NAMES, **settings):
@@ -53,11 +59,15 @@ def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES,
     teacher = Teacher(build_detector(teacher_spec, teacher_names, 64), CPU, teacher_taps or taps)
     pairing = pair(teacher, detector.model[-1], names, config.prediction)
     student = Student(detector, teacher.channels, taps, config.divergence == "mgd").train()
-    criterion = Criterion(
-        DetectionLoss(detector), config, FixedThreshold(torch.full((len(names),), 0.5)), 2, WorkerGroup(), pairing,
-        student.projections.generators,
-    )  # fmt: skip
+    criterion = Criterion(DetectionLoss(detector), config, WorkerGroup(), pairing, student.projections.generators)
     return student, teacher, criterion, pairing
+
+
+def _follow(balance, terms, neck):
+    """A step of one micro-batch."""
+    if balance.due:
+        balance.follow(balance.names(terms), balance.squares(terms, neck))
+    balance.advance()
 
 
 @pytest.mark.parametrize(("teacher_spec", "student_spec", "taps", "teacher_taps"), PAIRS)
@@ -72,7 +82,7 @@ def test_a_pair_of_families(teacher_spec, student_spec, taps, teacher_taps):
     both = {"one2many", "one2one"}
     assert set(pairing.branches) == (both if "26" in teacher_spec and "26" in student_spec else {"one2many"})
     assert pairing.bins == (("26" in teacher_spec) == ("26" in student_spec))
-    terms = criterion(out, said, _batch(), 0.0)
+    terms = criterion(out, said, _targets(), 0.0)
     assert {"pred/cls", "pred/loc", f"feat/{Distill().divergence}"} <= set(terms.losses)
     first = next(p for p in student.parameters() if p.requires_grad)
     norms = guards.check_reach(terms.losses, out, first, terms.silent)
@@ -92,9 +102,9 @@ def test_an_end_to_end_student_is_taught_in_both_branches():
         student, teacher, criterion, _ = _together(teacher_spec, "yolo26n.yaml")
         images = torch.rand(4, 3, 64, 64)
         out = student(images)
-        losses = criterion(out, teacher(images), _batch(), 0.0).losses
+        losses = criterion(out, teacher(images), _targets(), 0.0).losses
         grads = torch.autograd.grad(
-            losses["pred/cls"], [out.raw[b]["scores"] for b in ("one2many", "one2one")], allow_unused=True
+            losses["pred/cls"], [out.raw[b].scores for b in ("one2many", "one2one")], allow_unused=True
         )
         assert grads[0].abs().sum() > 0 and (grads[1] is not None) == taught
 
@@ -105,7 +115,7 @@ def test_every_divergence_trains_the_student_through_any_tap(kind):
         "yolov8s.yaml", "yolov8n.yaml", (4, 15, 21), divergence=kind, lambda_p=0, lambda_l=0, lambda_u=0
     )
     images = torch.rand(4, 3, 64, 64)
-    losses = criterion(student(images), teacher(images), _batch(), 0.0).losses
+    losses = criterion(student(images), teacher(images), _targets(), 0.0).losses
     losses[f"feat/{kind}"].backward()
     assert student.detector.model[0].conv.weight.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.projections.convs.parameters()) or kind in (
@@ -121,11 +131,11 @@ def test_a_teacher_with_more_classes_teaches_those_of_the_same_name():
     for conv in teacher.head.cv3:
         conv[-1].bias.data += torch.arange(4.0)  # untrained, all classes score nearly the same
     said = teacher(torch.rand(4, 3, 64, 64)).raw["one2many"]
-    torch.testing.assert_close(pairing.scores(said), said["scores"][:, [2, 0]])
+    torch.testing.assert_close(pairing.scores(said), said.scores[:, [2, 0]])
     batch = _batch()
     batch["cls"] = torch.tensor([0.0, 1.0, 1.0])
     images = torch.rand(4, 3, 64, 64)
-    criterion(student(images), teacher(images), batch, 0.0).total().backward()
+    criterion(student(images), teacher(images), _targets(batch, 2), 0.0).total().backward()
     with pytest.raises(DfssdError, match="does not know e") as caught:
         pair(teacher, student.detector.model[-1], ["a", "e"], "soft")
     assert caught.value.todo
@@ -137,7 +147,7 @@ def test_raw_mse_needs_heads_of_one_shape():
     assert "--prediction soft" in caught.value.todo
     student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml", prediction="mse")
     images = torch.rand(4, 3, 64, 64)
-    losses = criterion(student(images), teacher(images), _batch(), 0.0).losses
+    losses = criterion(student(images), teacher(images), _targets(), 0.0).losses
     assert "pred/mse" in losses and "pred/cls" not in losses and "pred/loc" not in losses
 
 
@@ -192,30 +202,30 @@ def test_balance_keeps_each_term_at_its_share():
         grads = torch.autograd.grad(term, neck, allow_unused=True, retain_graph=True)
         return torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt().item()
 
-    balance = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0), WorkerGroup())
+    balance = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0))
     first = terms()
-    balance.update(first, neck)
+    _follow(balance, first, neck)
     assert "pse" not in balance.factors  # no pseudo-label, nothing to measure
     for name, share in (("pred", 0.5), ("feat", 0.25)):
         assert balance.factors[name] * norm(first[name]) == pytest.approx(share * norm(first["sup"]), rel=1e-5)
     before = dict(balance.factors)
     neck[0].data *= 2  # what is measured changes; the factors follow, smoothly, and only when it is time to
     for _ in range(EVERY - 1):
-        balance.update(terms(), neck)
+        _follow(balance, terms(), neck)
     assert balance.factors == before
     later = terms()
-    balance.update(later, neck)
+    _follow(balance, later, neck)
     wanted = 0.5 * norm(later["sup"]) / norm(later["pred"])
     assert balance.factors["pred"] == pytest.approx(before["pred"] ** 0.7 * wanted**0.3, rel=1e-5)
-    other = Balance(Distill(balance="gradnorm"), WorkerGroup())
+    other = Balance(Distill(balance="gradnorm"))
     other.load_state_dict(balance.state_dict())
     assert other.factors == balance.factors and other.calls == balance.calls
 
 
 def test_balance_of_pseudo_labels_is_limited_and_a_share_of_zero_is_off():
     x = torch.ones(3, requires_grad=True)
-    balance = Balance(Distill(balance="gradnorm", share_u=1.0, share_p=0.0), WorkerGroup())
-    balance.update({"sup": x.sum(), "pse": 1e-6 * x.sum(), "pred": 1e-6 * x.sum()}, [x])
+    balance = Balance(Distill(balance="gradnorm", share_u=1.0, share_p=0.0))
+    _follow(balance, {"sup": x.sum(), "pse": 1e-6 * x.sum(), "pred": 1e-6 * x.sum()}, [x])
     assert balance.factors == {"pse": 10.0}
 
 
@@ -223,9 +233,9 @@ def test_balance_changes_the_losses_and_nothing_else():
     student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml")
     images = torch.rand(4, 3, 64, 64)
     out, said = student(images), teacher(images)
-    plain = criterion(out, said, _batch(), 0.0).losses
-    criterion.balance = Balance(Distill(balance="gradnorm"), WorkerGroup())
-    scaled = criterion(out, said, _batch(), 0.0).losses
+    plain = criterion(out, said, _targets(), 0.0).losses
+    criterion.balance = Balance(Distill(balance="gradnorm"))
+    scaled = criterion(out, said, _targets(), 0.0).losses
     for name, value in scaled.items():
         factor = criterion.balance.factors.get(name.split("/")[0], 1.0)
         torch.testing.assert_close(value, plain[name] * factor)
@@ -257,7 +267,8 @@ def test_compiled_networks_give_the_same_losses(prepared):
         s = build_session(job, WorkerGroup(), CPU)
         images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            histories.append(s.criterion(s.wrapped(images), s.teacher(images), _batch(), 0.0).losses)
+            targets = s.targets({**_batch(), "img": images}, 4)
+            histories.append(s.criterion(s.wrapped(images), s.teacher(images), targets, 0.0).losses)
     for name, value in histories[0].items():
         torch.testing.assert_close(histories[1][name], value, rtol=1e-3, atol=1e-4)
 

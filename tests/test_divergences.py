@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from dfssd.choices import DIVERGENCES
 from dfssd.distill import divergences as d
-from dfssd.distill.features import KINDS, OWN_TAU, Projections, joined, layer_terms, resized, score_map
+from dfssd.distill.features import KINDS, Projections, joined, layer_terms, resized, score_map
 
 LN2 = math.log(2)
 
@@ -208,7 +209,7 @@ def test_layers_are_joined_as_written(tau):
         sums, images = layer_terms(kind, s, t, score, tau)
         each = sums / images
         pairs = [[_np_standardise(x.double().numpy()) for x in pair] for pair in zip(s, t, strict=True)]
-        own = tau or OWN_TAU[kind]
+        own = tau or DIVERGENCES[kind].tau
         if kind in ("hw_js", "js"):
             want = np.array([_np_js(a, b, own) for a, b in pairs])
         elif kind == "cwd":

@@ -85,6 +85,24 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
     assert truth > 0.1
 
 
+def test_near_duplicates_do_not_make_the_interval_narrow():
+    """Every image ten times says no more than every image once."""
+    base, other = _stats(skill=0.5, seed=0), _stats(skill=0.7, seed=0)
+    once = gate.compare(base, other)
+
+    def tenfold(stats, grouped):
+        return [{**s, **({"group": k} if grouped else {})} for k, s in enumerate(stats) for _ in range(10)]
+
+    def width(result):
+        return result["map50_95"]["high"] - result["map50_95"]["low"]
+
+    grouped = gate.compare(tenfold(base, True), tenfold(other, True))
+    assert grouped["groups"] == once["images"] == grouped["images"] / 10
+    assert width(grouped) == pytest.approx(width(once), rel=0.25)
+    assert width(gate.compare(tenfold(base, False), tenfold(other, False))) < 0.5 * width(once)
+    assert f"in {once['images']} groups of near-duplicates" in gate.verdict(grouped)
+
+
 def _result(difference, low, high):
     one = {"label_only": 0.3, "student": 0.3 + difference, "difference": difference, "low": low, "high": high}
     return {"map50": one, "map50_95": one, "images": 40, "resamples": 300}

@@ -137,8 +137,8 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     runs = client.search_runs([experiment.experiment_id])
     parent = json.loads((storage / "p" / "run.json").read_text())["mlflow_run_id"]
     children = {r.data.tags["stage"]: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
-    assert set(children) == {"dataset", "teacher", "label_only", "pseudo", "quality", "student", "report"}
-    assert len(runs) == 8
+    assert set(children) == {"dataset", "teacher", "label_only", "pseudo", "quality", "student", "report", "export"}
+    assert len(runs) == 9
     assert all(r.info.status == "FINISHED" for r in runs)
     assert client.get_run(parent).data.params["train.imgsz"] == "64"
     student = children["student"]
@@ -152,7 +152,7 @@ def test_again_is_instant_and_other_settings_are_refused(finished, strip):
     storage, _ = finished
     begun = time.monotonic()
     again = subprocess.run(_command(strip, storage), capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert again.returncode == 0 and again.stdout.count("skipped") == 7 and time.monotonic() - begun < 60
+    assert again.returncode == 0 and again.stdout.count("skipped") == 8 and time.monotonic() - begun < 60
     other = subprocess.run(
         _command(strip, storage, "--lr", "0.01"), capture_output=True, text=True, cwd=ROOT, timeout=120
     )

@@ -1,93 +1,124 @@
-"""From the network's output to boxes: which NMS, how precise, and that all images at once give what each alone gives."""
+"""`dfssd predict`: what it writes, the watched folder, restarts, and what a user gets wrong."""
 
-import subprocess
-import sys
+import csv
+import json
 
+import cv2
+import numpy as np
 import pytest
-import torch
-from ultralytics.utils import nms
 
-from dfssd.evaluate import measure, validation
-from dfssd.models import predict as module
-from dfssd.models.detector import build_detector
-from dfssd.models.predict import suppress, suppress_together
-from dfssd.pseudo import teachers
-from dfssd.report import pictures
-from dfssd.train import loop
+from dfssd.cli import run
+from dfssd.errors import DfssdError
+from dfssd.line import predict as line
+from dfssd.line.results import LINES, Results
 
 
-def _crowd(images=5, classes=4, anchors=600, seed=0):
-    """(B,4+C,A) decoded boxes that overlap in heaps, with scores of which a third is above 0.2."""
-    g = torch.Generator().manual_seed(seed)
-    heaps = torch.rand(images, 2, 12, generator=g) * 600
-    centre = heaps[:, :, torch.randint(12, (anchors,), generator=g)] + torch.randn(images, 2, anchors, generator=g) * 8
-    size = 30 + 40 * torch.rand(images, 2, anchors, generator=g)
-    scores = torch.rand(images, classes, anchors, generator=g) ** 4
-    return torch.cat([centre, size, scores], 1)
+class Bright:
+    """A detector for tests: one box round what is brighter than 200."""
+
+    names = ["a", "bright"]  # noqa: RUF012
+    metadata = {}  # noqa: RUF012
+
+    def thresholds(self, score=None):
+        return np.full(2, 0.5 if score is None else score, np.float32)
+
+    def __call__(self, pictures, tau_c=None):
+        found = []
+        for picture in pictures:
+            y, x = np.nonzero(picture[..., 0] > 200)
+            rows = [[x.min(), y.min(), x.max() + 1, y.max() + 1, 0.9, 1]] if len(x) else []
+            found.append(np.array(rows, np.float32).reshape(-1, 6))
+        return found
 
 
-def test_worker_labelling_actor_and_evaluation_have_torchvision():
-    """Ultralytics' NMS asks `sys.modules`: our one import must be enough, and all three must come by it."""
-    alone = "import sys, dfssd.models.predict; sys.exit('torchvision' not in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", alone], check=False).returncode == 0
-    assert loop.validate is validation.validate
-    assert {validation.predict, teachers.predict, measure.predict, pictures.predict} == {module.predict}
+def _picture(place, defect=True):
+    image = np.full((40, 60, 3), 90, np.uint8)
+    if defect:
+        image[10:20, 30:45] = 255
+    cv2.imwrite(str(place), image)
+    return place
 
 
-def test_the_loop_in_python_is_never_taken(monkeypatch):
-    monkeypatch.setattr(nms.TorchNMS, "nms", lambda *_: pytest.fail("NMS ran in Python"))
-    assert all(len(found) for found in suppress(_crowd(), 0.2, 0.5, 300))
+def test_files_of_a_labelling(tmp_path):
+    (tmp_path / "in").mkdir()
+    _picture(tmp_path / "in" / "bad.png")
+    _picture(tmp_path / "in" / "good.png", defect=False)
+    (tmp_path / "in" / "cut.png").write_bytes(b"\x89PNG")
+    said = []
+    labelling = line.Labelling(Bright(), tmp_path / "out", say=said.append)
+    line.predict(labelling, line.find_pictures([str(tmp_path / "in")]))
+    rows = list(csv.DictReader((tmp_path / "out" / "boxes.csv").open()))
+    assert [(r["verdict"], r["name"]) for r in rows] == [("reject", "bright"), ("pass", "")]
+    assert [float(rows[0][k]) for k in ("x1", "y1", "x2", "y2")] == [30, 10, 45, 20]
+    found = json.loads((tmp_path / "out" / "coco.json").read_text())
+    assert found["annotations"][0]["bbox"] == [30, 10, 15, 10] and found["annotations"][0]["category_id"] == 2
+    assert len(found["images"]) == 2 and json.loads((tmp_path / "out" / "boxes.json").read_text())[1]["boxes"] == []
+    assert (tmp_path / "out" / "drawn" / "in_bad.jpg").exists()
+    assert (
+        any("cut.png" in s for s in said)
+        and "2 pictures, 1 rejected, 1 unreadable" in said[-1]
+        and "pictures/s" in said[-1]
+    )
 
 
-@pytest.mark.parametrize("conf,most", [(0.2, 300), (0.2, 7), (0.02, 300), (0.9999999, 300)])
-def test_one_nms_for_all_images_finds_what_ultralytics_finds(conf, most):
-    boxes = _crowd()
-    ours = suppress_together(boxes, conf, 0.6, most)
-    theirs = nms.non_max_suppression(boxes, conf, 0.6, multi_label=True, max_det=most)
-    assert [len(o) for o in ours] == [len(t) for t in theirs]
-    for own, stock in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own, stock)
+def test_coco_output_opens_in_a_coco_reader(tmp_path):
+    faster = pytest.importorskip("faster_coco_eval")
+    results = Results(tmp_path, ["a"])
+    results.add(tmp_path / "x.png", "1", (60, 40), np.array([[1, 2, 11, 12, 0.7, 0]], np.float32))
+    places = results.finish()
+    assert faster.COCO(str(places[2])).getAnnIds() == [1]
 
 
-def test_an_image_without_boxes_among_others():
-    boxes = _crowd(images=3)
-    boxes[1, 4:] = 0
-    found = suppress_together(boxes, 0.2, 0.6, 300)
-    assert [len(f) > 0 for f in found] == [True, False, True] and found[1].shape == (0, 6)
+def test_a_watched_folder_and_a_restart(tmp_path):
+    folder = tmp_path / "line"
+    folder.mkdir()
+    _picture(folder / "1.png")
+    (folder / "half.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    (folder / "note.txt").write_text("no picture")
+    said = []
+    first = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=said.append)
+    line.watch(first, folder, poll_s=0.0, rounds=6)
+    assert first.pictures == 1 and (folder / "unreadable" / "half.png").exists() and (folder / "note.txt").exists()
+    with (tmp_path / "out" / LINES).open("a") as stream:  # killed in the middle of a line
+        stream.write('{"file": "cut')
+    _picture(folder / "2.png", defect=False)
+    second = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=said.append)
+    line.watch(second, folder, poll_s=0.0, rounds=3)
+    assert second.pictures == 1  # the first one is not labelled again
+    assert [one["verdict"] for one in second.results.lines()] == ["reject", "pass"]
+    _picture(folder / "1.png", defect=False)  # another picture under the same name
+    third = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=said.append)
+    line.watch(third, folder, poll_s=0.0, rounds=3)
+    assert third.pictures == 1 and [one["verdict"] for one in third.results.lines()] == ["pass", "pass"]
 
 
-def test_too_many_boxes_for_one_nms_go_image_by_image(monkeypatch):
-    monkeypatch.setattr(module, "ONE_NMS", 10)
-    assert suppress_together(_crowd(), 0.2, 0.6, 300) is None
+def test_a_file_that_still_grows_is_left_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "line"
+    folder.mkdir()
+    whole = _picture(tmp_path / "whole.png").read_bytes()
+    labelling = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=lambda text: None)
+    sizes = iter([*range(10, len(whole), max(1, len(whole) // 8)), len(whole)])
+
+    def grow(_):
+        size = next(sizes, None)
+        if size is not None:
+            (folder / "x.png").write_bytes(whole[:size])
+
+    monkeypatch.setattr(line.time, "sleep", grow)
+    line.watch(labelling, folder, poll_s=1.0, rounds=16)
+    assert labelling.pictures == 1 and not (folder / "unreadable").exists()
 
 
-@pytest.mark.parametrize("spec", ["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"])
-def test_decoding_apart_from_the_network_changes_nothing_in_fp32(spec):
-    torch.manual_seed(0)
-    model = build_detector(spec, ["a", "b", "c"], 96).eval()
-    images = torch.rand(2, 3, 96, 128)
-    with torch.no_grad():
-        expected = model(images)[0]
-        assert torch.equal(module._decode(model, module._raw(model, images)), expected)
-    assert not model.model[-1].training
-
-
-def test_boxes_are_decoded_in_float32_whatever_the_network_computes_in():
-    """Raw output in bf16, decoded in bf16, is off by more than a pixel at 640 px; decoded in float32 by next to nothing."""
-    model = build_detector("yolov8n.yaml", ["a", "b"], 640).eval()
-    head, g = model.model[-1], torch.Generator().manual_seed(0)
-    feats = [torch.zeros(1, 1, 640 // s, 640 // s, dtype=torch.bfloat16) for s in (8, 16, 32)]
-    raw = {"boxes": torch.randn(1, 64, 8400, generator=g), "scores": torch.randn(1, 2, 8400, generator=g)}
-    raw = {"feats": feats, **{k: v.bfloat16() for k, v in raw.items()}}
-    with torch.no_grad():
-        ours = module._decode(model, raw)
-        head.shape = None
-        rough = model.bfloat16().model[-1]._inference(raw)
-        head.shape = None
-        exact = model.double().model[-1]._inference({"feats": [f.double() for f in feats], **_double(raw)})
-    assert ours.dtype == torch.float32
-    assert (ours - exact).abs().max() < 1e-3 and (rough - exact)[:, :4].abs().max() > 1
-
-
-def _double(raw):
-    return {k: raw[k].double() for k in ("boxes", "scores")}
+def test_user_errors_end_with_2(tmp_path, capsys):
+    _picture(tmp_path / "x.png")
+    for words, said in (
+        (["no.onnx", str(tmp_path / "x.png")], "no such model"),
+        (["no.onnx", str(tmp_path / "y.png")], "no such picture"),
+        (["no.onnx"], "--watch"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            run("predict", words)
+        assert error.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(DfssdError, match="there is no picture"):
+        (tmp_path / "empty").mkdir()
+        line.find_pictures([str(tmp_path / "empty")])

@@ -11,41 +11,57 @@ import dfssd.pipeline.stages as stages
 from dfssd.config import Distill
 from dfssd.data.manifest import read_table
 from dfssd.errors import DfssdError
-from dfssd.runtime.artefact_names import finished_models, improved, in_round, newest_round, split_round
+from dfssd.pipeline import run as runner
+from dfssd.pipeline.stages import finished_models
+from dfssd.pipeline.training import train_job
+from dfssd.runtime.artefact_names import (
+    DATASET,
+    LABEL_ONLY,
+    PSEUDO,
+    QUALITY,
+    STUDENT,
+    TEACHER,
+    ArtefactName,
+    newest_round,
+)
 from dfssd.runtime.storage import Storage
-from dfssd.train.job import TrainJob, stage_config
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_names():
-    assert [in_round("teacher", n) for n in (1, 2, 3)] == ["teacher", "teacher_2", "teacher_3"]
-    for name in ("teacher", "pseudo_2", "label_only", "student", "quality_10"):
-        assert in_round(*split_round(name)) == name
-    assert split_round("label_only") == ("label_only", 1)
+    assert [str(TEACHER.of_round(n)) for n in (1, 2, 3)] == ["teacher", "teacher_2", "teacher_3"]
+    for folder in ("teacher", "pseudo_2", "label_only", "student", "quality_10", "mean_teacher_2"):
+        assert str(ArtefactName.parse(folder)) == folder
+    assert ArtefactName.parse("label_only") == LABEL_ONLY and ArtefactName.parse("teacher_2") == TEACHER.of_round(2)
 
 
 def _finish(run, name, value=0.0):
     run.write_json(f"{name}/stage.json", {"digest": name, "summary": {"best": {"map50_95": value}}})
 
 
+def inputs_of(config, run, name):
+    return stages.make_stage(config, run, name).inputs
+
+
 def test_the_student_reads_the_newest_round_that_has_labels(tmp_path):
     run = Storage(str(tmp_path)).at("r")
     config = tiny_config(tmp_path)
-    for name in ("teacher", "pseudo"):
+    two = [name.of_round(2) for name in (TEACHER, PSEUDO, QUALITY)]
+    for name in (TEACHER, PSEUDO):
         _finish(run, name)
-    assert stages.training_inputs(config, run, "student") == ("dataset", "teacher", "pseudo")
-    _finish(run, "teacher_2")
-    assert newest_round(run) == 1 and finished_models(run) == ["teacher", "teacher_2"]
-    _finish(run, "pseudo_2")
-    assert stages.training_inputs(config, run, "student") == ("dataset", "teacher_2", "pseudo_2")
-    assert stages.training_inputs(config, run, "teacher_2") == ("dataset", "pseudo")
-    assert stages.training_inputs(config, run, "label_only") == ("dataset",)
+    assert inputs_of(config, run, STUDENT) == (DATASET, TEACHER, PSEUDO)
+    _finish(run, two[0])
+    assert newest_round(run) == 1 and finished_models(run) == [TEACHER, two[0]]
+    _finish(run, two[1])
+    assert inputs_of(config, run, STUDENT) == (DATASET, two[0], two[1])
+    assert inputs_of(config, run, two[0]) == (DATASET, PSEUDO)
+    assert inputs_of(config, run, LABEL_ONLY) == (DATASET,)
     alone = config.model_copy(update={"distill": Distill(lambda_p=0, lambda_l=0, lambda_f=0)})
-    assert stages.training_inputs(alone, run, "student") == ("dataset", "pseudo_2")  # no teacher in the loop
-    assert stages.make_stage(config, run, "pseudo_2").inputs == ("dataset", "teacher_2")
-    assert stages.make_stage(config, run, "quality_2").inputs == ("dataset", "pseudo_2")
+    assert inputs_of(alone, run, STUDENT) == (DATASET, two[1])  # no teacher in the loop
+    assert inputs_of(config, run, two[1]) == (DATASET, two[0])
+    assert inputs_of(config, run, two[2]) == (DATASET, two[1])
 
 
 @pytest.mark.parametrize(
@@ -58,35 +74,31 @@ def test_the_student_reads_the_newest_round_that_has_labels(tmp_path):
 )
 def test_rounds_stop_where_validation_no_longer_improves(tmp_path, monkeypatch, capsys, scores, ran, used):
     config = tiny_config(tmp_path).model_copy(update={"rounds": 3})
-    context = stages.Context(config)
-    done = []
+    run, done = Storage(str(tmp_path)).at("r"), []
 
     def run_stage(context, name):
-        done.append(name)
-        _finish(context.run, name, scores.get(name, 0.0))
+        done.append(str(name))
+        _finish(context.run, name, scores.get(str(name), 0.0))
 
-    monkeypatch.setattr(stages, "run_stage", run_stage)
-    for name in ("teacher", "pseudo"):
-        run_stage(context, name)
-    stages.later_rounds(context)
-    assert f"teacher_{ran}" in done and f"teacher_{ran + 1}" not in done
-    assert newest_round(context.run) == used
+    monkeypatch.setattr(runner, "run_stage", run_stage)
+    runner.run_stages(config, [DATASET, TEACHER, PSEUDO, QUALITY, STUDENT])
+    assert f"teacher_{ran}" in done and f"teacher_{ran + 1}" not in done and done[-1] == "student"
+    assert newest_round(run) == used
     said = capsys.readouterr().out
     assert said.count("its labels are used") == used - 1 and said.count("no better") == ran - used
-    if used == ran:
-        assert improved(context.run, ran)
 
 
 def test_a_later_teacher_learns_from_labels_and_pseudo_labels_but_is_not_distilled(prepared):
     give_teacher_and_candidates(prepared)
-    job = TrainJob("teacher_2", str(prepared / "r"), tiny_config(prepared, steps=2, val_every=2), pseudo="pseudo")
+    run, config = Storage(str(prepared / "r")), tiny_config(prepared, steps=2, val_every=2)
+    job = train_job(config, run, TEACHER.of_round(2), pseudo=PSEUDO)
     train_in_process(job)
     step = job.store.read_json("history.json")[0]
     terms = {k.split("/")[1] for k in step if k.startswith("loss/")}
     assert terms == {"sup", "pse", "total"} and step["pse/pseudo_labels"] > 0
-    config = stage_config(job.config, "teacher_2")
-    assert "distill" in config and "lambda_f" not in config["distill"] and "thresholds" in config
-    assert "distill" not in stage_config(job.config, "teacher")
+    counts = stages.settings_of(config, TEACHER.of_round(2))
+    assert "lambda_f" not in counts["distill"] and "thresholds" in counts
+    assert "distill" not in stages.settings_of(config, TEACHER)
 
 
 def test_a_teacher_without_patience_stops_early_and_the_student_never_does(prepared):
@@ -109,24 +121,22 @@ def test_label_teachers_are_part_of_what_a_labelling_depends_on(tmp_path):
     for k in range(2):
         (tmp_path / f"{k}.pt").write_bytes(detector_bytes(build_detector("yolov8n.yaml", ["pit"], 64), {"k": k}))
     one, two, other = (
-        stages.make_stage(tiny_config(tmp_path, label_teachers=files), run, "pseudo")
+        stages.make_stage(tiny_config(tmp_path, label_teachers=files), run, PSEUDO)
         for files in ((f"{tmp_path}/0.pt",), (f"{tmp_path}/0.pt", f"{tmp_path}/1.pt"), (f"{tmp_path}/1.pt",))
     )
-    assert one.inputs == ("dataset",) and len(two.config["teachers"]) == 2 and one.config != other.config
-    own = stages.make_stage(tiny_config(tmp_path), run, "pseudo")
-    assert own.inputs == ("dataset", "teacher") and "teachers" not in own.config
+    assert one.inputs == (DATASET,) and len(two.config["pseudo"]["label_teachers"]) == 2 and one.config != other.config
+    own = stages.make_stage(tiny_config(tmp_path), run, PSEUDO)
+    assert own.inputs == (DATASET, TEACHER) and own.config["pseudo"]["label_teachers"] == []
     with pytest.raises(DfssdError, match="has no weights, so it cannot label"):
-        stages.make_stage(tiny_config(tmp_path, label_teachers=("yolov8n.yaml",)), run, "pseudo")
+        stages.make_stage(tiny_config(tmp_path, label_teachers=("yolov8n.yaml",)), run, PSEUDO)
 
 
 WITH_BETTER_TEACHERS = """
 import sys
 import dfssd.pipeline.stages as stages
-stages.improved = lambda run, number: True  # eight steps teach nothing: pretend that they did
-from dfssd.cli import main
-sys.path.insert(0, "jobs")
-import pipeline
-main(pipeline.job)
+stages.val_score = lambda run, name: name.round  # eight steps teach nothing: pretend that they did
+from dfssd.cli import run
+run("pipeline")
 """
 
 
@@ -139,7 +149,7 @@ def test_two_whole_rounds_leave_their_artefacts_and_the_student_learns_from_the_
     done = subprocess.run([sys.executable, "-c", WITH_BETTER_TEACHERS, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     run = Storage(str(tmp_path)).at("p")
-    assert finished_models(run) == ["teacher", "teacher_2", "student"] and newest_round(run) == 2
+    assert [str(m) for m in finished_models(run)] == ["teacher", "teacher_2", "student"] and newest_round(run) == 2
     assert set(run.read_json("student/stage.json")["inputs"]) == {"dataset", "teacher_2", "pseudo_2"}
     assert set(run.read_json("pseudo_2/stage.json")["inputs"]) == {"dataset", "teacher_2"}
     digests = [run.read_json(f"{name}/stage.json")["outputs"]["best.pt"]["sha256"] for name in ("teacher", "teacher_2")]

@@ -2,11 +2,12 @@ import pytest
 
 from dfssd.errors import DfssdError, find_user_error, nearest
 from dfssd.runtime.artefact import Stage, code_version, differences
+from dfssd.runtime.artefact_names import ArtefactName
 from dfssd.runtime.storage import Storage
 
 
 def _stage(tmp_path, name="b", inputs=(), **config):
-    return Stage(Storage(str(tmp_path)), name, {"train": config}, inputs)
+    return Stage(Storage(str(tmp_path)), ArtefactName(name), {"train": config}, tuple(map(ArtefactName, inputs)))
 
 
 def _finish(stage, content=b"x", overwrite=False):

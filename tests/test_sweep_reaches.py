@@ -4,15 +4,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from small import give_teacher_and_candidates
+from small import give_teacher_and_candidates, make_job
 
 from dfssd.config import Config, Data
 from dfssd.data.prepare import prepare
 from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial, apply, draw, make_trial, trials
 from dfssd.sweep.space import load_space
-from dfssd.train.job import TrainJob
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 SPACES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))}
 TINY = {
@@ -69,12 +68,11 @@ def losses(strip, tmp_path_factory):
         config = apply(Config(data=Data(label_fraction=0.4)), {**TINY, **settings})
         folder = storage_for(config.data.label_fraction)
         method = settings.get("method", "distill")
-        teacher = {"teacher": "teacher", "pseudo": "pseudo"} if method == "distill" else {}
         stage = "student" if method == "distill" else "label_only"
         run_uri = tmp_path_factory.mktemp("run")
         for name in ("dataset", "teacher", "pseudo"):
             (run_uri / name).symlink_to(folder / "r" / name)
-        job = TrainJob(stage, str(run_uri), config, **teacher)
+        job = make_job(stage, str(run_uri), config)
         if settings.get("models.teacher"):
             own_teacher(run_uri, config)
         train_in_process(job)

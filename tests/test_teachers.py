@@ -12,6 +12,7 @@ from dfssd.data.manifest import read_pseudo
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.pseudo.fusion import FLIPS
+from dfssd.pseudo.shards import fuse_and_write, fuse_views
 from dfssd.pseudo.teachers import TeacherActor, class_map, digest
 from dfssd.runtime.storage import Storage
 
@@ -45,7 +46,23 @@ def _actor(tmp_path, *weights, names=NAMES, **settings):
     for k, data in enumerate(weights):
         files.append(f"t/{k}.pt")
         run.write(files[-1], data)
-    return TeacherActor(run.uri, "pseudo", tiny_config(tmp_path, **settings), files, names, threads=1)
+    return Labeller(run, tiny_config(tmp_path, **settings), files, names)
+
+
+class Labeller:
+    """The three stages of a shard in one process, without Ray."""
+
+    def __init__(self, run, config, files, names):
+        self.run, self.config = run, config
+        self.actor = TeacherActor(run.uri, config, files, names, threads=1, gpu=False)
+        self.teachers = self.actor.teachers
+
+    def __call__(self, row):
+        return fuse_and_write(self.actor(row), self.run.uri, "pseudo", self.config.pseudo, self.config.train.imgsz)
+
+    def candidates(self, images, geometry, sizes):
+        row = {"ids": [str(k) for k in range(len(images))], "images": images, "geometry": geometry, "sizes": sizes}
+        return fuse_views(self.teachers(row), self.config.pseudo, self.config.train.imgsz)
 
 
 def _shard(tmp_path, count=5, shape=(48, 64)):
@@ -120,13 +137,15 @@ def test_an_ensemble_agrees_less_than_one_teacher(tmp_path):
     (single,), (same,), (mixed,) = one.candidates(*args), twins.candidates(*args), other.candidates(*args)
     assert (same[:, 6] > 0.999).mean() > 0.5 and same[0, 5] == pytest.approx(single[0, 5], abs=1e-5)
     assert mixed[:, 6].mean() < same[:, 6].mean()
-    assert len({one.digest, twins.digest, other.digest}) == 3 and digest([b"a", b"b"]) != digest([b"b", b"a"])
+    assert len({one.teachers.digest, twins.teachers.digest, other.teachers.digest}) == 3 and digest(
+        [b"a", b"b"]
+    ) != digest([b"b", b"a"])
 
 
 def test_classes_are_matched_by_name(tmp_path):
     names = ["dirt", "patch", "pit", "scratch"]  # one more, in another order
     actor = _actor(tmp_path, _weights("yolov8n.yaml", names), tta="none")
-    assert actor.maps[0].tolist() == [-1, 2, 0, 1]
+    assert actor.teachers.maps[0].tolist() == [-1, 2, 0, 1]
     (boxes,) = actor.candidates(*(lambda r: (r["images"], r["geometry"], r["sizes"]))(_shard(tmp_path, count=1)))
     assert set(boxes[:, 0]) <= {0, 1, 2} and len(boxes)
     with pytest.raises(DfssdError, match=r"does not know the classes \['patch'\]"):
@@ -162,21 +181,20 @@ def test_an_automatic_batch_shrinks_to_the_memory_there_is(tmp_path, monkeypatch
         _actor(tmp_path, _weights("yolov8n.yaml"), label_batch=4)(row)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (48, 64), (64, 40), (30, 200), (500, 100)])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 64), (63, 40), (30, 200), (500, 100), (13, 410), (1, 90), (333, 7)])
 def test_boxes_come_out_of_the_letterbox_where_they_were(tmp_path, shape):
-    """A box drawn in the image, carried into the network's input by hand, comes back to its place."""
-    row = _shard(tmp_path, count=1, shape=shape)
-    scale, left, top = row["geometry"][0].tolist()
+    """Where the image's edges lie in the input is read off its pixels; a box in between must come back to its place, which on
+    strips wants a scale for each axis: at 640 px one of 4096 x 130 px is 20 px high, and not 20.3."""
     height, width = shape
-    truth = np.array([[0.4, 0.5, 0.2, 0.3]])
-    px = truth * [width, height, width, height] * scale
-    inside = np.array([[0, (px[0, 0] + left) / 64, (px[0, 1] + top) / 64, px[0, 2] / 64, px[0, 3] / 64, 0.9, 1.0]])
-    out = out_of_letterbox(inside.astype(np.float32), scale, left, top, row["sizes"][0], 64)
-    np.testing.assert_allclose(out[0, 1:5], truth[0], atol=1e-5)
-    outside = inside.copy()
-    outside[0, 1:5] = [0.5, 0.5, 3.0, 3.0]
-    np.testing.assert_allclose(
-        out_of_letterbox(outside.astype(np.float32), scale, left, top, row["sizes"][0], 64)[0, 1:5],
-        [0.5, 0.5, 1, 1],
-        atol=1e-5,
-    )
+    path = str(tmp_path / "white.png")
+    cv2.imwrite(path, np.full((height, width), 255, np.uint8))
+    row = decode_shard({"uris": [path]}, 64)
+    y, x = np.nonzero(row["images"][0, ..., 0] == 255)
+    low, high = np.array([x.min(), y.min()]), np.array([x.max(), y.max()]) + 1
+    for box in ((0.4, 0.5, 0.2, 0.3), (0.5, 0.5, 1.0, 1.0), (0.1, 0.9, 0.2, 0.2)):
+        truth = np.array(box)
+        centre, size = low + truth[:2] * (high - low), truth[2:] * (high - low)
+        inside = np.array([[0, *centre / 64, *size / 64, 0.9, 1.0], [0, 0.5, 0.5, 3.0, 3.0, 0.9, 1.0]], np.float32)
+        out = out_of_letterbox(inside, *row["geometry"][0].tolist(), row["sizes"][0], 64)
+        np.testing.assert_allclose(out[:, 1:5], [truth, [0.5, 0.5, 1, 1]], atol=2e-6)
+        assert iou(corners(out[:1]), corners(np.array([[0, *box]])))[0, 0] > 1 - 1e-4

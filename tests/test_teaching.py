@@ -5,14 +5,14 @@ import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.dataset import network_input
-from dfssd.distill.criterion import Terms
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.loop import clip, forward
+from dfssd.train.in_process import train_in_process
+from dfssd.train.loop import clip
 from dfssd.train.session import build_session
-from dfssd.train.worker import train_in_process
+from dfssd.train.step import forward
 
 NAMES = ["a", "b", "c"]
 CPU = torch.device("cpu")
@@ -26,6 +26,7 @@ def _batch():
         "batch_idx": torch.tensor([0.0, 1.0, 2.0]),
         "score": torch.tensor([1.0, 1.0, 0.9]),
         "agreement": torch.ones(3),
+        "img": torch.zeros(8),
     }
 
 
@@ -49,10 +50,9 @@ def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepar
     s = build_session(job, WorkerGroup(), CPU)
     start = {k: v.clone() for k, v in s.student.online.state_dict().items()}
     images = torch.rand(8, 3, 64, 64)
-    out, said = s.student(images), s.teacher(images)
-    assert out.teacher["one2many"]["scores"].shape[0] == 4 and said.raw["one2many"]["scores"].shape[0] == 8
-    batch = _batch()
-    terms = s.criterion(out, said, batch, 0.0)
+    out, said = s.student(images, 4), s.teacher(images)
+    assert out.teacher["one2many"].scores.shape[0] == 4 and said.raw["one2many"].scores.shape[0] == 8
+    terms = s.criterion(out, said, s.targets(_batch(), 4), 0.0)
     taught = [p for p in s.student.online.parameters() if p.requires_grad]
     for name, loss in terms.losses.items():
         grads = torch.autograd.grad(loss, taught, retain_graph=True, allow_unused=True)
@@ -83,7 +83,8 @@ def test_the_gradient_of_an_online_teacher_does_not_shrink_the_students(prepared
     taught = [p for p in s.student.online.parameters() if p.requires_grad]
     own = [p for p in s.student.detector.parameters() if p.requires_grad]
     own[0].grad, taught[0].grad = torch.full_like(own[0], 1e-3), torch.full_like(taught[0], 1e3)
-    norm = clip(s, Terms({}, {}), ["x"])
+    norm, broken = clip(s)
+    assert broken == 0
     assert norm.item() == pytest.approx(1e-3 * own[0].numel() ** 0.5) and (own[0].grad == 1e-3).all()
     assert taught[0].grad.norm().item() == pytest.approx(s.job.config.train.grad_clip, rel=1e-4)
 
@@ -99,6 +100,7 @@ def test_an_online_teacher_must_know_exactly_the_classes(prepared):
 
 def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
     from dfssd.pipeline.stages import make_stage
+    from dfssd.runtime.artefact_names import STUDENT, TEACHER
 
     give_teacher_and_candidates(prepared)
     run = Storage(str(prepared / "r"))
@@ -108,10 +110,10 @@ def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
 
     def stage(name):
         config = tiny_config(prepared, distill_teacher=str(tmp_path / f"{name}.pt"))
-        return make_stage(config, run, "student")
+        return make_stage(config, run, STUDENT)
 
     assert stage("a").config == stage("b").config != stage("c").config
-    assert "teacher" not in stage("a").inputs and "teacher" in make_stage(tiny_config(prepared), run, "student").inputs
+    assert TEACHER not in stage("a").inputs and TEACHER in make_stage(tiny_config(prepared), run, STUDENT).inputs
     config = tiny_config(prepared, distill_teacher=str(tmp_path / "a.pt"))
     job = make_job("student", str(prepared / "r"), config)
     names = list(read_detector(run.read("teacher/best.pt"), "t").names.values())
@@ -122,7 +124,7 @@ def test_weights_of_another_teacher_count_by_content(prepared, tmp_path):
         256,
     ]  # not the run's YOLOv8s: 128, 256, 512
     with pytest.raises(DfssdError, match="could not be fetched"):
-        make_stage(tiny_config(prepared, distill_teacher="gone.pt"), run, "student")
+        make_stage(tiny_config(prepared, distill_teacher="gone.pt"), run, STUDENT)
 
 
 def test_a_teacher_in_bf16_teaches_a_student_in_fp32_nearly_the_same(prepared):
@@ -133,10 +135,11 @@ def test_a_teacher_in_bf16_teaches_a_student_in_fp32_nearly_the_same(prepared):
             make_job("student", str(prepared / "r"), tiny_config(prepared, teacher_amp=amp)), WorkerGroup(), CPU
         )
         batch = next(iter(s.loader()))
-        out, said = forward(s, network_input(batch["img"], CPU))
-        assert out.raw["one2many"]["feats"][0].dtype == torch.float32  # the student's pass is not touched
+        images = network_input(batch["img"], CPU)
+        out, said = forward(s, images, images, 4)
+        assert out.raw["one2many"].feats[0].dtype == torch.float32  # the student's pass is not touched
         assert said.taps[0].dtype == (torch.float32 if amp == "fp32" else torch.bfloat16)
-        losses = s.criterion(out, said, batch, 0.5).losses
+        losses = s.criterion(out, said, s.targets(batch, 4), 0.5).losses
         sum(losses.values()).backward()
         grad = next(p for p in s.student.parameters() if p.requires_grad).grad
         found[amp] = ({k: float(v) for k, v in losses.items()}, grad.flatten())

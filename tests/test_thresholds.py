@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from dfssd.choices import POLICIES
 from dfssd.config import Thresholds
 from dfssd.pseudo.thresholds import (
     BINS,
-    POLICIES,
     EmaThreshold,
     FixedThreshold,
     ScoreCounts,

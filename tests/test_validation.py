@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from small import tiny_config
+from small import make_job, tiny_config
 
 from dfssd.config import Data
 from dfssd.data.dataset import ManifestDataset
@@ -16,8 +16,7 @@ from dfssd.evaluate.validation import summarise, validate
 from dfssd.models.detector import load_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.job import TrainJob
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def trained(strip, tmp_path_factory):
     # One validation, at the end: val is so small that rounding decides which of two is better, and the first may win.
     often = {"val_every": 320, "log_every": 80}
     config = tiny_config(storage, steps=320, batch=8, lr=0.004, ema_decay=0.9, **often, **still)
-    return storage, train_in_process(TrainJob("label_only", str(storage / "r"), config))
+    return storage, train_in_process(make_job("label_only", str(storage / "r"), config))
 
 
 def _measure(storage, split, world=None):
@@ -97,3 +96,172 @@ def test_no_box_at_all_is_a_user_error():
     nothing = {"tp": np.zeros((0, 10), bool), "conf": np.zeros(0), "pred_cls": np.zeros(0), "target_cls": np.zeros(0)}
     with pytest.raises(DfssdError, match="no box at all"):
         summarise([nothing | {"target_img": np.zeros(0), "im_name": "x"}], {0: "a"})
+
+
+def test_records_lie_where_the_manifest_has_them(trained):
+    """Boxes of a record are in pixels of the picture: through the letterbox and back, the truth is the label."""
+    from dfssd.evaluate.validation import collect, detecting
+
+    storage, _ = trained
+    run = Storage(str(storage / "r"))
+    manifest = read_manifest(run.at("dataset"))
+    rows = manifest.of_split("val")
+    dataset = ManifestDataset(rows, [r.boxes for r in rows], manifest.names, 96)
+    model = load_detector(run.read("label_only/best.pt"), "best.pt", 96)
+    records = collect(detecting(model), dataset, WorkerGroup(), torch.device("cpu"))
+    by_id = {r.image_id: r for r in rows}
+    assert len(records) == len(rows)
+    for one in records:
+        row = by_id[one["image_id"]]
+        centre, size = row.boxes[:, 1:3] * one["size"], row.boxes[:, 3:5] * one["size"]
+        np.testing.assert_allclose(one["truth"], np.concatenate([centre - size / 2, centre + size / 2], 1), atol=1e-2)
+        assert one["group"] == row.group and len(one["boxes"]) == len(one["conf"])
+
+
+@pytest.fixture(scope="module")
+def measured(trained, strip):
+    """The whole measurement of that detector, in two roles."""
+    from dfssd.evaluate.measure import measure
+
+    storage, _ = trained
+    again = Storage(str(storage / "again"))
+    summary = prepare(Data(data=str(strip), label_fraction=1.0, split_shares=(0.6, 0.2, 0.2)), 0, again.at("dataset"))
+    run = Storage(str(storage / "r"))
+    for name in ("best.pt", "stage.json"):
+        if run.exists(f"label_only/{name}"):
+            run.write(f"student/{name}", run.read(f"label_only/{name}"))
+    record = {"summary": summary, "duration_s": 1.0, "finished_utc": "2026-01-01T00:00:00Z"}
+    run.write_json("dataset/stage.json", record)
+    config = tiny_config(storage)
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"latency_repeats": 5})})
+    return config, run, measure(config, run.uri, ["label_only", "student"], 1)
+
+
+def test_a_measurement_holds_all_numbers_and_the_boxes_behind_them(measured):
+    from dfssd.evaluate.detections import read_detections
+
+    _, run, results = measured
+    for split in ("val", "test"):
+        one = results["student"][split]
+        assert one["map50"] == results["label_only"][split]["map50"] and set(one["coco"]) >= {"all", "small"}
+        assert np.sum(one["confusion"]["counts"]) > 0 and one["line"]["escape"]["pictures"] > 0
+    point = results["student"]["operating_point"]
+    assert point["max_escape"] == 0.02 and point["chosen_on"] == "val"
+    assert results["gate"]["map50"]["difference"] == 0
+    assert results["student"]["latency_p95_ms"] >= results["student"]["latency_ms"] > 0
+    boxes = read_detections(run.at("report"))
+    manifest = read_manifest(run.at("dataset"))
+    tau = np.array([point["thresholds"][n] for n in manifest.names])
+    test = [r for r in manifest.of_split("test") if r.boxes is not None]
+    empty = np.zeros((0, 7))
+    rejected = [
+        (b[:, 4] >= tau[b[:, 5].astype(int)]).any()
+        for b in (boxes["student", "test"].get(r.image_id, empty) for r in test)
+    ]
+    escaped = sum(len(r.boxes) > 0 and not hit for r, hit in zip(test, rejected, strict=True))
+    assert results["student"]["test"]["line"]["escape"]["count"] == escaped
+
+
+def test_what_a_user_sees_last(measured, capsys):
+    """Verdict on val and test, escapes and rejects, and commands that name only files that are there."""
+    from dfssd.report.terminal import print_results
+
+    config, run, results = measured
+    run.write_json("report/metrics.json", results)
+    strange = config.model_copy(update={"data": config.data.model_copy(update={"data": "/a b/data"})})
+    print_results(strange)
+    text = capsys.readouterr().out
+    for words in ("val mAP50", "Val chose weights and scores", "On test, which chose nothing", "defective pictures pass",
+                  "clean test picture", "THE MACHINE WAS BUSY" if results["latency"]["busy"] else "interleaved rounds",
+                  f"conf={results['student']['operating_point']['score']}", "source='/a b/data'"):  # fmt: skip
+        assert words in text, words
+    assert "…" not in text
+    run.at("student").delete("best.pt")
+    del results["student"], results["gate"]
+    run.write_json("report/metrics.json", results)
+    print_results(config)
+    text = capsys.readouterr().out
+    assert "label_only/best.pt" in text and "student/best.pt" not in text
+
+
+def test_the_row_of_labels_stands_under_its_classes():
+    """stage.json sorts its keys; class names are in order of their id."""
+    from dfssd.report.tables import split_rows
+
+    boxes = {"scratch": 1, "pit": 7}
+    split = {"images": 9, "labelled": 3, "boxes": boxes}
+    summary = {"names": ["scratch", "pit"], "splits": {"train": split, "val": {**split, "labelled": 0}},
+               "labelled_images": 3, "labelled_boxes": {"pit": 7, "scratch": 1}}  # fmt: skip
+    header, rows = split_rows(summary)
+    assert header[3:] == ["scratch", "pit"] and rows[-1][3:] == ["1", "7"] and rows[1][2] == "-"
+
+
+PROBE = """
+<script>%s</script><script>
+addEventListener("load", async () => {
+  const out = document.createElement("pre"); out.id = "probe";
+  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const bad = window.axe ? (await axe.run()).violations.filter(v => ["serious", "critical"].includes(v.impact)) : [];
+  const broken = [...document.images].filter(i => i.complete && !i.naturalWidth).length;
+  const said = {wide, broken, dark: matchMedia("(prefers-color-scheme: dark)").matches, axe: !!window.axe,
+                bad: bad.map(v => v.id + ": " + v.nodes.slice(0, 2).map(n => n.html.slice(0, 90)).join(" | "))};
+  out.textContent = JSON.stringify(said); document.body.append(out);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def page(measured):
+    from dfssd.report.html import render
+    from dfssd.report.pictures import write_detection_sheet
+
+    config, run, results = measured
+    if "student" not in results:  # another test takes it away
+        pytest.skip("the student was taken away")
+    write_detection_sheet(config, run, results, {"student": "student"})
+    return render(config, run, results)
+
+
+def test_the_report_is_one_file_with_all_sections(page, tmp_path):
+    import re
+    from html.parser import HTMLParser
+
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", page) and "url(" not in page and "@import" not in page
+    for words in ('lang="en"', "viewport", "Operating point", "Worst misses", "Side by side", "--max-escape", "Confusion",
+                  "Calibration", "Time a stage", "near-duplicate", "All settings", "prefers-color-scheme", "@media print",
+                  "Val chose weights and scores"):  # fmt: skip
+        assert words in page, words
+    ids = re.findall(r'id="(\w+)"', page)
+    links = re.findall(r'href="#(\w+)"', page)
+    assert len(ids) == len(set(ids)) and set(links) <= set(ids) and len(links) >= 9
+    HTMLParser().feed(page)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_report_in_a_browser(page, tmp_path, dark):
+    """Headless Chromium, two widths: no console error, no request outside, nothing wider than the page, axe (where it is)."""
+    import json
+    import os
+    import re
+    import subprocess
+    from html import unescape
+    from pathlib import Path
+
+    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), "")
+    if not browser:
+        pytest.skip("no Chromium")
+    axe = Path(os.environ.get("AXE_JS", "node_modules/axe-core/axe.min.js"))
+    code = axe.read_text() if axe.exists() else ""
+    file = tmp_path / "report.html"
+    file.write_text(page.replace("</body>", PROBE % code.replace("%", "%%").replace("%%", "%") + "</body>"))
+    for width in (1280, 500):
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=20000",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+             "--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+             "--dump-dom", file.as_uri()],
+            capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+        said = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
+        assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert said["dark"] == dark and said["wide"] <= 0 and said["broken"] == 0 and not said["bad"], said

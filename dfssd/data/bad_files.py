@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from dfssd.data.checks import Problem
+from dfssd.data.listing import printable
 from dfssd.data.manifest import BAD_SCHEMA, write_table
+from dfssd.data.source import Bad
 from dfssd.runtime.storage import Storage
 
-Bad = tuple[str, Problem]  # uri, and what is wrong with it
+__all__ = ["Bad", "write_bad"]
 
 
 def write_bad(store: Storage, bad: list[Bad]) -> None:
-    columns = zip(*sorted((uri, p.reason, p.detail) for uri, p in bad), strict=True) if bad else ([], [], [])
+    columns = (
+        zip(*sorted((printable(uri), p.reason, printable(p.detail)) for uri, p in bad), strict=True)
+        if bad
+        else ([], [], [])
+    )
     arrays = [pa.array(list(column), pa.string()) for column in columns]
     write_table(store, "bad_files.parquet", pa.Table.from_arrays(arrays, schema=BAD_SCHEMA))

@@ -9,20 +9,25 @@ import numpy as np
 
 from dfssd.data.manifest import Boxes
 
+# Columns of labels and candidates.
+CLS, X, Y, W, H, SCORE, AGREEMENT = range(7)
+XY, WH, XYWH = slice(X, Y + 1), slice(W, H + 1), slice(X, H + 1)
+LABEL_COLUMNS, CANDIDATE_COLUMNS = 5, 7
+
 
 def unflip(boxes: Boxes, left_right: bool, up_down: bool) -> Boxes:
     """Candidates found in a mirrored image, where they lie in the image itself (and the other way round)."""
     turned: Boxes = boxes.copy()
     if left_right:
-        turned[:, 1] = 1 - turned[:, 1]
+        turned[:, X] = 1 - turned[:, X]
     if up_down:
-        turned[:, 2] = 1 - turned[:, 2]
+        turned[:, Y] = 1 - turned[:, Y]
     return turned
 
 
 def corners(boxes: Boxes) -> np.ndarray:
     """(n,4) x1, y1, x2, y2 of boxes whose columns 1..4 are cx, cy, w, h."""
-    return np.concatenate([boxes[:, 1:3] - boxes[:, 3:5] / 2, boxes[:, 1:3] + boxes[:, 3:5] / 2], 1)
+    return np.concatenate([boxes[:, XY] - boxes[:, WH] / 2, boxes[:, XY] + boxes[:, WH] / 2], 1)
 
 
 def iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:

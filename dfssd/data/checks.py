@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from dfssd.data import images
 from dfssd.data.manifest import Boxes
 
 REASONS = {
@@ -18,27 +19,20 @@ REASONS = {
     "unreadable": "the file cannot be read or decoded",
     "absurd_size": "a side is below 8 px or above the limit",
     "label_unreadable": "the label file cannot be read or parsed",
-    "label_columns": "a label line has not 5 columns, or a box lacks a corner",
+    "label_columns": "a label line has not 5 columns and is no polygon, or a box lacks a corner or a bbox",
     "label_nan": "a coordinate is not a finite number",
     "class_out_of_range": "a class that is not in the list of names",
     "box_outside_image": "a box reaches more than 1 % (or 2 px) beyond the image",
     "box_empty": "a box has no width or no height",
     "label_size_mismatch": "the label file is about an image of another shape",
-    "label_without_image": "a label file has no image",
+    "label_without_image": "a label file, or an entry of one, has no image",
+    "annotation_without_image": "an annotation names an image id that the file does not list",
+    "listed_not_there": "a list names an image that does not exist",
+    "dangling_link": "a link leads to nothing",
     "duplicate": "byte for byte the same as another image, which is kept",
 }
 NOT_COUNTED_AS_BAD = ("duplicate",)
 THUMB_SIDE = 48  # px; the resolution near-duplicates are compared at
-# Types by their first bytes, looked at before PIL: Ultralytics replaces PIL's open() by one that tries to install
-# packages when it does not know a file.
-TYPES = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG",),
-    "BMP": (b"BM",),
-    "TIFF": (b"II*\x00", b"MM\x00*"),
-    "WEBP": (b"RIFF",),
-    "PPM": (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,49 +42,58 @@ class Problem:
     reason: str
     detail: str = ""
 
+    def said(self) -> str:
+        """Reason and detail in words."""
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
 
 @dataclass
 class ImageFacts:
-    """What one pass over an image's bytes yields; `thumb_hw` is (48,48) uint8 grey."""
+    """What one pass over an image's bytes yields.
+
+    Args:
+        sha256: of the file.
+        width, height: px, after the EXIF rotation.
+        thumb_hw: (48,48) uint8 grey.
+        grey: are the three channels the same?
+        top: largest value of a picture of more than 8 bits, else 0.
+        floating: are its values floats?
+        pages: pictures in the file, of which the first is used.
+    """
 
     sha256: str
     width: int
     height: int
     thumb_hw: np.ndarray
+    grey: bool = False
+    top: float = 0.0
+    floating: bool = False
+    pages: int = 1
 
 
 def check_image(data: bytes, max_side: int) -> ImageFacts | Problem:
-    """Decode an image to the last byte and return what the manifest and the grouping need of it.
+    """Open an image as training does and return what the manifest and the grouping need of it.
 
     Args:
         data: the file's content.
         max_side: largest accepted side (px).
     """
-    if not data:
-        return Problem("zero_bytes")
-    if not data.startswith(tuple(start for starts in TYPES.values() for start in starts)):
-        return Problem("wrong_type", f"first bytes {data[:8]!r}")
     try:
-        image = Image.open(io.BytesIO(data), formats=list(TYPES))
-    except (UnidentifiedImageError, ImportError):
-        return Problem("unreadable", "the header makes no sense")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Problem("unreadable", str(error))
-    if min(image.size) < 8 or max(image.size) > max_side:
-        return Problem("absurd_size", f"{image.size[0]} x {image.size[1]} px")
-    try:
-        image.load()
-    except (OSError, ValueError, SyntaxError, IndexError) as error:
-        return Problem("truncated" if "truncated" in str(error) else "unreadable", str(error))
-    width, height = image.size
-    if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # orientation: turned by 90 degrees
-        width, height = height, width
-    if image.mode.startswith("I;16") or image.mode == "I":  # PIL clips 16 bit to white, a picture nobody sees
-        grey = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-    else:
-        grey = image.convert("L")
-    thumb = np.asarray(grey.resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX), np.uint8)
-    return ImageFacts(hashlib.sha256(data).hexdigest(), width, height, thumb)
+        width, height = images.size_of(data)
+        if min(width, height) < 8 or max(width, height) > max_side or width * height > images.MAX_PIXELS:
+            return Problem("absurd_size", f"{width} x {height} px")
+        raw = images.decode_raw(data)
+        top = images.top_value(raw)
+        floating = raw.dtype.kind == "f"
+        image = images.to_uint8(raw, images.white_level(top, floating))
+        pages = images.pages(data)
+    except images.BadImage as error:
+        return Problem(error.reason, error.detail)
+    height, width = image.shape[:2]
+    grey = bool((image[:, :, 0] == image[:, :, 1]).all() and (image[:, :, 0] == image[:, :, 2]).all())
+    flat = Image.fromarray(image[:, :, 0]) if grey else Image.fromarray(image[:, :, ::-1]).convert("L")
+    thumb = np.asarray(flat.resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX), np.uint8)
+    return ImageFacts(hashlib.sha256(data).hexdigest(), width, height, thumb, grey, top, floating, pages)
 
 
 @dataclass
@@ -102,19 +105,21 @@ class Label:
         pixels: True where the numbers are px.
         size: (width, height) the file says it is about, where it says so.
         problem: why the file cannot be used.
+        counts: what was read in another way than it was written, by a key of `source.COUNTED`.
     """
 
     boxes: np.ndarray
     pixels: bool = False
     size: tuple[int, int] | None = None
     problem: Problem | None = None
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def check_label(label: Label, width: int, height: int, classes: int) -> Boxes | Problem:
     """Return normalised, clipped boxes (n,5) float32 without repeated rows, or what is wrong with them."""
     if label.problem:
         return label.problem
-    boxes = np.asarray(label.boxes, np.float64).reshape(-1, 5)
+    boxes = np.array(label.boxes, np.float64).reshape(-1, 5)  # a copy: it is scaled below
     if not len(boxes):
         return boxes.astype(np.float32)
     if not np.isfinite(boxes).all():

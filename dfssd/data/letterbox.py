@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from dfssd.config import Train
-from dfssd.data.dataset import decode, disk_cache, shrink
+from dfssd.data.fit import Fit, fit_of, into
 from dfssd.data.manifest import Boxes
+from dfssd.data.reading import decode, disk_cache
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import is_remote, side_by_side
 
@@ -21,6 +22,7 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
     """Read and letterbox the images of a shard on a CPU task.
 
     Args:
+        row: uris, and where some have more than 8 bits whites, as in the manifest.
         train: settings that name a cache on disk; none: no cache.
 
     Returns:
@@ -32,22 +34,23 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
     images = np.full((n, imgsz, imgsz, 3), 114, np.uint8)
     geometry, sizes = np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32)
 
-    def load(uri: str) -> tuple[np.ndarray, tuple[int, ...]] | None:
+    def load(place: tuple[str, float, str]) -> tuple[np.ndarray, Fit] | None:
         try:
-            full = decode(uri, cache)
+            full = decode(place[0], cache, place[1], place[2])
         except DfssdError:
             return None  # becomes a row without boxes, and so a row of bad_files.parquet
-        return shrink(full, imgsz), full.shape
+        return into(full, (imgsz, imgsz))
 
     uris = [str(uri) for uri in row["uris"]]
-    for k, found in enumerate(side_by_side(load, uris, any(map(is_remote, uris)))):
+    ids = [str(i) for i in row.get("ids", [""] * n)]
+    places = list(zip(uris, map(float, row.get("whites", np.zeros(n))), ids, strict=True))
+    for k, found in enumerate(side_by_side(load, places, any(map(is_remote, uris)))):
         if found is None:
             continue
-        small, (height, width, *_) = found
-        top, left = (imgsz - small.shape[0]) // 2, (imgsz - small.shape[1]) // 2
-        images[k, top : top + small.shape[0], left : left + small.shape[1]] = small[..., ::-1]
-        geometry[k] = small.shape[1] / width, left, top
-        sizes[k] = width, height
+        image, fit = found
+        images[k] = image[..., ::-1]
+        geometry[k] = imgsz / max(fit.image_wh), *fit.left_top
+        sizes[k] = fit.image_wh
     return {**row, "images": images, "geometry": geometry, "sizes": sizes}
 
 
@@ -62,8 +65,7 @@ def in_shares(found: Tensor, classes: np.ndarray, side: int) -> Boxes:
 
 def out_of_letterbox(boxes: Boxes, scale: float, left: float, top: float, size_wh: np.ndarray, side: int) -> Boxes:
     """Candidates in shares of the letterboxed input -> in shares of the image, cut at its edges."""
-    centre, half = boxes[:, 1:3] * side, boxes[:, 3:5] * side / 2
-    edges = [((centre + s * half - [left, top]) / scale / size_wh).clip(0, 1) for s in (-1, 1)]
-    wh = edges[1] - edges[0]
-    columns = [boxes[:, :1], (edges[0] + edges[1]) / 2, wh, boxes[:, 5:]]
-    return np.asarray(np.concatenate(columns, 1).astype(np.float32)[(wh > 0).all(1)])
+    width, height = (int(length) for length in size_wh)
+    moved = fit_of((width, height), (side, side)).boxes_out(boxes[:, 1:5])
+    columns = [boxes[:, :1], moved, boxes[:, 5:]]
+    return np.asarray(np.concatenate(columns, 1).astype(np.float32)[(moved[:, 2:] > 0).all(1)])

@@ -5,10 +5,11 @@
 | image_id | string | first 16 hex digits of the file's sha256 |
 | uri | string | where it lies |
 | width, height | int32 | px, after the EXIF rotation |
-| split | dictionary<string> | train, val, test, unlabelled-only |
+| split | dictionary<string> | train, val, test, unlabelled-only, left-out (a near-duplicate of val or test) |
 | labelled | bool | may teacher and student see its boxes in training |
 | group | int32 | near-duplicate group; never spans two splits |
 | boxes | list<struct<cls:int16, cx,cy,w,h:float32>> | 0..1, centre form; null: nobody labelled it; empty: defect-free |
+| white | float32 | value that becomes 255 in a picture of more than 8 bits (`data/images.py`); 0: 8 bits |
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dfssd.data.shared_table import read_tables
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val", "test", "unlabelled-only")
+LEFT_OUT = "left-out"  # near-duplicates of images of val or test: nothing trains on them, nothing is measured on them
+SPLITS = ("train", "val", "test", "unlabelled-only", LEFT_OUT)
 
 _BOX = pa.struct(
     [("cls", pa.int16()), ("cx", pa.float32()), ("cy", pa.float32()), ("w", pa.float32()), ("h", pa.float32())]
@@ -41,6 +44,7 @@ SCHEMA = pa.schema(
         ("labelled", pa.bool_()),
         ("group", pa.int32()),
         ("boxes", pa.list_(_BOX)),
+        ("white", pa.float32()),
     ]
 )
 WITHHELD_SCHEMA = pa.schema([("image_id", pa.string()), ("boxes", pa.list_(_BOX))])
@@ -64,6 +68,7 @@ class Row:
     labelled: bool
     group: int
     boxes: Boxes | None
+    white: float = 0.0
 
 
 @dataclass
@@ -125,11 +130,14 @@ def read_table(store: Storage, name: str) -> pa.Table:
 def write_manifest(store: Storage, manifest: Manifest) -> None:
     """Write `manifest.parquet`; rows are sorted by image_id, so that equal content gives an equal file."""
     rows = sorted(manifest.rows, key=lambda r: r.image_id)
-    columns = {name: [getattr(r, name) for r in rows] for name in SCHEMA.names if name != "boxes"}
-    arrays = [pa.array(columns[f.name], type=f.type) for f in SCHEMA if f.name not in ("boxes", "split")]
-    split = pa.array(columns["split"]).dictionary_encode().cast(SCHEMA.field("split").type)
-    arrays.insert(SCHEMA.get_field_index("split"), split)
-    arrays.append(boxes_to_arrow([r.boxes for r in rows], _BOX))
+    arrays = []
+    for column in SCHEMA:
+        if column.name == "boxes":
+            arrays.append(boxes_to_arrow([r.boxes for r in rows], _BOX))
+        elif column.name == "split":
+            arrays.append(pa.array([r.split for r in rows]).dictionary_encode().cast(column.type))
+        else:
+            arrays.append(pa.array([getattr(r, column.name) for r in rows], type=column.type))
     meta = {"names": manifest.names, "format_version": FORMAT_VERSION, **manifest.meta}
     schema = SCHEMA.with_metadata({"dfssd": json.dumps(meta, sort_keys=True)})
     write_table(store, "manifest.parquet", pa.Table.from_arrays(arrays, schema=schema))
@@ -149,7 +157,8 @@ def read_manifest(dataset: Storage) -> Manifest:
             where=dataset.path("manifest.parquet"),
             todo="run jobs/prepare.py again under a new --run-name",
         )
-    columns = {name: table[name].to_pylist() for name in SCHEMA.names if name != "boxes"}
+    # 'white' came later: a manifest without it is of 8-bit pictures only
+    columns = {name: table[name].to_pylist() for name in SCHEMA.names if name != "boxes" and name in table.column_names}
     boxes = boxes_from_arrow(table["boxes"])
     rows = [Row(**{name: column[i] for name, column in columns.items()}, boxes=boxes[i]) for i in range(table.num_rows)]
     return Manifest(rows, meta.pop("names"), meta)
@@ -183,11 +192,9 @@ def pseudo_table(image_ids: list[str], teacher: str, boxes: list[Boxes | None]) 
 
 def read_pseudo(store: Storage) -> dict[str, Boxes]:
     """All candidates by image_id, as (n,7) arrays [cls, cx, cy, w, h, score, agreement]."""
-    found: dict[str, Boxes] = {}
-    for name in store.files():
-        if name.startswith("shard-"):
-            table = read_table(store, name)
-            boxes = boxes_from_arrow(table["boxes"])
-            pairs = zip(table["image_id"].to_pylist(), boxes, strict=True)
-            found.update((i, b) for i, b in pairs if b is not None)
-    return found
+    names = [name for name in store.files() if name.startswith("shard-")]
+    if not names:
+        return {}
+    table = read_tables(store, names)
+    pairs = zip(table["image_id"].to_pylist(), boxes_from_arrow(table["boxes"]), strict=True)
+    return {i: b for i, b in pairs if b is not None}

@@ -79,14 +79,15 @@ def draw(seed: int, stream: str, position: int, repeats: Repeats, mosaic: bool) 
 
 
 class StepSampler:
-    """Yields, step by step, the samples of one rank: labelled ones first.
+    """Yields, step by step, the micro-batches of one rank: samples of each, labelled ones first.
 
     Args:
         repeats: for each stream its number of images, or how often each image comes in an epoch.
         per_step: images of each stream in a global batch.
         steps: range of steps to yield, `first` to `last` (exclusive).
         plain_from: first step without mosaic.
-        rank, world: which slice of each step's samples.
+        rank, world: which of a step's micro-batches: every world-th, from rank on.
+        micro_batches: slices that a step is cut into; 0: one a worker.
     """
 
     def __init__(
@@ -99,22 +100,30 @@ class StepSampler:
         plain_from: int,
         rank: int = 0,
         world: int = 1,
+        micro_batches: int = 0,
     ) -> None:
+        self.micro_batches = micro_batches or world
         self.repeats, self.per_step, self.seed = repeats, per_step, seed
         self.first, self.last, self.plain_from = first, last, plain_from
         self.rank, self.world = rank, world
 
+    @property
+    def mine(self) -> range:
+        """The micro-batches of a step that this rank computes."""
+        return range(self.rank, self.micro_batches, self.world)
+
     def __len__(self) -> int:
-        return self.last - self.first
+        return (self.last - self.first) * len(self.mine)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for step in range(self.first, self.last):
-            yield self.at(step)
+            for index in self.mine:
+                yield self.at(step, index)
 
-    def at(self, step: int) -> list[Draw]:
-        """Samples of this rank at one step."""
+    def at(self, step: int, index: int) -> list[Draw]:
+        """Samples of one micro-batch of a step."""
         return [
             draw(self.seed, stream, position, self.repeats[stream], step < self.plain_from)
             for stream, count in self.per_step.items()
-            for position in range(step * count + self.rank, (step + 1) * count, self.world)
+            for position in range(step * count + index, (step + 1) * count, self.micro_batches)
         ]

@@ -31,7 +31,12 @@ def class_counts(boxes: Sequence[np.ndarray | None], classes: int) -> np.ndarray
 
 
 def assign_splits(
-    ids: Sequence[str], groups: np.ndarray, counts: np.ndarray, shares: Sequence[float], seed: int
+    ids: Sequence[str],
+    groups: np.ndarray,
+    counts: np.ndarray,
+    shares: Sequence[float],
+    seed: int,
+    fixed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Place whole groups into splits, so that images and every class come close to `shares`.
 
@@ -41,13 +46,16 @@ def assign_splits(
         counts: (n, k) what each image holds (see `class_counts`).
         shares: share of each split, adding up to 1.
         seed: another seed gives another split.
+        fixed: (n,) splits that are given, -1 where none is; these count as filled, and keep their places.
 
     Returns:
         (n,) index into `shares`.
     """
     members: dict[int, list[int]] = defaultdict(list)
+    given = np.full(len(ids), -1) if fixed is None else fixed
     for row, group in enumerate(groups.tolist()):
-        members[group].append(row)
+        if given[row] < 0:
+            members[group].append(row)
     keys = {g: shuffle_key(seed, min(ids[r] for r in rows)) for g, rows in members.items()}
     # Large groups first, while every split still has room for them; ties in pseudo-random order.
     order = sorted(members, key=lambda g: (-len(members[g]), keys[g]))
@@ -55,7 +63,9 @@ def assign_splits(
     total = load.sum(0)
     target = np.outer(shares, total)
     missing = target.copy()
-    result = np.zeros(len(ids), np.int64)
+    result = np.array(given, np.int64)
+    for row in np.flatnonzero(given >= 0).tolist():
+        missing[given[row]] -= load[row]
     scale = np.maximum(target, 1e-9)
     for group in order:
         rows = members[group]

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dfssd.data.assignment import Pairs, by_folder
 from dfssd.data.checks import THUMB_SIDE
-from dfssd.data.manifest import SPLITS, Boxes, Row
-from dfssd.data.source import Source
+from dfssd.data.manifest import LEFT_OUT, SPLITS, Boxes, Row
+from dfssd.data.source import COUNTED, Source
+
+FEW = 5  # boxes of a class in val or test below which its numbers say little
 
 
 def contact_sheet(thumbs: list[np.ndarray], groups: np.ndarray, rows: int = 10, columns: int = 12) -> bytes:
@@ -33,13 +36,10 @@ def summarise(
     withheld: dict[str, Boxes],
     bad: Counter[str],
     groups: np.ndarray,
-    pairs: tuple[np.ndarray, np.ndarray],
+    pairs: Pairs,
 ) -> dict[str, Any]:
     """Numbers for stage.json, the terminal and the report."""
-    split_of = np.array([SPLITS.index(r.split) for r in rows])
-    i, j = pairs
-    leaking = set(i[(split_of[i] == 2) & (split_of[j] == 0)].tolist())
-    leaking |= set(j[(split_of[j] == 2) & (split_of[i] == 0)].tolist())
+    leaks = {name: leaking(rows, pairs, name) for name in ("val", "test")}
     per_split: dict[str, Any] = {}
     for name in SPLITS:
         members = [r for r in rows if r.split == name]
@@ -64,5 +64,60 @@ def summarise(
         "groups": len(set(groups.tolist())),
         "images_with_near_duplicate": int(sum(s for s in Counter(groups.tolist()).values() if s > 1)),
         "largest_group": int(max(Counter(groups.tolist()).values())),
-        "test_images_with_near_duplicate_in_train": len(leaking),
+        "test_images_with_near_duplicate_in_train": leaks["test"],
+        "val_images_with_near_duplicate_in_train": leaks["val"],
+        "left_out": sum(r.split == LEFT_OUT for r in rows),
+        "in_no_split": len(source.unused),
+        "read_otherwise": {key: n for key, n in source.counts.items() if n},
     }
+
+
+def leaking(rows: list[Row], pairs: Pairs, split: str) -> int:
+    """Images of a split that have a near-duplicate among all that trains, labelled or not."""
+    held = np.array([r.split == split for r in rows], bool)
+    trains = np.array([r.split in ("train", "unlabelled-only") for r in rows], bool)
+    i, j, _ = pairs
+    return len({*i[held[i] & trains[j]].tolist(), *j[held[j] & trains[i]].tolist()})
+
+
+def statements(source: Source, summary: dict[str, Any], hidden: str) -> list[str]:
+    """What a user should know before hours of training, in whole sentences.
+
+    Args:
+        hidden: why labels of train images are hidden; '' where none are.
+    """
+    notes = [f"{n} {COUNTED[key]}" for key, n in summary["read_otherwise"].items()]
+    if source.unused:
+        where = by_folder(source.unused, source.root)
+        notes.append(f"{len(source.unused)} pictures lie in no split of the data.yaml and are left out: {where}")
+    splits = summary["splits"]
+    if hidden:
+        count = splits["train"]["images"] - summary["labelled_images"]
+        notes.append(f"the labels of {count} of {splits['train']['images']} train images are hidden ({hidden})")
+    unlabelled = splits["train"]["images"] - summary["labelled_images"] + splits["unlabelled-only"]["images"]
+    if not unlabelled:
+        notes.append(
+            "every image that may train is labelled, so there is nothing to pseudo-label: add --unlabelled FOLDER, hide "
+            "labels with --label-fraction, or train without pseudo-labels (--unlabelled-ratio 0)"
+        )
+    for name in ("val", "test"):
+        if not splits[name]["images"]:
+            notes.append(f"the {name} split is empty: nothing can be measured on it")
+            continue
+        few = [f"{c} ({n})" for c, n in splits[name]["boxes"].items() if n < FEW]
+        if few:
+            notes.append(
+                f"fewer than {FEW} boxes in {name}: {', '.join(few)}; numbers of these classes there say little"
+            )
+    unseen = [c for c, n in summary["labelled_boxes"].items() if not n]
+    if unseen:
+        notes.append(f"no labelled train image shows {', '.join(unseen)}: the teacher cannot learn what it never sees")
+    if summary["left_out"]:
+        n = summary["left_out"]
+        notes.append(
+            f"{n} images are near-duplicates of images of val or test and are left out: nothing trains on them"
+        )
+    if summary["duplicates_with_other_labels"]:
+        n = summary["duplicates_with_other_labels"]
+        notes.append(f"{n} byte-identical copies carry other labels than the one that is kept")
+    return notes

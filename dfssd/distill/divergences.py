@@ -175,10 +175,10 @@ def mgd(student_bchw: Tensor, teacher_bchw: Tensor, generator: nn.Module, hidden
     return mse(generator(student_bchw * ~hidden_b1hw), teacher_bchw)
 
 
-def hidden_positions(features_bchw: Tensor, share: float = MASKED) -> Tensor:
+def hidden_positions(features_bchw: Tensor, share: float = MASKED, generator: torch.Generator | None = None) -> Tensor:
     """(B,1,H,W) bool: each position hidden with probability `share`."""
     size, _, height, width = features_bchw.shape
-    return torch.rand(size, 1, height, width, device=features_bchw.device) < share
+    return torch.rand(size, 1, height, width, device=features_bchw.device, generator=generator) < share
 
 
 def score_l2(student_bchw: Tensor, teacher_bchw: Tensor, score_b1hw: Tensor) -> Tensor:

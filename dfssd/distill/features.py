@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfssd.choices import DIVERGENCES
 from dfssd.distill import divergences as d
 
-KINDS = ("mse", "kl", "cwd", "js", "hw_js", "mgd", "pkd", "score_l2")
-# Temperature of each paper; those without one take no temperature.
-OWN_TAU = {"kl": 1.0, "cwd": 4.0, "js": 1.0, "hw_js": 1.0}
-# A softmax over maps of any scale would be one-hot or flat by accident.
-_SOFTMAX: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": d.kl, "cwd": d.cwd, "js": d.js, "hw_js": d.js}
-_PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": d.mse, "pkd": d.pkd}
+KINDS = tuple(DIVERGENCES)
 
 
 class Projections(nn.Module):
@@ -46,6 +43,7 @@ def layer_terms(
     score_ba: Tensor | None = None,
     tau: float = 0.0,
     generators: Sequence[nn.Module] = (),
+    masks: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each tap layer as a sum over images, and its normaliser.
 
@@ -53,38 +51,40 @@ def layer_terms(
         kind: one of KINDS.
         student: (B,C,H,W) a tap, in the teacher's channels; another size than the teacher's is resized to it.
         teacher: (B,C,H,W) a tap.
-        score_ba: (B,A) teacher's best class score at each anchor point, levels one after the other; for 'score_l2'.
-        tau: temperature; 0 takes OWN_TAU.
+        score_ba: (B,A) teacher's best class score at each anchor point, levels one after the other; for those weighted by it.
+        tau: temperature; 0 takes its own.
+        masks: draws what MGD hides; None: the process's own.
 
     Returns:
         (L,) sums and (L,) normalisers; divided, the divergence of each of the L layers.
     """
-    sums, normalisers = [], []
+    sums, normalisers, row = [], [], DIVERGENCES[kind]
+    compare: Callable[..., Any] = getattr(d, row.function)
     for k, (raw, other) in enumerate(zip(student, teacher, strict=True)):
         s, t = resized(raw.float(), other.shape[2:]), other.float()
-        images = torch.tensor(float(s.shape[0]), device=s.device)
-        if kind == "score_l2":
-            assert score_ba is not None, "score_l2 is weighted by the teacher's scores"
-            value, images = d.score_l2_sums(s, t, score_map(score_ba, s.shape[2:]))
-        elif kind == "mgd":
-            value = images * d.mgd(s, t, generators[k], d.hidden_positions(s))
-        elif kind in _SOFTMAX:
-            value = images * _SOFTMAX[kind](d.standardise(s), d.standardise(t), tau or OWN_TAU[kind])
+        images = s.new_full((), float(s.shape[0]))  # a kernel, not a copy that is waited for
+        if row.needs == "scores":
+            assert score_ba is not None, f"{kind} is weighted by the teacher's scores"
+            value, images = compare(s, t, score_map(score_ba, s.shape[2:]))
+        elif row.needs == "generator":
+            value = images * compare(s, t, generators[k], d.hidden_positions(s, generator=masks))
+        elif row.tau:
+            value = images * compare(d.standardise(s), d.standardise(t), tau or row.tau)
         else:
-            value = images * _PLAIN[kind](s, t)
+            value = images * compare(s, t)
         sums.append(value)
         normalisers.append(images)
     return torch.stack(sums), torch.stack(normalisers)
 
 
 def joined(kind: str, shares_l: Tensor, values_l: Tensor) -> Tensor:
-    """One number from all layers: weighted towards those that differ most with 'hw_js', else their mean.
+    """One number from all layers: weighted towards those that differ most where the divergence says so, else their mean.
 
     Args:
         shares_l: (L,) this worker's share of each layer's divergence.
         values_l: (L,) divergence of each layer in the global batch, a constant.
     """
-    return d.hierarchical(shares_l, values_l) if kind == "hw_js" else shares_l.mean()
+    return d.hierarchical(shares_l, values_l) if DIVERGENCES[kind].hierarchical else shares_l.mean()
 
 
 def resized(maps_bchw: Tensor, size: Sequence[int]) -> Tensor:

@@ -98,7 +98,7 @@ def raw_mse(
         Sum over all elements, and their number.
     """
     total = (student_bra - teacher_bra.detach()).square().sum() + (student_bca - teacher_bca.detach()).square().sum()
-    return 0.25 * total, torch.tensor(float(student_bra.numel() + student_bca.numel()), device=total.device)
+    return 0.25 * total, total.new_full((), float(student_bra.numel() + student_bca.numel()))
 
 
 def _chosen(values_bra: Tensor, index_bk: Tensor) -> Tensor:

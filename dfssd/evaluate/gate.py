@@ -1,8 +1,11 @@
 """The gate: did the unlabelled images pay? Student against label-only student, with an interval that says how sure.
 
 The published comparison is on the val split, never on test: it decides which model is used. The interval is a paired
-bootstrap over images (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): both models are measured
-on the same draws of images, so what is hard for both cancels. It covers the choice of val images, not the seeds.
+bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): both models are measured on the same
+draws, so what is hard for both cancels. What is drawn are the manifest's groups of near-duplicates, whole (a cluster
+bootstrap: Davison & Hinkley, Bootstrap Methods and their Application, 1997, section 3.8): images of one group are nearly
+the same image, and drawn one by one they would make the interval far too narrow. It covers the choice of val images, not
+the seeds.
 """
 
 from __future__ import annotations
@@ -62,19 +65,22 @@ def compare(base: list[dict[str, Any]], other: list[dict[str, Any]], seed: int =
     """Difference in mAP of two models on the same images, with a 95 % interval.
 
     Args:
-        base, other: matches of each image, images in the same order.
+        base, other: matches of each image, images in the same order; "group" is the near-duplicate group of an image, without
+            it each is one of its own.
 
     Returns:
-        by measure (map50, map50_95): label_only, student, difference, low, high (all 0..1); and images, resamples.
+        by measure (map50, map50_95): label_only, student, difference, low, high (all 0..1); and images, groups, resamples.
     """
     assert [s["im_name"] for s in base] == [s["im_name"] for s in other], "both models saw the same images"
     models, images = (Ranked(base), Ranked(other)), len(base)
     points = np.stack([m.map(np.ones(images)) for m in models])
     rng = np.random.default_rng(seed)
     labelled = np.flatnonzero([len(s["target_cls"]) for s in base])
+    group = np.unique([s.get("group", k) for k, s in enumerate(base)], return_inverse=True)[1]
+    groups = int(group.max()) + 1
     draws: list[np.ndarray] = []
     while len(draws) < RESAMPLES:
-        weight = np.bincount(rng.integers(images, size=images), minlength=images).astype(np.float64)
+        weight = np.bincount(rng.integers(groups, size=groups), minlength=groups).astype(np.float64)[group]
         if weight[labelled].any():  # a draw of images without a box measures nothing
             draws.append(models[1].map(weight) - models[0].map(weight))
     low, high = np.percentile(np.stack(draws), [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
@@ -88,7 +94,7 @@ def compare(base: list[dict[str, Any]], other: list[dict[str, Any]], seed: int =
         }
         for k, name in enumerate(MEASURES)
     }
-    return {**result, "images": images, "resamples": RESAMPLES}
+    return {**result, "images": images, "groups": groups, "resamples": RESAMPLES}
 
 
 def better(gate: dict[str, Any]) -> str:
@@ -104,7 +110,9 @@ def verdict(gate: dict[str, Any]) -> str:
         f"{label} {100 * g['difference']:+.1f} points ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})"
         for label, g in (("mAP50", gate["map50"]), ("mAP50-95", one))
     )
-    text = f"The unlabelled images {said}: val {numbers}; 95 % intervals over {gate['images']} images."
+    groups = gate.get("groups", gate["images"])
+    apart = "" if groups == gate["images"] else f" in {groups} groups of near-duplicates"
+    text = f"The unlabelled images {said}: val {numbers}; 95 % intervals over {gate['images']} images{apart}."
     if said == "did NOT pay":
         text += " Use label_only/best.pt (or --publish-best), and look at quality/quality.png and doubtful.png."
     elif said == "may have paid":

@@ -1,91 +1,150 @@
-"""Stage `evaluate`: measure the finished models on the test split, once; write numbers, pictures and the report."""
+"""Stage `report`: measure the finished models on val and test. Returns and writes numbers and boxes, draws nothing.
+
+Val chooses (weights while training, operating point here), test confirms and is measured once.
+"""
 
 from __future__ import annotations
 
 import platform
-import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import Manifest, read_manifest
+from dfssd.evaluate import curves
+from dfssd.evaluate.coco import coco_numbers
+from dfssd.evaluate.detections import write_detections
+from dfssd.evaluate.escapes import Pictures, curve, operating_point
+from dfssd.evaluate.escapes import measure as measure_line
 from dfssd.evaluate.gate import compare
-from dfssd.evaluate.validation import collect, validate
+from dfssd.evaluate.latency import measure_latency
+from dfssd.evaluate.validation import Detect, collect, detecting, summarise
 from dfssd.models.detector import count_parameters, load_detector
-from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
-from dfssd.report import pictures
+from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 
+LATENCY_CONF = 0.25  # a line keeps few boxes: NMS over thousands of scores near zero is not what it waits for
+
 
 def measure(config: Config, run_uri: str, models: list[str], threads: int) -> dict[str, Any]:
-    """Measure finished models of the run; runs as one Ray task.
+    """Measure finished models of the run; runs as one Ray task. Boxes go to `report/detections.parquet`.
 
     Args:
         models: names of their artefacts.
         threads: torch threads, also for the latency.
 
     Returns:
-        by model (teacher, teacher_2, label_only, student): test {map50, map50_95, precision, recall, by_class}, params,
-        latency_ms, weights_bytes; `gate` (see `gate.compare`) where both students are there; and `environment`.
+        by model (teacher, teacher_2, label_only, student): val and test (see `measure_split`), operating_point, params,
+        latency_ms (median), latency_p95_ms, weights_bytes; `latency` (how it was measured); `gate` (see `gate.compare`)
+        where both students are there; and `environment`.
     """
     torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.run.gpu != "never" else "cpu")
     run = Storage(run_uri)
     manifest = read_manifest(run.at("dataset"))
-    report = run.at("report")
+    splits = {name: images_of(manifest, name, config.train.imgsz) for name in ("val", "test")}
     results: dict[str, Any] = {}
-    detections = {}
-    gate: dict[str, Any] = {}
+    records: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    networks = {}
     for name in models:
         begun = time.monotonic()
-        data = run.read(f"{name}/best.pt")
-        model = load_detector(data, run.path(name, "best.pt"), config.train.imgsz)
+        file = weights_file(run, name)
+        data = run.read(file)
+        model = load_detector(data, run.path(file), config.train.imgsz)
         parameters = count_parameters(model)
-        model = model.fuse(verbose=False)
-        results[name] = {
-            "test": validate(model, _images(config, manifest, "test"), model.names, WorkerGroup(), torch.device("cpu")),
-            "params": parameters,
-            "latency_ms": latency_ms(model, config.train.imgsz, config.evaluate.latency_repeats),
-            "weights_bytes": len(data),
-        }
-        if name in ("label_only", "student") and {"label_only", "student"} <= set(models):
-            gate[name] = collect(model, _images(config, manifest, "val"), WorkerGroup(), torch.device("cpu"))
-        detections[name] = pictures.detect_samples(model, manifest, config)
+        model = model.fuse(verbose=False).to(device)
+        names = [model.names[k] for k in sorted(model.names)]
+        numbers, own = measure_detector(detecting(model), names, splits, config.evaluate.max_escape, device)
+        model.to("cpu")  # latency is that of a CPU
+        results[name] = {**numbers, "params": parameters, "weights_bytes": len(data)}
+        records |= {(name, split): found for split, found in own.items()}
+        networks[name] = lambda image, model=model: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)
         test = results[name]["test"]
         print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)
-    report.write("detections.png", pictures.detection_sheet(manifest, detections, config))
-    if gate:
-        results["gate"] = compare(gate["label_only"], gate["student"])
-    results["environment"] = {
+    write_detections(run.at("report"), records)
+    square = torch.rand(1, 3, config.train.imgsz, config.train.imgsz, generator=torch.Generator().manual_seed(0))
+    latency = measure_latency(networks, square, repeats=config.evaluate.latency_repeats, threads=threads)
+    for name, timing in latency.timings.items():
+        results[name] |= {"latency_ms": timing.p50_ms, "latency_p95_ms": timing.p95_ms}
+    if {"label_only", "student"} <= set(models):
+        results["gate"] = compare(records["label_only", "val"], records["student", "val"])
+    return results | {"latency": latency.as_dict(), "environment": environment(config, manifest, threads)}
+
+
+def weights_file(run: Storage, name: str) -> str:
+    """The weights that a stage's model is measured by: of a student that was replaced by the label-only one, its own."""
+    return f"{name}/distilled.pt" if run.exists(f"{name}/distilled.pt") else f"{name}/best.pt"
+
+
+def measure_detector(
+    detect: Detect,
+    names: Sequence[str],
+    splits: Mapping[str, ManifestDataset],
+    max_escape: float,
+    device: torch.device | None = None,
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Numbers and records of one detector on val and test; its operating point is chosen on val.
+
+    Args:
+        names: its classes, which are those of the splits.
+        splits: "val" and "test".
+        max_escape: share of defective pictures (0..1) that may pass.
+        device: that it computes on; default the CPU.
+    """
+    records = {s: collect(detect, images, WorkerGroup(), device or torch.device("cpu")) for s, images in splits.items()}
+    point = operating_point(Pictures.of(records["val"], len(names)), names, max_escape)
+    tau_c = thresholds_of(point, names)
+    numbers = {split: measure_split(found, names, tau_c) for split, found in records.items()}
+    return {**numbers, "operating_point": point}, records
+
+
+def thresholds_of(point: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """(C,) thresholds of an operating point in the order of `names`; the common score for a class it does not know."""
+    return np.array([point["thresholds"].get(name, point["score"]) for name in names], np.float64)
+
+
+def measure_split(records: Sequence[dict[str, Any]], names: Sequence[str], tau_c: np.ndarray) -> dict[str, Any]:
+    """All numbers of a detector on one set of pictures.
+
+    Returns:
+        those of `validation.summarise`; coco (by box size), line (escapes and overkill at tau_c), curve (the same over one
+        score for all classes), scores (precision, recall, F1 over the score), confusion, calibration.
+    """
+    pictures = Pictures.of(records, len(names))
+    return {
+        **summarise(list(records), dict(enumerate(names))),
+        "coco": coco_numbers(records, len(names)),
+        "line": measure_line(pictures, tau_c, names),
+        "curve": curve(pictures, names),
+        "scores": curves.score_curves(records, names),
+        "confusion": {"names": [*names, "nothing"], "counts": curves.confusion(records, tau_c)},
+        "calibration": curves.calibration(records),
+    }
+
+
+def images_of(manifest: Manifest, split: str, imgsz: int) -> ManifestDataset:
+    """The labelled images of a split, as `yolo val` would read them."""
+    rows = [r for r in manifest.of_split(split) if r.boxes is not None]
+    return ManifestDataset(rows, [r.boxes for r in rows], manifest.names, imgsz)
+
+
+def environment(config: Config, manifest: Manifest, threads: int) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
         "machine": platform.machine(),
         "processor": _processor(),
         "threads": threads,
         "imgsz": config.train.imgsz,
         "torch": torch.__version__,
         "test_images": len(manifest.of_split("test")),
+        "val_images": len(manifest.of_split("val")),
     }
-    return results
-
-
-def _images(config: Config, manifest: Manifest, split: str) -> ManifestDataset:
-    rows = [r for r in manifest.of_split(split) if r.boxes is not None]
-    return ManifestDataset(rows, [r.boxes for r in rows], manifest.names, config.train.imgsz)
-
-
-@torch.no_grad()
-def latency_ms(model: torch.nn.Module, imgsz: int, repeats: int) -> float:
-    """Median time of one image through network and NMS (ms): fp32, batch 1, square input, after five passes to warm up."""
-    image = torch.rand(1, 3, imgsz, imgsz, generator=torch.Generator().manual_seed(0))
-    times = []
-    for k in range(repeats + 5):
-        begun = time.perf_counter()
-        predict(model, image, max(CONF, 0.25), NMS_IOU, MAX_BOXES)
-        if k >= 5:
-            times.append((time.perf_counter() - begun) * 1e3)
-    return round(statistics.median(times), 2)
 
 
 def _processor() -> str:

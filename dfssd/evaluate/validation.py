@@ -5,6 +5,7 @@ Rectangular batches, NMS and matching are Ultralytics'; only the loop is ours, s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,21 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils import ops
 from ultralytics.utils.metrics import DetMetrics, box_iou
 
-from dfssd.data.dataset import ManifestDataset, network_input, validation_batches
+from dfssd.data.dataset import ManifestDataset, network_input
+from dfssd.data.loaders import validation_batches
 from dfssd.errors import DfssdError
 from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
 from dfssd.runtime.worker_group import WorkerGroup
 
 IOU_LEVELS = torch.linspace(0.5, 0.95, 10)
+
+# A detector, whatever it runs in: (B,3,H,W) images 0..1 -> one (n,6) [x1, y1, x2, y2 px of the input, score, class] each.
+Detect = Callable[[Tensor], list[Tensor]]
+
+
+def detecting(model: nn.Module) -> Detect:
+    """A network with NMS as a detector, with the settings of `yolo val`."""
+    return lambda images: predict(model, images, CONF, NMS_IOU, MAX_BOXES)
 
 
 def validate(
@@ -41,28 +51,39 @@ def validate(
     Raises:
         DfssdError: the set has no box to find.
     """
-    return summarise(collect(model, dataset, world, device), names)
+    return summarise(collect(detecting(model), dataset, world, device), names)
 
 
 @torch.no_grad()
-def collect(
-    model: nn.Module, dataset: ManifestDataset, world: WorkerGroup, device: torch.device
-) -> list[dict[str, Any]]:
-    """What matched what on each image, of all workers: scores, classes and hits at ten IoU levels."""
+def collect(detect: Detect, dataset: ManifestDataset, world: WorkerGroup, device: torch.device) -> list[dict[str, Any]]:
+    """What matched what on each image, of all workers: one record (see `record`) an image."""
     stats: list[dict[str, Any]] = []
-    for batch in validation_batches(dataset, world.rank, world.size):
+    rows = {row.uri: row for row in dataset.rows}
+    for batch in validation_batches(dataset, world.rank, world.size, device):
         images = network_input(batch["img"], device)
-        found = predict(model, images, CONF, NMS_IOU, MAX_BOXES)
+        found = detect(images)
         height, width = images.shape[2:]
         for k, boxes in enumerate(found):
             mine = batch["batch_idx"] == k
             truth = ops.xywh2xyxy(batch["bboxes"][mine]) * torch.tensor([width, height, width, height])
-            stats.append(_match(boxes.cpu(), batch["cls"][mine], truth, batch["im_file"][k]))
+            one = record(boxes.cpu(), batch["cls"][mine], truth, batch["im_file"][k])
+            row = rows[batch["im_file"][k]]
+            for key in ("boxes", "truth"):
+                one[key] = batch["fit"][k].pixels_out(one[key])
+            stats.append({**one, "image_id": row.image_id, "group": row.group, "size": (row.width, row.height)})
     return [one for part in world.gather(stats) for one in part]
 
 
-def _match(found: Tensor, classes: Tensor, truth_xyxy: Tensor, name: str) -> dict[str, Any]:
-    """What Ultralytics' metrics want to know of one image."""
+def record(found: Tensor, classes: Tensor, truth_xyxy: Tensor, name: str) -> dict[str, Any]:
+    """Detections of one image against its labels.
+
+    Args:
+        found: (n,6) [x1, y1, x2, y2, score, class]; truth_xyxy: (m,4) in the same pixels; classes: (m,).
+
+    Returns:
+        tp (n,10) bool by IoU level, conf (n,), pred_cls (n,), target_cls (m,), boxes (n,4), truth (m,4), im_name; `collect`
+        adds image_id, group, size (width, height px), and gives boxes and truth in pixels of the picture.
+    """
     hits = np.zeros((len(found), len(IOU_LEVELS)), bool)
     if len(found) and len(classes):
         judge = SimpleNamespace(iouv=IOU_LEVELS)
@@ -76,6 +97,8 @@ def _match(found: Tensor, classes: Tensor, truth_xyxy: Tensor, name: str) -> dic
         "target_cls": target,
         "target_img": np.unique(target),
         "im_name": name,
+        "boxes": found[:, :4].float().numpy(),
+        "truth": truth_xyxy.float().numpy(),
     }
 
 

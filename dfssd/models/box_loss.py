@@ -1,12 +1,10 @@
-"""Box regression losses for Ultralytics' detection loss."""
+"""Box regression losses of the detection loss, pair by pair."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from ultralytics.utils.loss import BboxLoss
+from ultralytics.utils.metrics import bbox_iou
 
 RATIO = 0.75  # size of Inner-IoU's auxiliary boxes, as published
 INTERVAL = (0.0, 0.95)  # IoUs that Focaler-IoU stretches to 0..1, as published
@@ -24,35 +22,29 @@ def inner_focaler_eiou(
     eq. 6). Boxes without overlap keep the penalties' gradient.
 
     Args:
-        predicted_xyxy, target_xyxy: (N,4) x1, y1, x2, y2 in any one unit.
+        predicted_xyxy, target_xyxy: (...,4) x1, y1, x2, y2 in any one unit.
 
     Returns:
-        (N,1) losses.
+        (...) losses.
     """
-    (p1, p2), (t1, t2) = ((b[:, :2], b[:, 2:]) for b in (predicted_xyxy, target_xyxy))
+    (p1, p2), (t1, t2) = ((b[..., :2], b[..., 2:]) for b in (predicted_xyxy, target_xyxy))
     p_centre, t_centre, p_size, t_size = (p1 + p2) / 2, (t1 + t2) / 2, p2 - p1, t2 - t1
     low = torch.maximum(p_centre - p_size * ratio / 2, t_centre - t_size * ratio / 2)
     high = torch.minimum(p_centre + p_size * ratio / 2, t_centre + t_size * ratio / 2)
-    overlap = (high - low).clamp(min=0).prod(1)
-    union = (p_size.prod(1) + t_size.prod(1)) * ratio**2 - overlap
+    overlap = (high - low).clamp(min=0).prod(-1)
+    union = (p_size.prod(-1) + t_size.prod(-1)) * ratio**2 - overlap
     iou = overlap / (union + EPS)
     focused = ((iou - interval[0]) / (interval[1] - interval[0])).clamp(0, 1)
     hull = torch.maximum(p2, t2) - torch.minimum(p1, t1)
-    distance = (p_centre - t_centre).square().sum(1) / (hull.square().sum(1) + EPS)
-    shape = ((p_size - t_size).square() / (hull.square() + EPS)).sum(1)
-    return (1 - focused + distance + shape).unsqueeze(1)
+    distance = (p_centre - t_centre).square().sum(-1) / (hull.square().sum(-1) + EPS)
+    shape = ((p_size - t_size).square() / (hull.square() + EPS)).sum(-1)
+    return 1 - focused + distance + shape
 
 
-class InnerFocalerEiouLoss(BboxLoss):
-    """Ultralytics' box and DFL losses with the former replaced by `inner_focaler_eiou`, weighted and normalised alike."""
+def ciou(predicted_xyxy: Tensor, target_xyxy: Tensor) -> Tensor:
+    """1 - Complete-IoU (Zheng et al., AAAI 2020, eq. 10), Ultralytics' own; shapes as `inner_focaler_eiou`."""
+    overlap: Tensor = bbox_iou(predicted_xyxy, target_xyxy, xywh=False, CIoU=True)
+    return 1.0 - overlap.squeeze(-1)
 
-    def __init__(self, reg_max: int) -> None:
-        super().__init__(reg_max)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        _, dfl = super().forward(*args, **kwargs)
-        _, predicted, _, target, scores, total, foreground = args[:7]
-        chosen = foreground.nonzero(as_tuple=True)
-        weight = scores[chosen].sum(-1, keepdim=True)
-        loss = inner_focaler_eiou(predicted[chosen].float(), target[chosen].float())
-        return (loss * weight).sum() / total, dfl
+BOX_LOSSES = {"ciou": ciou, "inner_focaler_eiou": inner_focaler_eiou}

@@ -1,171 +1,195 @@
-"""Ultralytics' detection loss with what semi-supervised learning needs: box weights, ignored anchors, a global normaliser.
+"""The detection loss of YOLO heads with what semi-supervised learning needs: box weights, ignored areas, a global normaliser.
+
+The same numbers as Ultralytics' `v8DetectionLoss` and `E2ELoss` (compared by a test, for each family), computed on padded
+boxes: nothing on the device asks how many boxes or positives there are, so no step waits. Only the anchor points that were
+assigned to a box, at most topk a box, are gathered for the box terms.
 
 Ultralytics divides by the sum of target scores of the local process. Here the loss comes back as a sum with its
 normaliser beside it, so that the caller can add both over all workers first: the number of workers then does not change
-the result. Two thin wrappers do it, one round the assigner, one round the element-wise class loss; the loss itself is
-not copied.
+the result.
 
-Legend: B images, A anchor points, C classes, N boxes of the batch, M most boxes in one image.
+Legend: B images, A anchor points, C classes, M places for boxes, U for ignored areas, K for positives, R DFL bins.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils.tal import make_anchors
 
-from dfssd.models.box_loss import InnerFocalerEiouLoss
-from dfssd.models.detector import LOSS_EPOCHS, Branch
+from dfssd.models.assigner import Assignment, Rule, assign
+from dfssd.models.box_loss import BOX_LOSSES
+from dfssd.models.detector import LOSS_EPOCHS
+from dfssd.models.head import Anchors, HeadOutput, anchors_of
+from dfssd.models.targets import Targets
 
 COMPONENTS = ("box", "cls", "dfl")
-
-
-@dataclass
-class Targets:
-    """Boxes of a batch, sorted by image.
-
-    Args:
-        cls: (N,) class ids.
-        boxes: (N,4) cx, cy, w, h, 0..1.
-        image: (N,) index of the image in the batch, ascending.
-        weight: (N,) weight of each box on its class term.
-        box_weight: (N,) weight of each box on its box and DFL terms.
-    """
-
-    cls: Tensor
-    boxes: Tensor
-    image: Tensor
-    weight: Tensor
-    box_weight: Tensor
-
-    def where(self, keep: Tensor) -> Targets:
-        return Targets(self.cls[keep], self.boxes[keep], self.image[keep], self.weight[keep], self.box_weight[keep])
-
-
-class _WeightedAssigner:
-    """Stands in for the assigner and for the element-wise class loss of one Ultralytics criterion.
-
-    Box and DFL terms are weighted through the target scores. The class term keeps the unweighted target (a target
-    multiplied by 0.6 would teach 'score 0.6', which is another thing) and is weighted per anchor instead.
-    """
-
-    def __init__(self, criterion: Any) -> None:
-        self.assigner, self.bce = criterion.assigner, criterion.bce
-        criterion.assigner, criterion.bce = self.assign, self.class_loss
-        self.weights_bm: Tensor = torch.zeros(0)
-        self.box_weights_bm: Tensor = torch.zeros(0)
-        self.ignore_ba: Tensor | None = None
-        self.normaliser: Tensor = torch.zeros(())
-        self.weighted_sum: Tensor = torch.zeros(())
-
-    def assign(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        labels, boxes, scores_bac, foreground_ba, box_index_ba = self.assigner(*args, **kwargs)
-        self.targets = scores_bac
-        self.normaliser = scores_bac.sum()
-        foreground = foreground_ba.bool()
-        ones = torch.ones_like(foreground_ba, dtype=scores_bac.dtype)
-        weight, box_weight = ones, ones
-        if self.weights_bm.shape[1]:
-            index = box_index_ba.clamp(max=self.weights_bm.shape[1] - 1)
-            weight, box_weight = self.weights_bm.gather(1, index), self.box_weights_bm.gather(1, index)
-        background = ones if self.ignore_ba is None else (~self.ignore_ba).to(ones.dtype)
-        self.anchor_weight = torch.where(foreground, weight, background)
-        weighted = scores_bac * torch.where(foreground, box_weight, torch.zeros_like(ones)).unsqueeze(-1)
-        self.weighted_sum = weighted.sum()
-        return labels, boxes, weighted, foreground_ba, box_index_ba
-
-    def class_loss(self, logits_bac: Tensor, _: Tensor) -> Tensor:
-        return torch.as_tensor(self.bce(logits_bac, self.targets.to(logits_bac.dtype))) * self.anchor_weight.unsqueeze(
-            -1
-        )
 
 
 class DetectionLoss:
     """The detection loss of a model, as sums.
 
     Args:
-        model: detector on its final device; its `args` hold the gains.
-        box_loss: 'ciou' (Ultralytics') or 'inner_focaler_eiou'.
+        model: detector; its `args` hold the gains. How boxes are assigned is read from Ultralytics' own criterion.
+        box_loss: one of `BOX_LOSSES`.
     """
 
     def __init__(self, model: DetectionModel, box_loss: str = "ciou") -> None:
-        self.criterion = model.init_criterion()
-        ends = hasattr(self.criterion, "one2one")
-        parts = (
-            {k: getattr(self.criterion, k) for k in ("one2many", "one2one")} if ends else {"one2many": self.criterion}
-        )
-        if box_loss == "inner_focaler_eiou":
-            for part in parts.values():
-                part.bbox_loss = InnerFocalerEiouLoss(part.reg_max)
-        self.parts = {name: (part, _WeightedAssigner(part)) for name, part in parts.items()}
-        self.stride = model.stride
+        self.criterion: Any = model.init_criterion()  # end-to-end heads: also the schedule between their branches
+        names = ("one2many", "one2one") if hasattr(self.criterion, "one2one") else ("one2many",)
+        parts = {k: getattr(self.criterion, k, self.criterion) for k in names}
+        self.rules = {name: Rule.of(part.assigner) for name, part in parts.items()}
+        self.box_loss = BOX_LOSSES[box_loss]
+        gains = model.args
+        self.gains = float(gains.box), float(gains.cls), float(gains.dfl)
+        self.bins = int(model.model[-1].reg_max)
+        self.strides = tuple(float(s) for s in model.stride)
 
     def set_progress(self, share: float) -> None:
         """Move the balance of end-to-end heads; `share` is how much of the training is done (0..1)."""
-        if len(self.parts) == 2:
+        if len(self.rules) == 2:
             self.criterion.updates = max(0, int(share * LOSS_EPOCHS) - 1)
             self.criterion.update()
 
     def branch_weights(self) -> dict[str, float]:
-        if len(self.parts) == 1:
+        if len(self.rules) == 1:
             return {"one2many": 1.0}
         return {"one2many": float(self.criterion.o2m), "one2one": float(self.criterion.o2o)}
 
-    def __call__(
-        self, raw: dict[str, Branch], targets: Targets, ignore_ba: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, raw: dict[str, HeadOutput], targets: Targets) -> tuple[Tensor, Tensor]:
         """Gain-scaled sums and their normalisers.
+
+        A box's weight multiplies the class term of its anchor points, whose *target* keeps its value (a target multiplied by
+        0.6 would teach 'score 0.6', which is another thing), its box weight their box and DFL terms.
 
         Args:
             raw: head output by branch, for the B images that `targets` are about.
             targets: boxes; none at all is fine.
-            ignore_ba: (B,A) bool, anchors that are neither positive nor background unless a box claims them.
 
         Returns:
-            (K,3) sums of box, class and DFL loss for each of the K branches, times the branch's weight.
-            (K,) sum of target scores of each branch, not yet clamped.
+            (N,B,3) box, class and DFL loss of each image, summed over its anchor points, in each of the N branches, times
+            the branch's weight.
+            (N,B) sum of the target scores of each image: what the sum over images is to be divided by, at least 1.
         """
+        anchors = anchors_of(raw["one2many"].feats, self.strides)
+        boxes = corners_px(targets.xywh, anchors)
+        ignored = ignored_points(targets, anchors)
         sums, normalisers = [], []
-        share = self.branch_weights()
-        for name, (part, tap) in self.parts.items():
-            preds = raw[name]
-            size = preds["scores"].shape[0]
-            tap.weights_bm = _pad(targets.weight, targets, size)
-            tap.box_weights_bm = _pad(targets.box_weight, targets, size)
-            tap.ignore_ba = ignore_ba
-            batch = {"cls": targets.cls.view(-1, 1), "bboxes": targets.boxes, "batch_idx": targets.image}
-            _, loss, _ = part.get_assigned_targets_and_loss(preds, batch)
-            sums.append(share[name] * loss * tap.weighted_sum.clamp(min=1))
-            normalisers.append(tap.normaliser)
+        for name, weight in self.branch_weights().items():
+            loss, normaliser = self._branch(raw[name], targets, boxes, ignored, anchors, self.rules[name])
+            sums.append(weight * loss)
+            normalisers.append(normaliser)
         return torch.stack(sums), torch.stack(normalisers)
 
-    def anchors_inside(self, feats: list[Tensor], targets: Targets, batch_size: int) -> Tensor:
-        """(B,A) bool: anchor points inside any of the boxes; a box thinner than a cell covers the cell it lies in."""
-        points, strides = make_anchors(feats, self.stride, 0.5)
-        points, strides = points * strides, strides.view(1, -1)  # px
-        inside = torch.zeros(batch_size, points.shape[0], dtype=torch.bool, device=points.device)
-        if not len(targets.cls):
-            return inside
-        height, width = (s * float(self.stride[0]) for s in feats[0].shape[2:])
-        scale = torch.tensor([width, height], device=points.device)
-        centre, half = targets.boxes[:, None, :2] * scale, targets.boxes[:, None, 2:] * scale / 2
-        half = torch.maximum(half, strides.view(1, -1, 1) / 2)
-        hit = ((points[None] - centre).abs() <= half).all(-1)  # (N,A)
-        counts = torch.zeros_like(inside, dtype=torch.int32).index_add_(0, targets.image.long(), hit.to(torch.int32))
-        return counts > 0
+    def _branch(
+        self, raw: HeadOutput, targets: Targets, boxes_bm4: Tensor, ignored_ba: Tensor, anchors: Anchors, rule: Rule
+    ) -> tuple[Tensor, Tensor]:
+        """(B,3) sums and (B,) normalisers of one branch."""
+        with torch.no_grad():
+            scores = raw.scores.sigmoid()
+            predicted = (
+                decoded(raw.boxes.permute(0, 2, 1).contiguous(), anchors.points_a2, self.bins) * anchors.strides_a1
+            )
+            points = anchors.points_a2 * anchors.strides_a1
+            found = assign(scores, predicted, points, targets.cls, boxes_bm4, targets.valid, rule)
+            cls = targets.cls.gather(1, found.box)
+            target = torch.zeros_like(scores).scatter_(1, cls.unsqueeze(1), found.score.unsqueeze(1))
+            weight = torch.where(found.foreground, targets.weight.gather(1, found.box), (~ignored_ba).to(scores.dtype))
+        entropy = F.binary_cross_entropy_with_logits(raw.scores, target, reduction="none")
+        box, dfl = self._box_terms(raw.boxes, targets, boxes_bm4, found, anchors, rule)
+        box_gain, cls_gain, dfl_gain = self.gains
+        cls_sum = (entropy * weight.unsqueeze(1)).sum((1, 2))
+        return torch.stack([box_gain * box, cls_gain * cls_sum, dfl_gain * dfl], 1), found.score.sum(1)
+
+    def _box_terms(
+        self, boxes_bra: Tensor, targets: Targets, boxes_bm4: Tensor, found: Assignment, anchors: Anchors, rule: Rule
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) sums of box and DFL loss over the anchor points that answer for a box."""
+        places = min(found.foreground.shape[1], rule.topk2 * targets.cls.shape[1])
+        with torch.no_grad():
+            index = found.foreground.to(torch.float32).topk(places, 1, sorted=False).indices.sort(1).values  # (B,K)
+            taken = found.foreground.gather(1, index)
+            box = found.box.gather(1, index)
+            weight = found.score.gather(1, index) * targets.box_weight.gather(1, box) * taken
+            points, strides = anchors.points_a2[index], anchors.strides_a1[index]  # (B,K,2), (B,K,1)
+            wanted = boxes_bm4.gather(1, box.unsqueeze(-1).expand(-1, -1, 4)) / strides
+            # Empty places hold a pair of unit boxes: any number there, as long as it is finite.
+            unit = torch.cat([points, points + 1], -1)
+            wanted = torch.where(taken.unsqueeze(-1), wanted, unit)
+        chosen = boxes_bra.permute(0, 2, 1).gather(1, index.unsqueeze(-1).expand(-1, -1, boxes_bra.shape[1]))
+        predicted = torch.where(taken.unsqueeze(-1), decoded(chosen, points, self.bins), unit)
+        box_sum = (self.box_loss(predicted, wanted) * weight).sum(1)
+        distances = torch.cat([points - wanted[..., :2], wanted[..., 2:] - points], -1)  # (B,K,4) strides
+        if self.bins > 1:
+            each = distribution_focal(chosen, distances, self.bins)
+        else:
+            each = _distance_l1(chosen, distances, strides, anchors)
+        return box_sum, (torch.where(taken, each, 0.0) * weight).sum(1)
 
 
-def _pad(weight_n: Tensor, targets: Targets, batch_size: int) -> Tensor:
-    """(B,M) weights of boxes in the layout in which Ultralytics pads its targets."""
-    counts = torch.bincount(targets.image.long(), minlength=batch_size)
-    most = int(counts.max()) if len(targets.cls) else 0
-    padded = torch.ones(batch_size, most, device=weight_n.device)
-    if most:
-        first = counts.cumsum(0) - counts
-        within = torch.arange(len(targets.cls), device=counts.device) - first[targets.image.long()]
-        padded[targets.image.long(), within] = weight_n.to(padded.dtype)
-    return padded
+def decoded(boxes_bkr: Tensor, points: Tensor, bins: int) -> Tensor:
+    """(B,K,4) corners (strides) from (B,K,4R) raw output at anchor points."""
+    distances = boxes_bkr
+    if bins > 1:
+        size, places, _ = boxes_bkr.shape
+        # A kernel, not a copy that is waited for.
+        values = torch.arange(bins, dtype=boxes_bkr.dtype, device=boxes_bkr.device)
+        distances = boxes_bkr.reshape(size, places, 4, bins).softmax(3).matmul(values)
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
+
+
+def distribution_focal(boxes_bkr: Tensor, distances_bk4: Tensor, bins: int) -> Tensor:
+    """(B,K) distribution focal loss, mean over the four sides (Li et al., NeurIPS 2020, eq. 6)."""
+    wanted = distances_bk4.clamp(0, bins - 1 - 0.01)
+    left = wanted.long()
+    to_left = left + 1 - wanted
+    log = F.log_softmax(boxes_bkr.reshape(*wanted.shape, bins), -1)
+    low, high = (log.gather(-1, k.unsqueeze(-1)).squeeze(-1) for k in (left, left + 1))
+    return -(low * to_left + high * (1 - to_left)).mean(-1)
+
+
+def _distance_l1(chosen_bk4: Tensor, distances_bk4: Tensor, strides_bk1: Tensor, anchors: Anchors) -> Tensor:
+    """(B,K) what stands for DFL in heads without bins: L1 between distances as shares of the image, mean over sides."""
+    parts = []
+    for first, side in ((0, anchors.width_px), (1, anchors.height_px)):  # left and right, top and bottom
+        own, other = (d[..., first::2] * strides_bk1 / side for d in (chosen_bk4, distances_bk4))
+        parts.append((own - other).abs())
+    return torch.cat(parts, -1).mean(-1)
+
+
+def corners_px(xywh: Tensor, anchors: Anchors) -> Tensor:
+    """(B,M,4) x1, y1, x2, y2 (px) of boxes given as shares of the image."""
+    x, y, w, h = xywh.unbind(-1)
+    x, w, y, h = x * anchors.width_px, w * anchors.width_px, y * anchors.height_px, h * anchors.height_px
+    return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
+
+
+def ignored_points(targets: Targets, anchors: Anchors) -> Tensor:
+    """(B,A) bool: anchor points inside an ignored area or of a silent image; a box thinner than a cell covers the cell it
+    lies in.
+
+    A box covers a product of rows and columns of a grid, so that boxes are counted by a product of matrices: memory grows
+    with (rows + columns) x boxes, and not with anchor points x boxes.
+    """
+    silent = targets.silent.unsqueeze(1)
+    if targets.ignored_xywh.shape[1] == 0:
+        return silent.expand(-1, anchors.points_a2.shape[0])
+    levels = []
+    for k, (rows, columns) in enumerate(anchors.sizes):
+        counts = _covered(targets.ignored_xywh, 1, rows, anchors, k).transpose(1, 2) @ _covered(
+            targets.ignored_xywh, 0, columns, anchors, k
+        )
+        levels.append(counts.flatten(1) > 0)
+    return torch.cat(levels, 1) | silent
+
+
+def _covered(boxes_bu4: Tensor, axis: int, count: int, anchors: Anchors, level: int) -> Tensor:
+    """(B,U,count) 1 where the box covers the grid's column (axis 0) or row (axis 1), else 0."""
+    stride = anchors.strides[level]
+    side = anchors.height_px if axis else anchors.width_px
+    centre, half = boxes_bu4[..., axis, None] * side, (boxes_bu4[..., axis + 2, None] * side / 2).clamp(min=stride / 2)
+    place = (torch.arange(count, device=boxes_bu4.device) + 0.5) * stride
+    return ((place - centre).abs() <= half).to(torch.float32)

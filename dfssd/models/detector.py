@@ -1,7 +1,6 @@
 """Build, load and save Ultralytics detectors, and read their head's raw output.
 
-Legend: B images, A anchor points over all levels, C classes, R DFL bins (16; 1 in YOLO26).
-Raw output of one branch: {"boxes": (B, 4R, A), "scores": (B, C, A) logits, "feats": [P3, P4, P5] entering the head}.
+Legend: B images, C classes.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_load
 
-from dfssd import __version__
 from dfssd.errors import DfssdError
+from dfssd.models.head import HeadOutput, branches
+from dfssd.models.layout import refuse_code, require_safe_loader
 from dfssd.models.taps import Taps
+from dfssd.version import __version__
 
-Branch = dict[str, Any]  # {"boxes", "scores", "feats"}
 LOSS_EPOCHS = 100  # E2ELoss decays by epochs; one of ours is a hundredth of the training
 
 
@@ -43,17 +43,19 @@ def resolve_weights(spec: str) -> tuple[str, bytes | None]:
     """
     if spec.endswith((".yaml", ".yml")):
         try:
-            yaml_model_load(spec)
+            layout = yaml_model_load(spec)
         except (OSError, TypeError, KeyError) as error:
             raise DfssdError(
                 f"no model of this name: {spec}", todo="give an Ultralytics yaml (yolov8n.yaml, yolo11s.yaml) or a .pt"
             ) from error
+        refuse_code(layout, spec)
         return spec, None
     if not spec.endswith(".pt"):
         raise DfssdError(f"not a model: {spec}", todo="give an Ultralytics detection yaml or a .pt file")
+    require_safe_loader()
     try:
         _, file = torch_safe_load(spec, safe_only=True)
-    except (FileNotFoundError, ConnectionError, OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError, TypeError, EOFError, ValueError, AttributeError, ImportError) as error:
         raise DfssdError(
             f"weights are not on disk and could not be fetched, or cannot be read: {str(error).splitlines()[0]}",
             where=spec,
@@ -77,8 +79,9 @@ def build_detector(spec: str, names: Sequence[str], imgsz: int, weights: bytes |
         DfssdError: the model is no YOLO detector with an anchor-free head on strides 8, 16, 32.
     """
     source = read_detector(weights, spec) if weights is not None else None
-    cfg: Any = source.yaml if source is not None else yaml_model_load(spec)
-    model = DetectionModel(cfg, ch=3, nc=len(names), verbose=False)
+    layout: Any = source.yaml if source is not None else yaml_model_load(spec)
+    refuse_code(layout, spec)
+    model = DetectionModel(layout, ch=3, nc=len(names), verbose=False)
     head = model.model[-1]
     if not isinstance(head, Detect) or head.stride.tolist() != [8.0, 16.0, 32.0]:
         raise DfssdError(
@@ -102,23 +105,28 @@ def configure(model: DetectionModel, names: Sequence[str], imgsz: int) -> None:
 
 
 def read_detector(data: bytes, where: str) -> DetectionModel:
-    """Load the detector of a .pt without running code from it (Ultralytics' allow-list of classes).
+    """Load the detector of a .pt without running code from it: neither what is pickled in it (Ultralytics' allow-list of
+    classes) nor what its layout asks for (`refuse_code`).
 
     Raises:
-        DfssdError: the file holds no detector.
+        DfssdError: the file holds no detector, or code.
     """
+    require_safe_loader()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pt"
         path.write_bytes(data)
         try:
             checkpoint, _ = torch_safe_load(str(path), safe_only=True)
-        except (TypeError, RuntimeError, EOFError, OSError) as error:
+        except (TypeError, RuntimeError, EOFError, OSError, ValueError, AttributeError, ImportError) as error:
             raise DfssdError(f"cannot be loaded as a model: {error}", where=where, todo="give another .pt") from error
+    if not isinstance(checkpoint, dict):
+        raise DfssdError(f"holds a {type(checkpoint).__name__}, not a model", where=where, todo="give another .pt")
     model = checkpoint.get("ema") or checkpoint.get("model")
     if not isinstance(model, DetectionModel):
         raise DfssdError(
             f"holds a {type(model).__name__}, not a detector", where=where, todo="give the .pt of a detection model"
         )
+    refuse_code(getattr(model, "yaml", None), where)
     return model.float()
 
 
@@ -162,15 +170,6 @@ def detector_bytes(model: DetectionModel, extra: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def branches(output: Any) -> dict[str, Branch]:
-    """Raw output by branch: {"one2many": ...} and, for end-to-end heads, {"one2one": ...}; all in float32."""
-    raw = output[1] if isinstance(output, tuple) else output
-    named = {k: v for k, v in raw.items() if k in ("one2many", "one2one") and v} or {"one2many": raw}
-    return {
-        k: {"boxes": b["boxes"].float(), "scores": b["scores"].float(), "feats": b["feats"]} for k, b in named.items()
-    }
-
-
 def feature_channels(model: DetectionModel) -> list[int]:
     """Channels of the neck outputs P3, P4, P5 that enter the head."""
     return [int(m[0].conv.in_channels) for m in model.model[-1].cv2]
@@ -184,7 +183,7 @@ def count_parameters(model: nn.Module) -> int:
 class TeacherOutput:
     """What a teacher says of a batch: raw head output by branch, and its taps, (B,C,H,W) each."""
 
-    raw: dict[str, Branch]
+    raw: dict[str, HeadOutput]
     taps: list[Tensor]
 
 
@@ -196,12 +195,20 @@ class Teacher:
 
     Args:
         layers: layers to tap; none: the neck's outputs, which the head hands over anyway.
-        frozen: its weights never change, so that batch norm may be fused into the convolutions.
+        frozen: its weights never change, so that batch norm may be fused into the convolutions, and weights are held in the
+            precision in which they are used: the same numbers as under autocast, which casts them anew at every step.
+        dtype: precision of its pass; None: float32.
     """
 
     def __init__(
-        self, model: DetectionModel, device: torch.device, layers: Sequence[int] = (), frozen: bool = True
+        self,
+        model: DetectionModel,
+        device: torch.device,
+        layers: Sequence[int] = (),
+        frozen: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self.dtype, self.device = dtype, device
         self.names = [model.names[k] for k in sorted(model.names)]
         self.head = model.model[-1]
         self.reg_max = int(self.head.reg_max)
@@ -212,14 +219,26 @@ class Teacher:
             self.head.fuse = lambda: None  # it would throw the branch away that is not used for inference
             self.model = self.model.fuse(verbose=False)
         self.model.to(device, memory_format=torch.channels_last)
+        if frozen and dtype is not None:
+            self.model.to(dtype)
         self.taps = Taps(self.model, layers, "teacher") if layers else None
         self.channels = self.taps.channels if self.taps else neck
-        self.head.training = True
+        self.frozen, self.head.training = frozen, frozen
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def __call__(self, images_bchw: Tensor) -> TeacherOutput:
-        raw = branches(self.model(images_bchw))
-        return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"]["feats"])
+        """What it says of images in float32."""
+        self.head.training = True
+        kind = self.device.type
+        if self.dtype is None or self.frozen:
+            with torch.autocast(kind, enabled=False):
+                output = self.model(images_bchw if self.dtype is None else images_bchw.to(self.dtype))
+        else:
+            with torch.autocast(kind, self.dtype):
+                output = self.model(images_bchw)
+        self.head.training = self.frozen  # an average is validated in between, and must then decode
+        raw = branches(output)
+        return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"].feats)
 
 
 @contextmanager
@@ -231,19 +250,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Type of the forward pass: bfloat16 where asked for or, with 'auto', where the hardware computes it; else None.
-
-    On a CPU bf16 pays only with AVX512-BF16 or AMX; elsewhere it is emulated and slower than fp32.
-    """
-    if amp == "fp32":
-        return None
-    if amp == "bf16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    flags = Path("/proc/cpuinfo")
-    known = flags.read_text() if flags.exists() else ""
-    return torch.bfloat16 if "avx512_bf16" in known or "amx_bf16" in known else None

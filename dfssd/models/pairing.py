@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfssd.errors import DfssdError
-from dfssd.models.detector import Branch, Teacher
+from dfssd.models.detector import Teacher
+from dfssd.models.head import HeadOutput
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,17 @@ class Pairing:
     bins: bool
     notes: tuple[str, ...] = ()
 
-    def scores(self, branch: Branch) -> Tensor:
+    def scores(self, branch: HeadOutput) -> Tensor:
         """(B,C,A) teacher's class logits for the student's classes."""
-        scores: Tensor = branch["scores"]
-        return scores if self.classes is None else scores[:, torch.tensor(self.classes, device=scores.device)]
+        if self.classes is None:
+            return branch.scores
+        return branch.scores.index_select(1, _index(self.classes, branch.scores.device))
+
+
+@lru_cache(maxsize=8)
+def _index(classes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept on the device: made anew it would be a copy that every step waits for."""
+    return torch.tensor(classes, device=device)
 
 
 def pair(teacher: Teacher, student_head: Any, names: Sequence[str], prediction: str) -> Pairing:

@@ -1,36 +1,105 @@
-"""Run stages in order."""
+"""Run stages of the table: one, or several in order. Skipping, resuming, tracking and finishing are the same for all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
-from dfssd.pipeline.dry_run import dry_run
-from dfssd.pipeline.stages import Context, later_rounds, run_stage
+from dfssd.pipeline.context import Context
+from dfssd.pipeline.replay import deliver_later
+from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
+from dfssd.runtime.artefact import Stage, flatten
+from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
 
 
-def run_stages(config: Config, stages: Sequence[str]) -> None:
-    """Run stages in order, or show the plan."""
-    if "student" in stages:
+def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
+    """Run stages in order, and later rounds where the settings ask for them; or show the plan.
+
+    Raises:
+        DfssdError: a user error, with the stage left so that the same command goes on.
+    """
+    if any(own.distils for own in (row_of(name).training for name in names) if own):
         check_weights(config.distill)
     for note in settings_without_effect(config):
         print(f"WARNING: {note}", flush=True)
     refuse_relative_paths_in_a_job(config)
     context = Context(config)
     if config.run.dry_run:
-        dry_run(context, stages)
+        from dfssd.pipeline.dry_run import dry_run  # imports torch, to time a step
+
+        dry_run(context, names)
         return
     context.run.check_writable()
-    status = "FAILED"
+    status, ended, planned = "FAILED", False, list(plan(config, names))
+    _start_ray_early(context, planned)
     try:
-        for name in stages:
+        for name in planned:
+            if name.round > 1 and ended:
+                continue
             run_stage(context, name)
-            if name == "quality":
-                later_rounds(context)
+            ended = row_of(name).ends_rounds(context.run, name.round)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         context.runs.end_parent(status)
+
+
+def _start_ray_early(context: Context, planned: Sequence[ArtefactName]) -> None:
+    """Where stages that use Ray come after one that does not, Ray starts while that one works."""
+    left = [name for name in planned if not is_finished(context.run, name)]
+    if not context.fit and left[:1] == [DATASET] and len(left) > 1:
+        from dfssd.runtime.cluster import start_early
+
+        start_early()
+
+
+def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:
+    """Run one stage unless it is finished; return its summary.
+
+    Raises:
+        DfssdError: a user error, with the stage left so that the same command goes on.
+    """
+    stage = make_stage(context.config, context.run, name)
+    with stage.lease():
+        return _run_held(context, stage)
+
+
+def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
+    """`run_stage`, where no other driver makes the same artefact."""
+    name, row = stage.name, row_of(stage.name)
+    overwrite = context.config.run.overwrite
+    if row.renew and (not overwrite or context.config.data.update) and stage.differs():
+        resolve(row.renew)(context, stage)
+    if row.needs and (stage.differs() or not is_finished(context.run, name)):
+        if not overwrite:
+            stage.state()  # refuses what was made with other settings
+        resolve(row.needs)(context, stage, ())  # before anything is begun, or deleted
+    state = stage.begin(overwrite)
+    if state == "finished":
+        record = stage.store.read_json("stage.json")
+        print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)
+        deliver_later(context.runs, context.run, str(name))  # what MLflow missed while it was down
+        return dict(record["summary"])
+    print(f"{name}: {'goes on' if state == 'interrupted' else 'starts'}", flush=True)
+    params = context.runs.params if context.tags else flatten(stage.config)
+    run_id = context.runs.stage(str(name), stage.recorded_run_id(), params, context.title, keep=stage.record_run_id)
+    status = "FAILED"
+    try:
+        summary, outputs = resolve(row.body)(context, stage, run_id)
+        record = stage.finish(outputs, summary)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        context.runs.end(run_id, status)
+    numbers = {k: v for k, v in flatten(summary).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    context.runs.metrics(run_id, {f"summary/{k}": float(v) for k, v in numbers.items()})
+    context.runs.artefact(run_id, "stage.json", stage.store.read("stage.json"))
+    deliver_later(context.runs, context.run, str(name))
+    print(f"{name}: finished in {record['duration_s']:.0f} s", flush=True)
+    return dict(summary)

@@ -1,294 +1,301 @@
-"""The stages: what each depends on, what it does, and how it is skipped, resumed, tracked and finished."""
+"""The table of stages: a row says what a stage leaves, what it reads, what must be there, and what does the work.
+
+Order, skipping, resuming, refusing, the dry run, the flags of the jobs and the list in docs/design.md follow from it. To add
+a stage, add a row, a body (a function in a file of this folder) and a job; docs/extending.md shows how.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dfssd.config import Config, as_dict
-from dfssd.data.manifest import read_manifest
-from dfssd.errors import DfssdError
-from dfssd.runtime.artefact import Stage, flatten
-from dfssd.runtime.artefact_names import finished_models, improved, in_round, newest_round, split_round
-from dfssd.runtime.storage import Storage
-from dfssd.runtime.tracking import Runs, Tracker
+from dfssd.config import Config, section
+from dfssd.pipeline.settings import counted
+from dfssd.runtime.artefact_names import (
+    DATASET,
+    EXPORT,
+    LABEL_ONLY,
+    MEAN_TEACHER,
+    PSEUDO,
+    QUALITY,
+    REPORT,
+    STUDENT,
+    TEACHER,
+    ArtefactName,
+    better_on_val,
+    is_finished,
+    newest_round,
+    val_score,
+)
+from dfssd.train.training import Training
 
 if TYPE_CHECKING:
-    from dfssd.train.job import TrainJob
+    from dfssd.runtime.artefact import Stage
+    from dfssd.runtime.storage import Storage
 
-ORDER = ("dataset", "teacher", "label_only", "pseudo", "quality", "student", "report")
+Inputs = Callable[[Config, "Storage", int], tuple[ArtefactName, ...]]
 
 
-@dataclass
-class Context:
-    """One pipeline: settings, storage of the run, MLflow runs.
+@dataclass(frozen=True)
+class Row:
+    """One stage.
 
     Args:
-        fit: trains a job where it is not a worker group of Ray Train that shall do it, as in a sweep's trial.
-        title, tags: name and further tags of the MLflow runs of stages; with tags they get all settings as parameters.
+        role: what it leaves; the first of the artefact's two names (the other is the round).
+        does: one line for documentation and help.
+        reads: dotted keys of the settings that it reads. They are the flags of its job, and what must match for a finished
+            artefact to be skipped, but for those that only change speed (`settings.FREE`).
+        inputs: artefacts that it reads, of (config, run, round).
+        body: "module:function", imported when it is run; takes (context, stage, MLflow run id), returns the summary and the
+            names of the files it has left.
+        reads_later: further settings that it reads from round 2 on.
+        free: settings that it reads and that do not count.
+        training: what it trains, where it is a training.
+        needs: "module:function" that stops where something else than an artefact is missing, and says what is there, in
+            lines; takes (context, stage, names of the stages planned before it). It is asked before anything is begun or
+            deleted, and by the dry run.
+        renew: "module:function" that is asked where what is there differs, before it is refused; takes (context, stage).
+        wanted: is it part of a pipeline with these settings?
+        in_rounds: does a later round (`--rounds`) do it again?
+        ends_rounds: after it, of (run, round): is there no further stage of this round, nor a further round?
+        teaches: does it leave a teacher, which labels and teaches where it is the best one on val?
     """
 
-    config: Config
-    fit: Callable[[TrainJob], dict[str, Any]] | None = None
-    title: str = ""
-    tags: dict[str, str] = field(default_factory=dict)
-    run: Storage = field(init=False)
-    runs: Runs = field(init=False)
+    role: str
+    does: str
+    reads: tuple[str, ...]
+    inputs: Inputs
+    body: str
+    reads_later: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+    training: Training | None = None
+    needs: str = ""
+    renew: str = ""
+    wanted: Callable[[Config], bool] = lambda config: True
+    in_rounds: bool = False
+    ends_rounds: Callable[[Storage, int], bool] = lambda run, number: False
+    teaches: bool = False
 
-    def __post_init__(self) -> None:
-        run = self.config.run
-        storage = Storage(run.storage_path)
-        self.run = storage.at(run.run_name)
-        self.runs = Runs(storage, run.experiment, run.run_name, flatten(self.config.model_dump(mode="json")), self.tags)
-
-
-def make_stage(config: Config, run: Storage, name: str) -> Stage:
-    """The stage's config (what its result depends on) and inputs."""
-    from dfssd.train.job import stage_config
-
-    seed = {"seed": config.run.seed}
-    kind, number = split_round(name)
-    if name == "dataset":
-        data = as_dict(config.data, "bad_limit", "max_side")
-        for key in ("data", "labelled_list"):
-            data[key] = str(Path(data[key]).absolute()) if data[key] and "://" not in data[key] else data[key]
-        return Stage(run, name, {"data": data, **seed})
-    if kind == "pseudo":
-        pseudo = as_dict(config.pseudo, "label_batch", "num_actors", "unreadable_limit", "label_teachers")
-        settings: dict[str, Any] = {"pseudo": pseudo, "imgsz": config.train.imgsz}
-        external = [hashlib.sha256(given_weights(spec)).hexdigest() for spec in config.pseudo.label_teachers]
-        if external and number == 1:
-            return Stage(run, name, {**settings, "teachers": external}, ("dataset",))
-        return Stage(run, name, settings, ("dataset", in_round("teacher", number)))
-    if kind == "quality":
-        settings = {"thresholds": as_dict(config.thresholds), "steps": config.train.steps}
-        return Stage(run, name, settings, ("dataset", in_round("pseudo", number)))
-    if name == "report":
-        settings = {"evaluate": as_dict(config.evaluate), "imgsz": config.train.imgsz}
-        return Stage(run, name, settings, ("dataset", *finished_models(run)))
-    settings = stage_config(config, name)
-    if name == "student" and config.distill.distill_teacher:
-        settings["distill"]["distill_teacher"] = hashlib.sha256(
-            given_weights(config.distill.distill_teacher)
-        ).hexdigest()
-    return Stage(run, name, settings, training_inputs(config, run, name))
+    def reads_in(self, number: int) -> tuple[str, ...]:
+        """Settings that it reads in a round."""
+        return self.reads if number == 1 else (*self.reads, *self.reads_later)
 
 
-def training_inputs(config: Config, run: Storage, name: str) -> tuple[str, ...]:
-    """Artefacts that a training stage reads: a student those of the newest finished round."""
-    kind, number = split_round(name)
-    if kind == "teacher" and number > 1:
-        return "dataset", in_round("pseudo", number - 1)
-    if name != "student":
-        return ("dataset",)
-    number = newest_round(run)
-    distill = config.distill
+def _teacher_inputs(config: Config, run: Storage, number: int) -> tuple[ArtefactName, ...]:
+    return (DATASET,) if number == 1 else (DATASET, PSEUDO.of_round(number - 1))
+
+
+def _labelling_inputs(config: Config, run: Storage, number: int) -> tuple[ArtefactName, ...]:
+    external = config.pseudo.label_teachers and number == 1
+    return (DATASET,) if external else (DATASET, best_teacher(run, number))
+
+
+def _student_inputs(config: Config, run: Storage, number: int) -> tuple[ArtefactName, ...]:
+    """A student learns from the newest round that has pseudo-labels, and from the teacher that made them."""
+    newest, distill = newest_round(run), config.distill
     own = distill.uses_teacher and not distill.distill_teacher
-    teacher = (in_round("teacher", number),) if own else ()
-    pseudo = (in_round("pseudo", number),) if distill.unlabelled_ratio > 0 else ()
-    return ("dataset", *teacher, *pseudo)
+    teacher = (best_teacher(run, newest),) if own else ()
+    return (DATASET, *teacher, *((PSEUDO.of_round(newest),) if distill.unlabelled_ratio > 0 else ()))
 
 
-def run_stage(context: Context, name: str) -> dict[str, Any]:
-    """Run one stage unless it is finished; return its summary.
-
-    Raises:
-        DfssdError: a user error, with the stage left so that the same command goes on.
-    """
-    stage = make_stage(context.config, context.run, name)
-    state = stage.begin(context.config.run.overwrite)
-    if state == "finished":
-        record = stage.store.read_json("stage.json")
-        print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)
-        return dict(record["summary"])
-    print(f"{name}: {'goes on' if state == 'interrupted' else 'starts'}", flush=True)
-    params = context.runs.params if context.tags else flatten(stage.config)
-    run_id = context.runs.stage(name, stage.recorded_run_id(), params, context.title)
-    stage.record_run_id(run_id)
-    status = "FAILED"
-    try:
-        summary, outputs = BODIES[split_round(name)[0]](context, stage, run_id)
-        record = stage.finish(outputs, summary)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        context.runs.end(run_id, status)
-    numbers = {k: v for k, v in flatten(summary).items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    context.runs.metrics(run_id, {f"summary/{k}": float(v) for k, v in numbers.items()})
-    context.runs.artefact(run_id, "stage.json", stage.store.read("stage.json"))
-    print(f"{name}: finished in {record['duration_s']:.0f} s", flush=True)
-    return summary
+def _report_inputs(config: Config, run: Storage, number: int) -> tuple[ArtefactName, ...]:
+    return (DATASET, *finished_models(run))
 
 
-Body = tuple[dict[str, Any], list[str]]
-
-
-def _prepare(context: Context, stage: Stage, run_id: str) -> Body:
-    from dfssd.data.prepare import prepare
-    from dfssd.report.tables import split_table
-
-    summary = prepare(context.config.data, context.config.run.seed, stage.store)
-    print(split_table(summary), flush=True)
-    for name in ("groups.png", "split.csv"):
-        context.runs.artefact(run_id, name, stage.store.read(name))
-    return summary, [f for f in stage.store.files() if f != "started.json"]
-
-
-def _train(context: Context, stage: Stage, run_id: str) -> Body:
-    from dfssd.models.detector import resolve_weights
-    from dfssd.report.plots import training_curves
-    from dfssd.runtime.cluster import connect, with_workers, worker_resources
-    from dfssd.train.job import TrainJob
-    from dfssd.train.worker import fit
-
-    config, named = context.config, {split_round(name)[0]: name for name in stage.inputs}
-    job = TrainJob(
-        stage.name,
-        context.run.uri,
-        context.config,
-        context.runs.uri,
-        run_id,
-        teacher=named.get("teacher", ""),
-        pseudo=named.get("pseudo", ""),
-        begun=stage.started,
+def _no_better(run: Storage, number: int) -> bool:
+    """Is the teacher of a later round no better on val than the one before? Says so in one line."""
+    if number == 1:
+        return False
+    before, after = val_score(run, best_teacher(run, number - 1)), val_score(run, best_teacher(run, number))
+    better = after > before
+    print(
+        f"round {number}: teacher's val mAP50-95 {before:.4f} -> {after:.4f}, "
+        + ("its labels are used" if better else f"no better: the labels of round {number - 1} are used"),
+        flush=True,
     )
-    _, weights = resolve_weights(job.model_spec)
-    if weights is not None and not stage.store.exists("init.pt"):
-        stage.store.write("init.pt", weights)
-    if job.distills and config.distill.distill_teacher and config.distill.uses_teacher:
-        stage.store.write("teacher.pt", given_weights(config.distill.distill_teacher))  # workers may be elsewhere
-    log_dataset(context, run_id)
-    if context.fit:
-        summary = context.fit(job)
-    else:
-        connect()
-        job = replace(job, config=with_workers(config))
-        run = job.config.run
-        resources = worker_resources(run)
-        said = resources.describe(run.num_workers)
-        print(f"{stage.name}: {job.model_spec}, {job.steps} steps on {said} each", flush=True)
-        summary = fit(job, resources)
-    stage.store.write("curves.png", training_curves(stage.store.read_json("history.json"), stage.name))
-    context.runs.artefact(run_id, "curves.png", stage.store.read("curves.png"))
-    context.runs.artefact(run_id, "weights/best.pt", stage.store.read("best.pt"))
-    return summary, ["best.pt", "last.pt", "history.json", "curves.png"]
+    return not better
 
 
-def later_rounds(context: Context) -> None:
-    """Rounds 2, 3, ...: a teacher that also learns from its own pseudo-labels (Noisy Student, Xie et al., CVPR 2020),
-    and its labels; until the settings' number is reached or its validation is no better than that of the round before."""
-    for number in range(2, context.config.rounds + 1):
-        run_stage(context, in_round("teacher", number))
-        if not improved(context.run, number):
-            return
-        run_stage(context, in_round("pseudo", number))
-        run_stage(context, in_round("quality", number))
+PLACE = section("run", "seed", "num_workers", "cpus_per_worker", "gpu", "wait_min")  # where it lies; for any stage
+RUN = section("run")
+_ALONE = section("train", "teacher_steps", "teacher_patience")  # of a training of the student
+_PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
+    *(f"distill.{k}" for k in ("unlabelled_ratio", "score_power", "uncertain", "silent", "agreement_min", "lambda_u")),
+    *("distill.balance", "distill.share_u"),
+    *section("thresholds"),
+)
+_SELF_LABELLED = (  # of a training whose own average labels
+    *section("train", "lr", "ema_decay"),
+    *(f"pseudo.{k}" for k in ("floor", "nms_iou", "max_candidates")),
+    *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "silent", "balance", "share_u")),
+    *(f"thresholds.{k}" for k in ("tau", "tau_min", "tau_max")),
+)
+
+STAGES = (
+    Row(
+        role=DATASET.role,
+        does="check images and labels, group near-duplicates, split, choose the labelled subset",
+        reads=(*PLACE, "run.seed", *section("data")),
+        inputs=lambda config, run, number: (),
+        body="dfssd.pipeline.data:prepare_stage",
+        needs="dfssd.pipeline.data:needs",
+        renew="dfssd.pipeline.data:renew",
+    ),
+    Row(
+        role=TEACHER.role,
+        does="train the large detector on the labelled images; in later rounds on its own pseudo-labels too",
+        reads=(*RUN, "models.teacher", *section("train")),
+        reads_later=_PSEUDO_LABELS,
+        free=("train.steps",),  # counts as far as train.teacher_steps comes from it
+        inputs=_teacher_inputs,
+        body="dfssd.pipeline.training:train_stage",
+        training=Training("teacher"),
+        needs="dfssd.pipeline.training:needs",
+        in_rounds=True,
+        ends_rounds=_no_better,
+        teaches=True,
+    ),
+    Row(
+        role=MEAN_TEACHER.role,
+        does="the teacher goes on with labelled and unlabelled images, which its own average labels",
+        reads=(*RUN, "models.teacher", *_SELF_LABELLED, *section("mean_teacher")),
+        # The steps count as far as mean_teacher_steps comes from them.
+        free=("mean_teacher.mean_teacher", "train.steps", "train.teacher_steps"),
+        inputs=lambda config, run, number: (DATASET, TEACHER),
+        body="dfssd.pipeline.training:train_stage",
+        training=Training("teacher", labels_itself=True),
+        needs="dfssd.pipeline.training:needs",
+        wanted=lambda config: config.mean_teacher.mean_teacher and config.unlabelled_batch() > 0,
+        teaches=True,
+    ),
+    Row(
+        role=LABEL_ONLY.role,
+        does="train the student on the labelled images alone, for as many steps: what everything is compared with",
+        reads=(*RUN, "models.student", *_ALONE),
+        inputs=lambda config, run, number: (DATASET,),
+        body="dfssd.pipeline.training:train_stage",
+        training=Training("student"),
+        needs="dfssd.pipeline.training:needs",
+        wanted=lambda config: config.baseline,
+    ),
+    Row(
+        role=PSEUDO.role,
+        does="stream the unlabelled images through the teacher; keep every candidate box",
+        reads=(*section("run", "seed"), *section("pseudo"), "train.imgsz", "train.amp"),
+        inputs=_labelling_inputs,
+        body="dfssd.pipeline.labelling:label_stage",
+        needs="dfssd.pipeline.labelling:needs",
+        in_rounds=True,
+    ),
+    Row(
+        role=QUALITY.role,
+        does="measure what the pseudo-labels are worth, before anything trains on them",
+        reads=(*PLACE, *section("thresholds"), "train.steps"),
+        inputs=lambda config, run, number: (DATASET, PSEUDO.of_round(number)),
+        body="dfssd.pipeline.labelling:quality_stage",
+        in_rounds=True,
+    ),
+    Row(
+        role=STUDENT.role,
+        does="train the student on labels, pseudo-labels and the teacher's features and predictions",
+        reads=(*RUN, "models.student", *_ALONE, *section("thresholds"), *section("distill")),
+        inputs=_student_inputs,
+        body="dfssd.pipeline.training:train_stage",
+        training=Training("student", distils=True),
+        needs="dfssd.pipeline.training:needs",
+    ),
+    Row(
+        role=REPORT.role,
+        does="measure all finished models, and write the report",
+        reads=(*section("run", "seed", "num_workers"), *section("evaluate"), "train.imgsz"),
+        inputs=_report_inputs,
+        body="dfssd.pipeline.evaluation:report_stage",
+        needs="dfssd.pipeline.evaluation:needs",
+    ),
+    Row(
+        role=EXPORT.role,
+        does="write the student for the line (ONNX, OpenVINO, int8), prove that it finds the same, log it to MLflow",
+        reads=(*section("run", "seed", "num_workers"), *section("export"), "evaluate.latency_repeats", "train.imgsz"),
+        free=("export.register_as", "evaluate.latency_repeats"),
+        inputs=lambda config, run, number: (DATASET, exported_model(config, run), REPORT),
+        body="dfssd.pipeline.exporting:export_stage",
+        needs="dfssd.pipeline.exporting:needs",
+        wanted=lambda config: bool(config.export.formats),
+    ),
+)
+ROWS = {row.role: row for row in STAGES}
 
 
-def given_weights(spec: str) -> bytes:
-    """Content of a .pt that labels or teaches.
+def row_of(name: ArtefactName) -> Row:
+    return ROWS[name.role]
+
+
+def wanted(config: Config) -> list[ArtefactName]:
+    """The stages of a pipeline with these settings, in order, without later rounds."""
+    return [ArtefactName(row.role) for row in STAGES if row.wanted(config)]
+
+
+def plan(config: Config, names: Sequence[ArtefactName]) -> Iterator[ArtefactName]:
+    """These stages in order, with those of later rounds after the first round's last one, where it is among them."""
+    again = [row.role for row in STAGES if row.in_rounds]
+    for name in names:
+        yield name
+        if name.role == again[-1]:
+            for number in range(2, config.rounds + 1):
+                yield from (ArtefactName(role, number) for role in again)
+
+
+def best_teacher(run: Storage, number: int) -> ArtefactName:
+    """The teacher that labels in a round, and teaches from then on: the best on val of those that are finished."""
+    teachers = [ArtefactName(row.role, number) for row in STAGES if row.teaches]
+    return better_on_val(run, teachers) or TEACHER.of_round(number)
+
+
+def finished_models(run: Storage) -> list[ArtefactName]:
+    """Finished trainings: teachers round by round, then the students."""
+    found, number = list[ArtefactName](), 1
+    teachers = [ArtefactName(row.role) for row in STAGES if row.teaches]
+    while own := [t.of_round(number) for t in teachers if is_finished(run, t.of_round(number))]:
+        found += own
+        number += 1
+    others = [ArtefactName(row.role) for row in STAGES if row.training and not row.teaches]
+    return found + [name for name in others if is_finished(run, name)]
+
+
+def exported_model(config: Config, run: Storage) -> ArtefactName:
+    """What goes to the line: the distilled student, without one the label-only student, without any the best teacher."""
+    return next(
+        (n for n in (STUDENT, LABEL_ONLY, best_teacher(run, newest_round(run))) if is_finished(run, n)), STUDENT
+    )
+
+
+def settings_of(config: Config, name: ArtefactName) -> dict[str, Any]:
+    """The settings that the result of a stage depends on.
 
     Raises:
-        DfssdError: there is no such file, or it holds no detector.
+        DfssdError: weights are named that are not there.
     """
-    from dfssd.models.detector import resolve_weights
-
-    _, weights = resolve_weights(spec)
-    if weights is None:
-        raise DfssdError(
-            f"{spec} has no weights, so it cannot label or teach", todo="give the .pt of a trained detector"
-        )
-    return weights
+    row = row_of(name)
+    return counted(config, row.reads_in(name.round), row.free)
 
 
-def log_dataset(context: Context, run_id: str) -> None:
-    """Log the split, by its digest, as the data set of an MLflow run."""
-    record = context.run.at("dataset").read_json("stage.json")
-    profile = {k: record["summary"][k] for k in ("images", "labelled_images", "groups")}
-    context.runs.dataset(run_id, context.run.path("dataset", "manifest.parquet"), record["digest"], profile)
+def make_stage(config: Config, run: Storage, name: ArtefactName) -> Stage:
+    """The stage with what must match: its settings and its inputs."""
+    from dfssd.runtime.artefact import Stage
+
+    return Stage(run, name, settings_of(config, name), row_of(name).inputs(config, run, name.round))
 
 
-def _pseudo(context: Context, stage: Stage, run_id: str) -> Body:
-    from dfssd.pseudo.labeller import label
-    from dfssd.runtime.cluster import connect
-
-    teachers = [name for name in stage.inputs if name != "dataset"]
-    weights = [f"{name}/best.pt" for name in teachers]
-    for k, spec in enumerate(() if teachers else context.config.pseudo.label_teachers):
-        weights.append(f"{stage.name}/teachers/{k}.pt")  # a copy: workers may run on other machines
-        context.run.write(weights[-1], given_weights(spec))
-    connect()
-    manifest = read_manifest(context.run.at("dataset"))
-    if not manifest.unlabelled_rows():
-        print(f"{stage.name}: there is no unlabelled image", flush=True)
-    tracker = Tracker(context.runs.uri, run_id)
-    try:
-        summary = label(context.config, context.run, stage.name, manifest, weights, tracker.log)
-    finally:
-        tracker.close()
-    return summary, [f for f in stage.store.files() if f != "started.json"]
+def resolve(target: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, function = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
-def _quality(context: Context, stage: Stage, run_id: str) -> Body:
-    from dfssd.pseudo.quality import measure
-    from dfssd.report import quality as report
-
-    folder = in_round("pseudo", split_round(stage.name)[1])
-    quality = measure(context.config, context.run, folder)
-    numbers = quality.numbers()
-    manifest = read_manifest(context.run.at("dataset"))
-    print(report.terminal_table(numbers), flush=True)
-    stage.store.write_json("quality.json", numbers)
-    stage.store.write("quality.csv", report.csv(numbers))
-    stage.store.write("quality.png", report.curves(quality))
-    stage.store.write("doubtful.png", report.doubtful_sheet(quality, manifest))
-    outputs = ["quality.json", "quality.csv", "quality.png", "doubtful.png"]
-    for name in outputs:
-        context.runs.artefact(run_id, name, stage.store.read(name))
-    return numbers, outputs
-
-
-def _evaluate(context: Context, stage: Stage, run_id: str) -> Body:
-    import ray
-
-    from dfssd.evaluate.measure import measure
-    from dfssd.report.html import write_report
-    from dfssd.runtime.cluster import connect, worker_resources
-
-    models = finished_models(context.run)
-    if not models:
-        raise DfssdError(
-            "there is no finished model to measure",
-            where=context.run.uri,
-            todo="run jobs/teacher.py or jobs/distill.py first, or jobs/pipeline.py, which runs all in order",
-        )
-    connect()
-    resources = worker_resources(context.config.run.model_copy(update={"num_workers": "1"}))
-    task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
-    results = ray.get(task.remote(context.config, context.run.uri, models, resources.threads))
-    stage.store.write_json("metrics.json", results)
-    write_report(context.config, context.run, results)
-    for name in [*models, *(["gate"] if "gate" in results else [])]:
-        values = {f"{name}/{k}": v for k, v in flatten(results[name]).items() if isinstance(v, int | float)}
-        context.runs.metrics(run_id, values)
-        context.runs.metrics(context.runs.parent(), values)
-    for name in ("report.html", "metrics.json", "detections.png"):
-        context.runs.artefact(run_id, name, stage.store.read(name))
-    summary = {m: {"map50": results[m]["test"]["map50"], "map50_95": results[m]["test"]["map50_95"]} for m in models}
-    return summary, [f for f in stage.store.files() if f != "started.json"]
-
-
-BODIES: dict[str, Callable[[Context, Stage, str], Body]] = {
-    "dataset": _prepare,
-    "teacher": _train,
-    "label_only": _train,
-    "pseudo": _pseudo,
-    "quality": _quality,
-    "student": _train,
-    "report": _evaluate,
-}
+def markdown(rows: Iterable[Row] = STAGES) -> str:
+    """The list of stages for the documentation."""
+    lines = ["| stage | what it does | in every round |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{r.role}` | {r.does} | {'yes' if r.in_rounds else ''} |" for r in rows)])

@@ -8,19 +8,24 @@ Legend: C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dfssd.choices import POLICIES
 from dfssd.config import Thresholds
 from dfssd.data.manifest import Boxes, Row
 
+if TYPE_CHECKING:
+    from dfssd.pseudo.calibration import Calibration
+
 BINS = 1000  # of a score histogram; thresholds are exact to a thousandth
 FEWEST = 20  # candidates of a class from which a mixture is fitted
-POLICIES = ("fixed", "ema", "gmm", "match")
+NEVER = 1.01  # a threshold that no score reaches: the class gets soft scores only, no boxes
 
 
 @dataclass
@@ -30,10 +35,12 @@ class ScoreCounts:
     Args:
         counts: (C, BINS) candidates with a score in [k/BINS, (k+1)/BINS).
         images: unlabelled images looked at.
+        calibration: what scores are worth by the val split, for the policy 'precision'.
     """
 
     counts: np.ndarray
     images: int = 0
+    calibration: Calibration | None = None
 
     @classmethod
     def empty(cls, classes: int) -> ScoreCounts:
@@ -74,6 +81,8 @@ class FixedThreshold:
         tau_c: (C,) thresholds.
     """
 
+    learns = False  # from batches: nothing has to be added up over workers, and nobody waits for it
+
     def __init__(self, tau_c: Tensor) -> None:
         self._tau = tau_c
 
@@ -88,7 +97,7 @@ class FixedThreshold:
         return {"tau": self._tau}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._tau = state["tau"]
+        """Nothing: they follow from the settings and the candidates, and a population's trial has settings of its own."""
 
 
 class EmaThreshold:
@@ -98,6 +107,8 @@ class EmaThreshold:
     a class without a candidate in the batch stays where it is. The caller adds up `score_sum_c` and `count_c` over all
     workers, so the number of workers does not matter.
     """
+
+    learns = True
 
     def __init__(self, classes: int, decay: float, tau_min: float, tau_max: float = 1.0) -> None:
         self.decay, self.tau_min, self.tau_max = decay, tau_min, tau_max
@@ -139,15 +150,8 @@ def policy_thresholds(
     config: Thresholds, policy: str, scores: ScoreCounts, rate_c: np.ndarray, steps: int = 0
 ) -> np.ndarray:
     """(C,) thresholds of any policy on these candidates; for 'ema' those it will have reached after `steps`."""
-    if policy == "fixed":
-        return np.full(len(rate_c), config.tau)
-    if policy == "ema":
-        tau = scores.mean() * (1 - config.tau_decay**steps)
-    elif policy == "gmm":
-        tau = np.array([gmm_threshold(row, config.tau) for row in scores.counts])
-    else:
-        tau = match_thresholds(scores, rate_c)
-    return np.asarray(tau.clip(config.lowest(policy), config.tau_max))
+    tau = THRESHOLDS[policy](config, scores, rate_c, steps)
+    return np.asarray(tau.clip(config.lowest(policy), config.tau_max)) if "tau_max" in POLICIES[policy].uses else tau
 
 
 def gmm_threshold(counts: np.ndarray, fallback: float) -> float:
@@ -197,6 +201,18 @@ def match_thresholds(scores: ScoreCounts, rate_c: np.ndarray) -> np.ndarray:
     highest = BINS - 1 - reached[:, ::-1].argmax(1)
     tau = np.where(reached.any(1), highest / BINS, 0.0)
     return np.asarray(np.where(wanted > 0, tau, 1.0))
+
+
+# How each policy of `dfssd.choices` sets its (C,) thresholds; taken into its limits afterwards.
+THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.ndarray]] = {
+    "fixed": lambda config, scores, rate_c, steps: np.full(len(rate_c), config.tau),
+    "ema": lambda config, scores, rate_c, steps: scores.mean() * (1 - config.tau_decay**steps),
+    "gmm": lambda config, scores, rate_c, steps: np.array([gmm_threshold(row, config.tau) for row in scores.counts]),
+    "match": lambda config, scores, rate_c, steps: match_thresholds(scores, rate_c),
+    "precision": lambda config, scores, rate_c, steps: (
+        scores.calibration.thresholds(scores, config.precision) if scores.calibration else np.full(len(rate_c), NEVER)
+    ),
+}
 
 
 def class_sums(cls_n: Tensor, score_n: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -1,93 +1,289 @@
-"""`report.html`: one file, pictures inside, that can be mailed."""
+"""`report.html`: one file, pictures inside, that can be mailed: for the engineer at the line first, then for a reviewer."""
 
 from __future__ import annotations
 
-import base64
 import json
-from html import escape
+import platform
+import shlex
+import sys
+import time
+from functools import partial
+from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from dfssd.config import Config
 from dfssd.data.manifest import read_manifest
-from dfssd.evaluate.gate import verdict
-from dfssd.report import tables
+from dfssd.evaluate.detections import read_detections
+from dfssd.evaluate.measure import thresholds_of
+from dfssd.evaluate.verdict import share
+from dfssd.report import cases, charts, pictures, tables
 from dfssd.report.quality import rows as quality_rows
-from dfssd.runtime.artefact import code_version
-from dfssd.runtime.artefact_names import finished_models, in_round, newest_round
+from dfssd.report.terminal import said
+from dfssd.runtime.artefact_names import QUALITY, newest_round
+from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%;border:1px solid #ddd}
-.warning{background:#fff6e5;border-left:4px solid #f58231;padding:.6rem 2rem}
-.verdict{font-size:1.15rem;padding:.6rem 1rem;background:#f3f6fa;border-left:4px solid #4363d8}
-pre{background:#f6f6f6;padding:1rem;overflow:auto}h2{margin-top:2.5rem}
-"""
-
-NO_GATE = "No label-only student to compare with."
+CONTENTS = (
+    ("verdict", "Verdict"),
+    ("point", "Operating point"),
+    ("misses", "Worst misses"),
+    ("alarms", "Worst false alarms"),
+    ("side", "Side by side"),
+    ("review", "For the reviewer: metrics"),
+    ("training", "Training"),
+    ("pseudo", "Pseudo-labels"),
+    ("data", "Data"),
+    ("settings", "Settings and versions"),
+)
+SIDE_PICTURES = 4
+VERSIONS = ("torch", "ultralytics", "ray", "mlflow", "onnxruntime", "numpy", "opencv-python-headless", "opencv-python")
+Rows = tuple[list[str], list[list[str]]]
 
 
 def write_report(config: Config, run: Storage, results: dict[str, Any]) -> None:
-    """Write `report/report.html` from what the stages have left."""
-    summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
-    said = verdict(results["gate"]) if "gate" in results else NO_GATE
-    parts = [
-        f"<h1>dfssd: {escape(config.run.run_name)}</h1>",
-        f"<p class=verdict>{escape(said)}</p>",
-        "<h2>Test split</h2>" + _table(*tables.model_rows(results)),
-        f"<p>{escape(_environment(results))}</p>",
-        "<h3>mAP50 by class</h3>" + _table(*tables.class_rows(results, summary["names"])),
-        "<h2>Data</h2>" + _table(*tables.split_rows(summary)),
-        f"<p>{escape(tables.split_table(summary).split(chr(10), 1)[1].rsplit('┘', 1)[-1].strip())}</p>",
-        "<h3>Labelled classes</h3>" + _table(*tables.balance_rows(manifest, config.train.repeat_threshold)),
-        _picture(run, "dataset/groups.png", "The ten largest groups of near-duplicates, one a row"),
-        _picture(run, "report/detections.png", "Labels and detections on test images (score 0.25 and more)"),
+    """Write `report/report.html` and `detections.png` from what the stages have left."""
+    pictures.write_detection_sheet(config, run, results, tables.models_in(results))
+    run.write("report/report.html", render(config, run, results).encode())
+
+
+def render(config: Config, run: Storage, results: dict[str, Any]) -> str:
+    """The page as text."""
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    page = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    quality = _quality(run)
+    return page.get_template("report.html.jinja").render(
+        run_name=config.run.run_name,
+        date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        code=code_version(),
+        environment=results["environment"],
+        contents=[(key, title) for key, title in CONTENTS if key != "pseudo" or quality],
+        quality=quality,
+        **_engineer(config, run, results),
+        **_reviewer(run, results),
+        **_data(config, run),
+        training=_training(run, results),
+        times=_times(run),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions=_versions(results),
+        settings=json.dumps(config.model_dump(mode="json"), indent=2),
+    )
+
+
+def _table(title: str, rows: Rows) -> dict[str, Any]:
+    return {"title": title, "header": rows[0], "rows": rows[1]}
+
+
+def _svg(*args: Any, **kwargs: Any) -> Markup:
+    """A chart, whose texts are escaped by `charts`."""
+    return Markup(charts.line_chart(*args, **kwargs))
+
+
+def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str, Any]:
+    """Verdict, operating point, worst cases, side by side."""
+    titles = tables.models_in(results)
+    best, names = list(titles)[-1], run.at("dataset").read_json("stage.json")["summary"]["names"]
+    manifest, detections = read_manifest(run.at("dataset")), read_detections(run.at("report"))
+    point, test = results[best]["operating_point"], results[best]["test"]
+    tau = {m: thresholds_of(results[m]["operating_point"], names) for m in titles}
+    lines = [line for line in said(results) if line]
+    found = detections.get((best, "test"), {})
+    line = test["line"]
+    return {
+        "said": [text.strip() for text in lines if not _is_note(text)],
+        "notes": [text.strip() for text in lines if _is_note(text)],
+        "cards": [
+            (
+                f"escapes of the {titles[best]}",
+                share(line["escape"]).split(" (")[0],
+                "defective test pictures that pass",
+            ),
+            ("rejects", share(line["overkill"]).split(" (")[0], "clean test pictures thrown out"),
+            ("false boxes", f"{line['false_boxes']:.2f}", "a test picture"),
+            ("latency", f"{results[best]['latency_ms']:.1f} ms", f"95 %: {results[best]['latency_p95_ms']:.1f} ms"),
+        ],
+        "models": _table("Models", tables.model_rows(results)),
+        "chosen": tables.CHOSEN,
+        "latency_note": results["latency"]["note"],
+        "point_text": _point_text(point, titles[best]),
+        "point_charts": _point_charts(results, titles, point),
+        "escapes": _table("Escapes by class", tables.escape_rows(results, names, best)),
+        "best_title": f"the {titles[best]}",
+        "misses": cases.worst_misses(manifest, found, tau[best]),
+        "alarms": cases.worst_alarms(manifest, found, tau[best]),
+        "side": cases.side_by_side(
+            manifest, detections, tau, titles, min(SIDE_PICTURES, config.evaluate.sample_images)
+        ),
+    }
+
+
+def _is_note(text: str) -> bool:
+    return any(word in text for word in ("cannot measure", "cannot be", "cannot confirm", "common score is used"))
+
+
+def _point_text(point: dict[str, Any], title: str) -> str:
+    reached = "" if point["reachable"] else " It cannot be reached: the lowest usable score stands instead."
+    return (
+        f"Asked for: at most {point['max_escape']:.1%} of the defective pictures pass (--max-escape). For the {title} val "
+        f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which let no more pass "
+        f"and spare clean pictures.{reached} Test confirms it: it had no part in the choice."
+    )
+
+
+def _point_charts(results: dict[str, Any], titles: dict[str, str], point: dict[str, Any]) -> list[Markup]:
+    def over_score(key: str, split: str = "test") -> dict[str, Any]:
+        curves = {titles[m]: results[m][split]["curve"] for m in titles}
+        return {t: list(zip(c["score"], c[key], strict=True)) for t, c in curves.items()}
+
+    mark = point["score"]
+    trade = {
+        titles[m]: list(
+            zip(results[m]["test"]["curve"]["false_boxes"], results[m]["test"]["curve"]["escape"], strict=True)
+        )
+        for m in titles
+    }
+    chart = partial(_svg, x_label="score", x_range=(0, 1), mark_x=mark)
+    found = [
+        chart("Escapes on test (share of defective pictures)", over_score("escape")),
+        chart("Overkill on test (share of clean pictures)", over_score("overkill")),
+        chart("False boxes a test picture", over_score("false_boxes"), y_range=None),
+        _svg("Escapes against false boxes, on test", trade, "false boxes a picture", x_range=(0, 3)),
     ]
+    return [c for c in found if c]
+
+
+def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
+    """Metrics by class and size, curves, confusion, calibration."""
+    titles = tables.models_in(results)
+    best, names = list(titles)[-1], run.at("dataset").read_json("stage.json")["summary"]["names"]
+    test = results[best]["test"]
+    scores = test["scores"]
+    by_class = scores["by_class"]
+
+    def curve(key: str) -> dict[str, Any]:
+        return {n: list(zip(scores["score"], by_class[n][key], strict=True)) for n in [*names, "all"]}
+
+    pr = {
+        n: [(r, p) for r, p in zip(by_class[n]["recall"], by_class[n]["precision"], strict=True) if p is not None]
+        for n in [*names, "all"]
+    }
+    honest = {
+        titles[m]: [(b["score"], b["precision"]) for b in results[m]["test"]["calibration"]["bins"]] for m in titles
+    }
+    chart = partial(_svg, x_label="score", x_range=(0, 1))
+    drawn = [
+        _svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)),
+        chart("F1 over the score", curve("f1")),
+        chart("Precision over the score", curve("precision")),
+        chart("Recall over the score", curve("recall")),
+        chart("Calibration: precision of boxes with this score", honest, diagonal=True),
+    ]
+    matrix = test["confusion"]
+    rows = [[n, *map(str, counts)] for n, counts in zip(matrix["names"], matrix["counts"], strict=True)]
+    return {
+        "classes": _table("mAP50 by class", tables.class_rows(results, names)),
+        "sizes": _table("mAP50-95 by box size", tables.size_rows(results)),
+        "review_charts": [c for c in drawn if c],
+        "confusion": _table("Confusion", (["labelled as", *matrix["names"]], rows)),
+    }
+
+
+def _training(run: Storage, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Curves of each training: loss, val, thresholds over time."""
+    blocks = []
+    for stage, title in tables.models_in(results).items():
+        if not run.exists(f"{stage}/history.json"):
+            continue
+        history = run.read_json(f"{stage}/history.json")
+
+        def series(prefix: str, history: list[dict[str, Any]] = history) -> dict[str, Any]:
+            keys = sorted({k for h in history for k in h if k.startswith(prefix)})
+            return {
+                k[len(prefix) :]: charts.thinned([(h["step"], h[k]) for h in history if k in h and h[k] is not None])
+                for k in keys
+            }
+
+        val = {k: v for k, v in series("val/").items() if k in ("map50", "map50_95")}
+        drawn = [
+            _svg(f"Validation of the {title}", val, "step"),
+            _svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None),
+            _svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"),
+        ]
+        blocks.append({"title": title, "charts": [c for c in drawn if c]})
+    return blocks
+
+
+def _times(run: Storage) -> dict[str, Any]:
+    """Seconds of each finished stage."""
+    rows = []
+    for stage in sorted(run.folders()):
+        if run.exists(f"{stage}/stage.json"):
+            record = run.read_json(f"{stage}/stage.json")
+            rows.append((record["finished_utc"], [stage, f"{record['duration_s']:.0f}", record["finished_utc"]]))
+    return _table("Time a stage", (["stage", "duration (s)", "finished"], [row for _, row in sorted(rows)]))
+
+
+def _quality(run: Storage) -> list[dict[str, Any]]:
+    """What the pseudo-labels of each round are worth."""
+    found = []
     for number in range(1, newest_round(run) + 1):
-        parts.append(_quality(run, in_round("quality", number), number))
-    for stage in finished_models(run):
-        parts.append(_picture(run, f"{stage}/curves.png", f"Training of {stage}"))
-    settings = json.dumps(config.model_dump(mode="json"), indent=2)
-    parts.append(f"<h2>Settings</h2><p>code {escape(code_version())}</p><pre>{escape(settings)}</pre>")
-    page = f"<!doctype html><meta charset=utf-8><title>dfssd report</title><style>{STYLE}</style>" + "\n".join(parts)
-    run.write("report/report.html", page.encode())
+        folder = str(QUALITY.of_round(number))
+        if not run.exists(f"{folder}/stage.json"):
+            continue
+        numbers = run.read_json(f"{folder}/quality.json")
+        chosen = numbers["chosen"]
+        titles = {
+            "quality.png": "Precision and recall of pseudo-labels over the threshold",
+            "doubtful.png": "Most doubtful images: pseudo-labels coloured, uncertain boxes grey",
+        }
+        found.append(
+            {
+                "title": f"Round {number}: policy '{chosen}'",
+                "warnings": numbers["warnings"],
+                "chosen": _table("Chosen policy", quality_rows(numbers, [chosen])),
+                "others": _table(
+                    "Other policies", quality_rows(numbers, [p for p in numbers["policies"] if p != chosen])
+                ),
+                "pictures": [
+                    cases.embedded(run.read(f"{folder}/{n}"), t)
+                    for n, t in titles.items()
+                    if run.exists(f"{folder}/{n}")
+                ],
+            }
+        )
+    return found
 
 
-def _quality(run: Storage, folder: str, number: int) -> str:
-    """Section on the pseudo-labels of a round; '' where their quality was not measured."""
-    if not run.exists(f"{folder}/stage.json"):
-        return ""
-    numbers = run.read_json(f"{folder}/quality.json")
-    chosen = numbers["chosen"]
-    others = [p for p in numbers["policies"] if p != chosen]
-    notes = "".join(f"<li>{escape(w)}</li>" for w in numbers["warnings"])
-    return (
-        f"<h2>Pseudo-labels{'' if number == 1 else f', round {number}'}: policy '{escape(chosen)}'</h2>"
-        + (f"<ul class=warning>{notes}</ul>" if notes else "")
-        + _table(*quality_rows(numbers, [chosen]))
-        + f"<details><summary>the other policies</summary>{_table(*quality_rows(numbers, others))}</details>"
-        + _picture(run, f"{folder}/quality.png", "Precision and recall of pseudo-labels over the threshold")
-        + _picture(run, f"{folder}/doubtful.png", "Most doubtful images: pseudo-labels coloured, uncertain boxes grey")
-    )
+def _data(config: Config, run: Storage) -> dict[str, Any]:
+    """Splits, what was set aside, near-duplicates and leaks."""
+    summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
+    bad = ", ".join(f"{n} {reason}" for reason, n in summary["bad_files"].items()) or "none"
+    shown = run.exists("dataset/groups.png")
+    return {
+        "splits": _table("Splits", tables.split_rows(summary)),
+        "balance": _table("Labelled classes", tables.balance_rows(manifest, config.train.repeat_threshold)),
+        "data_text": (
+            f"{summary['files']} files, {summary['images']} images; set aside: {bad}. {summary['groups']} groups of "
+            f"near-duplicates, the largest has {summary['largest_group']} images; "
+            f"{summary['test_images_with_near_duplicate_in_train']} test images have a near-duplicate in train."
+        ),
+        "data_pictures": [
+            cases.embedded(run.read("dataset/groups.png"), "The ten largest groups of near-duplicates, one a row")
+        ]
+        if shown
+        else [],
+    }
 
 
-def _environment(results: dict[str, Any]) -> str:
+def _versions(results: dict[str, Any]) -> dict[str, Any]:
     e = results["environment"]
-    return (
-        f"{e['test_images']} test images at {e['imgsz']} px. Latency: median of one image through network and NMS, "
-        f"fp32, {e['threads']} thread(s), {e['processor']}, torch {e['torch']}."
-    )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _picture(run: Storage, name: str, title: str) -> str:
-    if not run.exists(name):
-        return ""
-    data = base64.b64encode(run.read(name)).decode()
-    return f"<h2>{escape(title)}</h2><img alt='{escape(title)}' src='data:image/png;base64,{data}'>"
+    rows = [["dfssd", code_version()], ["Python", platform.python_version()], ["measured on", e["processor"]]]
+    for name in VERSIONS:
+        try:
+            rows.append([name, metadata.version(name)])
+        except metadata.PackageNotFoundError:
+            continue
+    return _table("Versions", (["what", "version"], rows))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from dfssd.config import Config
-from dfssd.data.dataset import decode, network_input, shrink
-from dfssd.data.letterbox import decode_shard, in_shares, out_of_letterbox
-from dfssd.data.manifest import Boxes, Manifest, Row
+from dfssd.data.dataset import decode, shrink
+from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
 from dfssd.errors import DfssdError
-from dfssd.models.predict import NMS_IOU, predict
+from dfssd.evaluate.detections import Found, read_detections
+from dfssd.evaluate.measure import thresholds_of
+from dfssd.runtime.storage import Storage
 
 SIDE = 240  # px of one picture
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")
-DRAW_ABOVE = 0.25  # score
+LARGE = 420  # px of a picture that shows a single case
+GAP, HEAD = 6, 24  # px between the tiles of a sheet, and of their titles
+TRUTH = "#ffffff"
 
 
 def sample_rows(manifest: Manifest, count: int) -> list[Row]:
@@ -35,63 +38,116 @@ def sample_rows(manifest: Manifest, count: int) -> list[Row]:
     return chosen
 
 
-@torch.no_grad()
-def detect_samples(model: torch.nn.Module, manifest: Manifest, config: Config) -> list[Boxes]:
-    """(n,7) candidates of a model for each sample image, scores from 0.25."""
-    rows = sample_rows(manifest, config.evaluate.sample_images)
-    if not rows:
-        return []
-    side, same = config.train.imgsz, np.arange(len(manifest.names))
-    ready = decode_shard({"uris": [r.uri for r in rows]}, side)
-    images = network_input(torch.from_numpy(ready["images"].transpose(0, 3, 1, 2).copy()), torch.device("cpu"))
-    found = predict(model, images, DRAW_ABOVE, NMS_IOU, 50)
-    return [
-        out_of_letterbox(in_shares(one, same, side), scale, left, top, size, side)
-        if scale
-        else np.zeros((0, 7), np.float32)
-        for one, (scale, left, top), size in zip(found, ready["geometry"].tolist(), ready["sizes"], strict=True)
-    ]
+def draw(
+    row: Row,
+    boxes: Boxes | None,
+    names: list[str],
+    uncertain_below: np.ndarray | None = None,
+    side: int = SIDE,
+    truth: Boxes | None = None,
+) -> Image.Image:
+    """One picture with boxes; candidates below their class threshold are drawn thin and grey, the truth white.
 
-
-def draw(row: Row, boxes: Boxes | None, names: list[str], uncertain_below: np.ndarray | None = None) -> Image.Image:
-    """One picture with boxes; candidates below their class threshold are drawn thin and grey."""
+    Args:
+        boxes, truth: (n,5) or more [cls, cx, cy, w, h (0..1), score].
+        side: longer side (px).
+    """
     try:
-        picture = Image.fromarray(shrink(decode(row.uri), SIDE)[..., ::-1].copy())
+        picture = Image.fromarray(shrink(decode(row.uri, white=row.white), side)[..., ::-1].copy())
     except DfssdError:
-        return Image.new("RGB", (SIDE, SIDE), "#888")
-    pen = ImageDraw.Draw(picture)
+        return Image.new("RGB", (side, side), "#888")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(11, side // 28))
+
+    def write(text: str, place: tuple[float, float], fill: str, ink: str) -> None:
+        left, top, right, bottom = pen.textbbox(place, text, font=font)
+        shift = min(0.0, picture.width - 1 - right), min(0.0, picture.height - 1 - bottom)  # stay inside
+        place = max(0.0, place[0] + shift[0]), max(0.0, place[1] + shift[1])
+        left, top, right, bottom = pen.textbbox(place, text, font=font)
+        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=fill)
+        pen.text(place, text, fill=ink, font=font)
+
+    for box in np.zeros((0, 5)) if truth is None else truth:
+        x1, y1, x2, y2 = _edges(box, picture.size)
+        pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=TRUTH, width=1)
+        write(names[int(box[0])], (x1, y2 + 3), TRUTH, "black")
     for box in np.zeros((0, 7)) if boxes is None else boxes:
-        c, (cx, cy, w, h) = int(box[0]), box[1:5] * np.tile(picture.size, 2)
+        c = int(box[0])
+        x1, y1, x2, y2 = _edges(box, picture.size)
         score = float(box[5]) if len(box) > 5 else None
         faint = uncertain_below is not None and score is not None and score < uncertain_below[c]
         colour = "#999999" if faint else COLOURS[c % len(COLOURS)]
-        pen.rectangle((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), outline=colour, width=1 if faint else 2)
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=1 if faint else 2)
         if not faint:
             text = names[c] if score is None else f"{names[c]} {score:.2f}"
-            place = (max(0, cx - w / 2), max(0, cy - h / 2 - 11))
-            pen.rectangle(pen.textbbox(place, text), fill=colour)
-            pen.text(place, text, fill="white")
+            write(text, (x1, y1 - max(13, side // 24)), colour, "white")
     return picture
 
 
-def sheet(columns: dict[str, list[Image.Image]]) -> bytes:
-    """PNG with one titled column of pictures for each entry."""
-    height = max((len(c) for c in columns.values()), default=0)
-    canvas = Image.new("RGB", (max(1, len(columns)) * (SIDE + 4), height * (SIDE + 4) + 18), "white")
-    pen = ImageDraw.Draw(canvas)
-    for x, (title, pictures) in enumerate(columns.items()):
-        pen.text((x * (SIDE + 4) + 4, 3), title, fill="black")
-        for y, picture in enumerate(pictures):
-            canvas.paste(picture, (x * (SIDE + 4), y * (SIDE + 4) + 18))
+def _edges(box: np.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 (px of the drawn picture), in order and inside it."""
+    cx, cy, w, h = box[1:5] * np.tile(size, 2)
+    x1, y1 = float(np.clip(cx - w / 2, 0, size[0] - 1)), float(np.clip(cy - h / 2, 0, size[1] - 1))
+    return x1, y1, float(np.clip(cx + w / 2, x1, size[0] - 1)), float(np.clip(cy + h / 2, y1, size[1] - 1))
+
+
+def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def detection_sheet(manifest: Manifest, detections: dict[str, list[Boxes]], config: Config) -> bytes:
-    """Labels beside what each model finds, on the sample test images."""
-    rows = sample_rows(manifest, config.evaluate.sample_images)
+def jpeg(picture: Image.Image) -> bytes:
+    """For photographs in a report: a tenth of the size of a PNG."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def sheet(columns: dict[str, list[Image.Image]], side: int = SIDE) -> bytes:
+    """PNG with one titled column of pictures for each entry; titles that are too long are set smaller."""
+    height = max((len(c) for c in columns.values()), default=0)
+    canvas = Image.new("RGB", (max(1, len(columns)) * (side + GAP), height * (side + GAP) + HEAD), "white")
+    pen = ImageDraw.Draw(canvas)
+    for x, (title, pictures) in enumerate(columns.items()):
+        size = 15
+        while size > 8 and pen.textlength(title, font=ImageFont.load_default(size=size)) > side - 4:
+            size -= 1
+        pen.text((x * (side + GAP) + 4, 4), title, fill="black", font=ImageFont.load_default(size=size))
+        for y, picture in enumerate(pictures):
+            canvas.paste(picture, (x * (side + GAP), y * (side + GAP) + HEAD))
+    return png(canvas)
+
+
+def as_candidates(found: np.ndarray | None, row: Row, tau_c: np.ndarray | None = None) -> Boxes:
+    """(n,7) [x1, y1, x2, y2 px, score, cls, hit] as [cls, cx, cy, w, h (0..1), score, hit]; tau_c: without lower scores."""
+    if found is None or not len(found):
+        return np.zeros((0, 7), np.float32)
+    if tau_c is not None:
+        found = found[found[:, 4] >= tau_c[found[:, 5].astype(int)]]
+    size = np.array([row.width, row.height], np.float32)
+    low, high = (found[:, k : k + 2].clip(0, size) / size for k in (0, 2))
+    return np.concatenate([found[:, 5:6], (low + high) / 2, high - low, found[:, 4:5], found[:, 6:7]], 1)
+
+
+def detection_sheet(
+    manifest: Manifest,
+    detections: dict[tuple[str, str], Found],
+    results: dict[str, Any],
+    models: dict[str, str],
+    count: int,
+) -> bytes:
+    """Labels beside what each model finds at its operating point, on sample test images."""
+    rows = sample_rows(manifest, count)
     columns = {"labels (test split)": [draw(r, r.boxes, manifest.names) for r in rows]}
-    for name, found in detections.items():
-        columns[name] = [draw(r, b, manifest.names) for r, b in zip(rows, found, strict=True)]
+    for name, title in models.items():
+        tau_c = thresholds_of(results[name]["operating_point"], manifest.names)
+        found = detections.get((name, "test"), {})
+        columns[title] = [draw(r, as_candidates(found.get(r.image_id), r, tau_c), manifest.names) for r in rows]
     return sheet(columns)
+
+
+def write_detection_sheet(config: Config, run: Storage, results: dict[str, Any], models: dict[str, str]) -> None:
+    """Write `report/detections.png` from `report/detections.parquet`."""
+    manifest, detections = read_manifest(run.at("dataset")), read_detections(run.at("report"))
+    picture = detection_sheet(manifest, detections, results, models, config.evaluate.sample_images)
+    run.write("report/detections.png", picture)

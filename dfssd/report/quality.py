@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv as csv_module
 import io
 from typing import Any
 
@@ -12,13 +13,10 @@ matplotlib.use("Agg")  # no display on a cluster; must come before pyplot
 import numpy as np
 from matplotlib import pyplot as plt
 
-from dfssd.data.manifest import Manifest
+from dfssd.choices import POLICIES
 from dfssd.pseudo.quality import Quality
 from dfssd.pseudo.thresholds import BINS
-from dfssd.report.pictures import draw, sheet
 from dfssd.report.tables import render
-
-LINES = {"fixed": ":", "ema": "--", "gmm": "-.", "match": (0, (1, 2, 4, 2))}
 
 
 def rows(numbers: dict[str, Any], policies: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -51,7 +49,9 @@ def terminal_table(numbers: dict[str, Any]) -> str:
 def csv(numbers: dict[str, Any]) -> bytes:
     """All policies and classes as comma-separated values."""
     header, table = rows(numbers, list(numbers["policies"]))
-    return "\n".join(",".join(c.replace(",", " ") for c in row) for row in [header, *table]).encode() + b"\n"
+    buffer = io.StringIO()
+    csv_module.writer(buffer, lineterminator="\n").writerows([header, *table])
+    return buffer.getvalue().encode()
 
 
 def curves(quality: Quality) -> bytes:
@@ -69,8 +69,9 @@ def curves(quality: Quality) -> bytes:
             axis.plot(x, recall[c], color="#e6194b", label="recall")
             for policy, tau in quality.tau.items():
                 mine = policy == quality.chosen
-                axis.axvline(tau[c], color="black" if mine else "#999", linestyle=LINES[policy], linewidth=2 if mine else 1,
-                             label=policy + (" (chosen)" if mine else ""))  # fmt: skip
+                style = POLICIES[policy].line, "black" if mine else "#999", 2 if mine else 1
+                label = policy + (" (chosen)" if mine else "")
+                axis.axvline(tau[c], linestyle=style[0], color=style[1], linewidth=style[2], label=label)
             axis.set(title=f"{name}, {source}", xlim=(0, 1), ylim=(0, 1.02))
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
@@ -81,11 +82,3 @@ def curves(quality: Quality) -> bytes:
     figure.savefig(buffer, format="png", dpi=80)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def doubtful_sheet(quality: Quality, manifest: Manifest) -> bytes:
-    """PNG of the most doubtful images, worst first from left to right; candidates below their threshold are grey."""
-    by_id = {r.image_id: r for r in manifest.unlabelled_rows()}
-    tau = quality.tau[quality.chosen]
-    drawn = [draw(by_id[image_id], boxes, manifest.names, tau) for image_id, boxes in quality.doubtful]
-    return sheet({f"most doubtful {k + 1}": drawn[k::6] for k in range(6)})

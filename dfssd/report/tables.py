@@ -11,39 +11,105 @@ from rich.table import Table
 
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import repeat_factors
-from dfssd.runtime.artefact_names import split_round
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName
 
-LABELS = {"label_only": "student, labels alone", "student": "student, distilled"}
+LABELS = {str(LABEL_ONLY): "student, labels alone", str(STUDENT): "student, distilled"}
+
+CHOSEN = (
+    "Val chose weights and scores, so its numbers flatter; test chose nothing. Escapes and rejects: pictures, on test."
+)
 
 
 def models_in(results: dict[str, Any]) -> dict[str, str]:
     """Measured models and what to call them: teachers of all rounds first."""
-    teachers = [name for name in results if split_round(name)[0] == "teacher"]
-    titles = {name: "teacher" if name == "teacher" else f"teacher, round {split_round(name)[1]}" for name in teachers}
+    others = [k for k, v in results.items() if isinstance(v, dict) and "test" in v and k not in LABELS]
+    teachers = [(folder, ArtefactName.parse(folder)) for folder in others]
+    titles = {k: n.role.replace("_", " ") + ("" if n.round == 1 else f", round {n.round}") for k, n in teachers}
     return titles | {name: label for name, label in LABELS.items() if name in results}
 
 
 def render(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """A table as text, 100 columns wide at most where it fits, so that a job's log shows it too."""
+    """A table as text, as wide as its longest row: a log may be scrolled, but what is cut out of a cell is lost."""
     table = Table(title=title, title_justify="left")
     for k, name in enumerate(header):
-        table.add_column(name, justify="left" if k == 0 else "right")
+        table.add_column(name, justify="left" if k == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=120).print(table)
+    wide = Console(file=buffer, width=10_000)
+    wide.print(table)
     return buffer.getvalue().rstrip()
 
 
 def model_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one a model, measured on the test split."""
-    header = ["model", "test mAP50", "test mAP50-95", "parameters", "latency (ms)"]
+    """Header and rows: one a model; escapes and rejects at its operating point, on test."""
+    header = [
+        "model",
+        "val mAP50",
+        "test mAP50",
+        "test mAP50-95",
+        "escapes",
+        "rejects",
+        "parameters",
+        "latency p50, p95 (ms)",
+    ]
     rows = []
     for name, label in models_in(results).items():
         one = results[name]
-        numbers = [f"{one['test']['map50']:.3f}", f"{one['test']['map50_95']:.3f}"]
-        rows.append([label, *numbers, f"{one['params'] / 1e6:.2f} M", f"{one['latency_ms']:.1f}"])
+        line = one["test"]["line"]
+        rows.append(
+            [
+                label,
+                f"{one['val']['map50']:.3f}",
+                f"{one['test']['map50']:.3f}",
+                f"{one['test']['map50_95']:.3f}",
+                *(f"{r['count']} of {r['pictures']}" for r in (line["escape"], line["overkill"])),
+                f"{one['params'] / 1e6:.2f} M",
+                f"{one['latency_ms']:.1f}, {one['latency_p95_ms']:.1f}",
+            ]
+        )
     return header, rows
+
+
+def size_rows(results: dict[str, Any], split: str = "test") -> tuple[list[str], list[list[str]]]:
+    """Header and rows: COCO's mAP50-95 by box size (area in px of the picture) and model."""
+    models = models_in(results)
+    first = next(iter(models))
+    titles = {"all": "all", "small": "small, below 32²", "medium": "medium", "large": "large, from 96²"}
+    rows = []
+    for size, title in titles.items():
+        cells = [results[m][split]["coco"][size]["map50_95"] for m in models]
+        boxes = results[first][split]["coco"][size]["boxes"]
+        rows.append([title, str(boxes), *("-" if v is None else f"{v:.3f}" for v in cells)])
+    return ["box size (px)", "boxes", *models.values()], rows
+
+
+def escape_rows(results: dict[str, Any], names: list[str], model: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a model's threshold and escapes by class, on val and test."""
+    one, rows = results[model], []
+    for name in names:
+        cells = [one[split]["line"]["escape_by_class"][name] for split in ("val", "test")]
+        tau = one["operating_point"]["thresholds"][name]
+        rows.append(
+            [name, f"{tau:.3f}", *(f"{c['count']} of {c['pictures']}" for c in cells), str(cells[1]["not_named"])]
+        )
+    return ["class", "threshold", "escapes on val", "escapes on test", "test pictures without a box of the class"], rows
+
+
+def tracked(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a measurement that MLflow gets, few enough to read as columns: group/model/number."""
+    numbers: dict[str, float] = {}
+    for name in models_in(results):
+        one = results[name]
+        for split in ("val", "test"):
+            numbers |= {f"{split}/{name}/{k}": one[split][k] for k in ("map50", "map50_95", "precision", "recall")}
+            for kind in ("escape", "overkill"):
+                rate = one[split]["line"][kind]["rate"]
+                numbers |= {} if rate is None else {f"{split}/{name}/{kind}": rate}
+        numbers |= {f"cost/{name}/{k}": float(one[k]) for k in ("latency_ms", "latency_p95_ms", "params")}
+    for measure in ("map50", "map50_95") if "gate" in results else ():
+        numbers |= {f"gate/{measure}/{k}": results["gate"][measure][k] for k in ("difference", "low", "high")}
+    return numbers
 
 
 def class_rows(results: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -59,16 +125,21 @@ def class_rows(results: dict[str, Any], names: list[str]) -> tuple[list[str], li
 
 
 def split_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: images and boxes by split."""
-    header = ["split", "images", "labelled", *summary["names"]]
+    """Header and rows: images and boxes by split; of val and test all labels are used, to choose and to measure."""
+    names = summary["names"]
+    header = ["split", "images", "labels trained on", *names]
     rows = [
-        [name, str(s["images"]), str(s["labelled"]), *(str(s["boxes"][n]) for n in summary["names"])]
+        [
+            name,
+            str(s["images"]),
+            str(s["labelled"]) if name == "train" else "-",
+            *(str(s["boxes"][n]) for n in names),
+        ]
         for name, s in summary["splits"].items()
         if s["images"]
     ]
-    rows.append(
-        ["labelled", str(summary["labelled_images"]), "", *(str(v) for v in summary["labelled_boxes"].values())]
-    )
+    boxes = [str(summary["labelled_boxes"][n]) for n in names]
+    rows.append(["trained on", str(summary["labelled_images"]), str(summary["labelled_images"]), *boxes])
     return header, rows
 
 
@@ -96,10 +167,14 @@ def split_table(summary: dict[str, Any]) -> str:
         render("boxes by split and class", header, rows)
         + f"\n{summary['files']} files, {summary['images']} images; set aside: {bad}"
         + f"\n{summary['groups']} groups of near-duplicates, the largest has {summary['largest_group']} images; "
-        + f"{summary['test_images_with_near_duplicate_in_train']} test images have a near-duplicate in train"
+        + f"near-duplicates of val or test: {summary.get('left_out', 0)} images left out, and "
+        + f"{summary['test_images_with_near_duplicate_in_train']} of the test images still have one among what trains"
+        + "".join(f"\nNOTE: {note}" for note in summary.get("notes", []))
     )
 
 
 def result_table(results: dict[str, Any]) -> str:
     """Models side by side, for the terminal."""
-    return render("measured on the test split", *model_rows(results))
+    return (
+        render("measured on val and test", *model_rows(results)) + f"\n{CHOSEN}\nlatency: {results['latency']['note']}"
+    )

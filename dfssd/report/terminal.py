@@ -1,10 +1,15 @@
-"""What a user sees last: the table, where things lie, and what to type next."""
+"""What a user sees last: the table, the verdict, where things lie, and what to type next."""
 
 from __future__ import annotations
 
+import shlex
+from typing import Any
+
 from dfssd.config import Config
+from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import publish_best, verdict
-from dfssd.report.tables import result_table
+from dfssd.evaluate.verdict import equal_footing, escapes_in_words, on_test
+from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import tracking_uri
 
@@ -16,15 +21,91 @@ def print_results(config: Config) -> None:
     results = run.read_json("report/metrics.json")
     print()
     print(result_table(results))
-    print(verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with")
+    print()
+    print("\n".join(said(results)))
     if config.publish_best:
         print(publish_best(run))
-    print(f"\nstudent   {run.path('student', 'best.pt')}")
-    print(f"report    {run.path('report', 'report.html')}")
-    print(f"numbers   {run.path('report', 'metrics.json')}")
+    print()
+    for label, name in (("report", "report/report.html"), ("numbers", "report/metrics.json")):
+        print(f"{label:9} {run.path(name)}")
+    for stage, label in reversed(models_in(results).items()):
+        print(f"{label}: {run.path(stage, 'best.pt')}")
+    print_export(config)
+
+
+def print_export(config: Config) -> None:
+    """What was exported, with its parity and latency; then what to type next."""
+    run = Storage(config.run.storage_path).at(config.run.run_name)
+    if run.exists("export/stage.json"):
+        done = run.read_json("export/export.json")
+        for name, size in done["files"].items():
+            print(f"exported  {run.path('export', name)}  ({size / 2**20:.1f} MB)")
+        for parity in done["parity"].values():
+            off = f"{parity['box_px']:.2g} px, {parity['score']:.2g} of score"
+            print(
+                f"parity    {parity['name']} ({parity['precision']}) on {parity['pictures']} pictures: {off} off at most; "
+                f"mAP50-95 {parity['map50_95'][0]:.4f} -> {parity['map50_95'][1]:.4f}"
+            )
+        times = ", ".join(f"{name} {t['p50_ms']:.1f}" for name, t in done["latency"]["timings"].items())
+        print(f"latency   {times} ms ({done['latency']['note']})")
+        if done["speedup"]:
+            print(f"          in ONNX Runtime {done['speedup']:.1f} times as fast as the teacher")
     print("\nnext:")
-    uri = tracking_uri(storage)
+    for command in next_commands(config, run):
+        print(f"  {command}")
+
+
+def said(results: dict[str, Any]) -> list[str]:
+    """The verdict in sentences: did the unlabelled images pay, on val and on test, and what the line would see."""
+    lines = [
+        verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with"
+    ]
+    lines += [on_test(results), *escapes_in_words(results, models_in(results)), equal_footing(results)]
+    return [line for line in lines if line]
+
+
+def next_commands(config: Config, run: Storage) -> list[str]:
+    """Commands that can be pasted: quoted, at the operating point, and only on files that are there."""
+    commands = []
+    uri = tracking_uri(Storage(config.run.storage_path))
     if uri.startswith("sqlite"):
-        print(f"  mlflow ui --backend-store-uri {uri}")
-    source = "IMAGE_OR_FOLDER"
-    print(f"  yolo predict model={run.path('student', 'best.pt')} source={source} imgsz={config.train.imgsz}")
+        commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    source = shlex.quote(config.data.data) if config.data.data else "PICTURES"
+    exported = run.read_json("export/export.json")["files"] if run.exists("export/stage.json") else {}
+    for name in list(exported)[:1]:
+        commands.append(f"dfssd predict {shlex.quote(run.path('export', name))} {source}")
+    results = run.read_json("report/metrics.json")
+    best = next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
+    if best:
+        score, model = results[best]["operating_point"]["score"], run.path(best, "best.pt")
+        commands.append(
+            f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"
+        )
+    return commands
+
+
+def print_files(results: dict[str, Any], on: str) -> None:
+    """Print what model files measured, one a row, each at its own operating point."""
+    header = [
+        "model",
+        "mAP50",
+        "mAP50-95",
+        "COCO mAP50-95",
+        "score",
+        "escapes",
+        "rejects",
+        "false boxes",
+        "ms (p50, p95)",
+    ]
+    rows, notes = [], []
+    for file, one in results.items():
+        line, point = one["line"], one["operating_point"]
+        coco = one["coco"]["all"]["map50_95"]
+        rates = [f"{r['count']} of {r['pictures']}" for r in (line["escape"], line["overkill"])]
+        numbers = [f"{one['map50']:.4f}", f"{one['map50_95']:.4f}", "-" if coco is None else f"{coco:.4f}"]
+        times = f"{one['latency_ms']:.1f}, {one['latency_p95_ms']:.1f}"
+        rows.append([file, *numbers, f"{point['score']:.3f}", *rates, f"{line['false_boxes']:.2f}", times])
+        notes += [f"scores chosen on {point['chosen_on']} for at most {point['max_escape']:.1%} escapes"]
+        notes += [*point["notes"], *doubts(line, point["max_escape"], on), one["latency_note"]]
+    print(render(f"measured on {on}", header, rows))
+    print("\n".join(dict.fromkeys(notes)))

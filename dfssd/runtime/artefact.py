@@ -2,36 +2,24 @@
 
 A stage is a function of its inputs and its config. `started.json` is written first (config, inputs, MLflow run),
 `stage.json` last (the same, plus outputs with sizes and sha256): an artefact without `stage.json` is unfinished.
+What `stage.json` says is checked: sizes where a stage is skipped, sha256 of what a stage reads before it starts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from dfssd import __version__
-from dfssd.errors import DfssdError
-from dfssd.runtime.storage import Storage
+from dfssd.errors import DamagedFile, DfssdError
+from dfssd.runtime.artefact_names import PSEUDO, ArtefactName, is_finished
+from dfssd.runtime.code_version import code_version
+from dfssd.runtime.lease import Lease
+from dfssd.runtime.storage import Storage, side_by_side
 
-
-def code_version() -> str:
-    """Version and, in a checkout, the commit; '+' marks uncommitted changes."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__  # no git here: an installed package or an uploaded working directory
-    return f"{__version__}+g{commit}"
+REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
+NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -61,32 +49,48 @@ class Stage:
 
     Args:
         run: storage of the run, `<storage-path>/<run-name>`.
-        name: folder of the artefact (dataset, teacher, label_only, pseudo, student, report).
+        name: of the artefact; as text its folder.
         config: the settings this stage's result depends on.
-        inputs: names of the stages it reads; their output digests become part of what must match.
+        inputs: artefacts that it reads; their output digests become part of what must match.
     """
 
     run: Storage
-    name: str
+    name: ArtefactName
     config: dict[str, Any]
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[ArtefactName, ...] = ()
     started: float = field(default_factory=time.time)
+    held: Lease | None = field(default=None, init=False)
 
     @property
     def store(self) -> Storage:
-        return self.run.at(self.name)
+        return self.run.at(str(self.name))
+
+    def lease(self) -> Lease:
+        """What must be held while the stage is made, so that no two drivers make it at once."""
+        self.held = Lease(self.run, str(self.name))
+        return self.held
 
     def input_digests(self) -> dict[str, str]:
-        digests = {}
+        digests = dict[str, str]()
         for name in self.inputs:
-            if not self.run.exists(f"{name}/stage.json"):
+            if not is_finished(self.run, name):
                 raise DfssdError(
                     f"stage '{self.name}' needs the artefact '{name}', which is not finished",
-                    where=self.run.path(name),
+                    where=self.run.path(str(name)),
                     todo="run that stage first, or jobs/pipeline.py, which runs all in order",
                 )
-            digests[name] = self.run.read_json(f"{name}/stage.json")["digest"]
+            digests[str(name)] = self.record_of(name)["digest"]
         return digests
+
+    def record_of(self, name: ArtefactName) -> dict[str, Any]:
+        """The `stage.json` of this artefact or of an input.
+
+        Raises:
+            DamagedFile: it is empty, cut, or of another shape.
+        """
+        todo = f"restore it from a backup, or make '{name}' again with --overwrite"
+        keys = ("config", "inputs", "digest", "summary") if name == self.name else ("digest",)
+        return self.run.read_record(f"{name}/stage.json", keys, todo)
 
     def key(self) -> dict[str, Any]:
         return {"config": self.config, "inputs": self.input_digests()}
@@ -95,20 +99,79 @@ class Stage:
         """'finished', 'interrupted' or 'new'; compares what was recorded with what is asked for.
 
         Raises:
-            DfssdError: the artefact there was made, or begun, with other settings or inputs; or an input is missing.
+            DfssdError: the artefact there was made, or begun, with other settings or inputs, or is damaged; or an input is
+                missing.
         """
         state, changed = self._compared(self.key())
         if changed:
             raise self._refusal(state, changed)
-        return state
+        return self._mended(remove=False) if state == "finished" else state
+
+    def differs(self) -> bool:
+        """Was what is there made, or begun, with other settings or inputs, or is it damaged?"""
+        try:
+            return bool(self._compared(self.key())[1])
+        except DamagedFile:
+            return True
 
     def _compared(self, key: dict[str, Any]) -> tuple[str, list[str]]:
         """State of what is there, and how its settings and inputs differ from `key`."""
-        for name, state in (("stage.json", "finished"), ("started.json", "interrupted")):
-            if self.store.exists(name):
-                recorded = self.store.read_json(name)
-                return state, differences({k: recorded[k] for k in ("config", "inputs")}, key)
-        return "new", []
+        if self.store.exists("stage.json"):
+            state, recorded = "finished", self.record_of(self.name)
+        elif self.store.exists("started.json"):
+            todo = "restore it from a backup, or add --overwrite, which begins this stage anew"
+            state, recorded = "interrupted", self.store.read_record("started.json", ("config", "inputs"), todo)
+        else:
+            return "new", []
+        return state, differences({k: recorded[k] for k in ("config", "inputs")}, key)
+
+    def _mended(self, remove: bool) -> str:
+        """'finished', or 'interrupted' where outputs are damaged that the stage makes again.
+
+        Args:
+            remove: remove those, so that they are made again.
+
+        Raises:
+            DfssdError: other outputs are damaged.
+        """
+        remade = REMADE.get(self.name.role, ())
+        outputs = self.record_of(self.name).get("outputs", {})
+        damaged = damaged_outputs(self.store, outputs, read=remade)
+        if not damaged:
+            return "finished"
+        lost = [f"{name}: {why}" for name, why in damaged.items() if not name.startswith(remade or ("\0",))]
+        if lost:
+            raise DamagedFile(
+                f"the artefact '{self.name}' is damaged:\n    " + "\n    ".join(lost),
+                where=self.store.uri,
+                todo="restore these files from a backup, or add --overwrite to make this stage again",
+            )
+        if remove:
+            for name, why in damaged.items():
+                print(f"WARNING: {self.store.path(name)} is damaged ({why}) and is made again", flush=True)
+                self.store.delete(name)
+            self.store.delete("stage.json")
+        return "interrupted"
+
+    def check_inputs(self) -> None:
+        """Compare what this stage reads with the sha256 that was written when it was made.
+
+        Raises:
+            DamagedFile: a file differs or is missing.
+        """
+        for name in self.inputs:
+            outputs = {k: v for k, v in self.record_of(name).get("outputs", {}).items() if not k.endswith(NOT_READ)}
+            damaged = damaged_outputs(self.run.at(str(name)), outputs, read=tuple(outputs))
+            if not damaged:
+                continue
+            remade = all(one.startswith(REMADE.get(name.role, ("\0",))) for one in damaged)
+            job = "run jobs/pseudo_label.py (or jobs/pipeline.py) again: it makes what is damaged anew"
+            raise DamagedFile(
+                f"stage '{self.name}' reads '{name}', which is damaged:\n    "
+                + "\n    ".join(f"{file}: {why}" for file, why in damaged.items()),
+                where=self.run.path(str(name)),
+                todo=job if remade else f"restore the file from a backup, or make '{name}' again with --overwrite",
+            )
 
     def _refusal(self, state: str, changed: list[str]) -> DfssdError:
         return DfssdError(
@@ -127,25 +190,45 @@ class Stage:
             DfssdError: an input is missing; or, without `overwrite`, the artefact there does not match.
         """
         key = self.key()
-        state, changed = self._compared(key)
+        try:
+            state, changed = self._compared(key)
+            if state == "finished" and not changed:
+                state = self._mended(remove=True)
+        except DamagedFile:
+            if not overwrite:
+                raise
+            state, changed = "damaged", ["its files"]
         if changed and not overwrite:
             raise self._refusal(state, changed)
+        if state == "finished" and not changed:
+            return state
+        self.check_inputs()
         if changed:
             self.store.delete()
             state = "new"
-        if state == "new":
+        if state == "new" or not self.store.exists("started.json"):
             self.store.write_json("started.json", {**key, "mlflow_run_id": None})
         return state
 
     def recorded_run_id(self) -> str | None:
         """The MLflow run of this stage, so that a resumed stage goes on in the same run."""
-        if not self.store.exists("started.json"):
-            return None
-        run_id = self.store.read_json("started.json").get("mlflow_run_id")
+        run_id = self._started().get("mlflow_run_id")
         return str(run_id) if run_id else None
 
+    def _started(self) -> dict[str, Any]:
+        """What `started.json` says; nothing where it is damaged, which costs no more than a run in MLflow."""
+        if not self.store.exists("started.json"):
+            return {}
+        try:
+            return self.store.read_record("started.json", (), "")
+        except DamagedFile as error:
+            print(f"WARNING: {error.where}: {error.what}", flush=True)
+            return {}
+
     def record_run_id(self, run_id: str) -> None:
-        self.store.write_json("started.json", {**self.store.read_json("started.json"), "mlflow_run_id": run_id})
+        """Remember the MLflow run. A known one stays where there is none now: MLflow may be down for a moment."""
+        if run_id:
+            self.store.write_json("started.json", {**self._started(), "mlflow_run_id": run_id})
 
     def finish(self, outputs: list[str], summary: dict[str, Any]) -> dict[str, Any]:
         """Write `stage.json`; from here on the stage counts as finished.
@@ -153,7 +236,12 @@ class Stage:
         Args:
             outputs: files of the artefact, relative to it; they get a size and sha256.
             summary: numbers worth reading without opening the artefact; `before_s`: what earlier attempts have spent.
+
+        Raises:
+            DfssdError: another driver has taken over.
         """
+        if self.held:
+            self.held.check()
         digests = {name: self.store.digest(name) for name in sorted(outputs)}
         record = {
             **self.key(),
@@ -167,6 +255,27 @@ class Stage:
         }
         self.store.write_json("stage.json", record)
         return record
+
+
+def damaged_outputs(store: Storage, outputs: dict[str, Any], read: tuple[str, ...] = ()) -> dict[str, str]:
+    """By name, what is wrong with each output that is not as `stage.json` says.
+
+    Args:
+        outputs: sizes (bytes) and sha256 by name.
+        read: beginnings of the names whose sha256 is compared, too; of the others the size.
+    """
+    damaged: dict[str, str] = {}
+    sizes = store.sizes(list(outputs))
+    for name, entry in outputs.items():
+        if sizes[name] is None:
+            damaged[name] = "it is missing"
+        elif sizes[name] != entry["bytes"]:
+            damaged[name] = f"it has {sizes[name]} bytes, {entry['bytes']} were written"
+    deep = [n for n in outputs if n not in damaged and read and n.startswith(read)]
+    for name, found in zip(deep, side_by_side(store.digest, deep, remote=not store.is_local), strict=True):
+        if found["sha256"] != outputs[name]["sha256"]:
+            damaged[name] = "its sha256 differs from what was written"
+    return damaged
 
 
 def digest_of(outputs: dict[str, dict[str, Any]]) -> str:

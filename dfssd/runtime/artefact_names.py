@@ -1,52 +1,68 @@
-"""Rounds of teacher and labels: names of their artefacts, which is the newest, and when there is no further one.
+"""Names of artefacts as values: a role and a round. The only place that makes a folder of a name, and a name of a folder.
 
 Round 1 is `teacher`, `pseudo`, `quality`; round 2 `teacher_2` (trained on labels and on the pseudo-labels of round 1),
-`pseudo_2`, `quality_2`. The student learns from the newest round that has pseudo-labels.
+`pseudo_2`, `quality_2`. What has no rounds (`dataset`, `label_only`, `student`, `report`, `export`) is of round 1.
 """
 
 from __future__ import annotations
 
-from dfssd.runtime.storage import Storage
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dfssd.runtime.storage import Storage
 
 
-def in_round(kind: str, number: int) -> str:
-    """Name of an artefact in a round: teacher, teacher_2, teacher_3."""
-    return kind if number == 1 else f"{kind}_{number}"
+@dataclass(frozen=True, order=True)
+class ArtefactName:
+    """What a stage leaves: its role (teacher, pseudo, ...) and its round (1, 2, ...). As text it is the folder."""
+
+    role: str
+    round: int = 1
+
+    def __str__(self) -> str:
+        return self.role if self.round == 1 else f"{self.role}_{self.round}"
+
+    @classmethod
+    def parse(cls, folder: str) -> ArtefactName:
+        """The name that has this folder: teacher_2 is the teacher of round 2, label_only has no round."""
+        role, _, number = folder.rpartition("_")
+        return cls(role, int(number)) if number.isdigit() else cls(folder)
+
+    def of_round(self, number: int) -> ArtefactName:
+        """The same role in another round."""
+        return ArtefactName(self.role, number)
 
 
-def split_round(name: str) -> tuple[str, int]:
-    """Kind and round of an artefact's name; label_only has no round."""
-    kind, _, number = name.rpartition("_")
-    return (kind, int(number)) if number.isdigit() else (name, 1)
+DATASET = ArtefactName("dataset")
+TEACHER = ArtefactName("teacher")
+MEAN_TEACHER = ArtefactName("mean_teacher")
+LABEL_ONLY = ArtefactName("label_only")
+PSEUDO = ArtefactName("pseudo")
+QUALITY = ArtefactName("quality")
+STUDENT = ArtefactName("student")
+REPORT = ArtefactName("report")
+EXPORT = ArtefactName("export")
+
+
+def is_finished(run: Storage, name: ArtefactName) -> bool:
+    return run.exists(f"{name}/stage.json")
+
+
+def val_score(run: Storage, name: ArtefactName) -> float:
+    """Best val mAP50-95 of a finished training."""
+    return float(run.read_json(f"{name}/stage.json")["summary"]["best"]["map50_95"])
+
+
+def better_on_val(run: Storage, names: Iterable[ArtefactName]) -> ArtefactName | None:
+    """The finished training that is best on val, of equals the first; None where none is finished."""
+    return max((n for n in names if is_finished(run, n)), key=lambda n: val_score(run, n), default=None)
 
 
 def newest_round(run: Storage) -> int:
     """The newest round whose pseudo-labels are finished; 1 where there is none yet."""
     number = 1
-    while run.exists(f"{in_round('pseudo', number + 1)}/stage.json"):
+    while is_finished(run, PSEUDO.of_round(number + 1)):
         number += 1
     return number
-
-
-def finished_models(run: Storage) -> list[str]:
-    """Artefacts of finished trainings: teachers round by round, label_only, student."""
-    teachers, number = [], 1
-    while run.exists(f"{in_round('teacher', number)}/stage.json"):
-        teachers.append(in_round("teacher", number))
-        number += 1
-    return teachers + [m for m in ("label_only", "student") if run.exists(f"{m}/stage.json")]
-
-
-def improved(run: Storage, number: int) -> bool:
-    """Is the teacher of this round better on val (mAP50-95) than the one before? Says so in one line."""
-    before, after = (
-        float(run.read_json(f"{in_round('teacher', n)}/stage.json")["summary"]["best"]["map50_95"])
-        for n in (number - 1, number)
-    )
-    better = after > before
-    print(
-        f"round {number}: teacher's val mAP50-95 {before:.4f} -> {after:.4f}, "
-        + ("its labels are used" if better else f"no better: the labels of round {number - 1} are used"),
-        flush=True,
-    )
-    return better

@@ -1,57 +1,81 @@
-"""Ray: connect, or start a local one; say what is missing instead of waiting for ever."""
+"""Ray: connect, or start a local one; wait for room and for results with a limit, and say what is missing."""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
+import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import ray
 
 from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
+from dfssd.runtime.placement import (
+    LEAST_CPUS,
+    Actors,
+    Ask,
+    CannotPlace,
+    Gpu,
+    Node,
+    Resources,
+    auto_workers,
+    place_actors,
+    place_workers,
+)
 from dfssd.runtime.progress import clock
 
+__all__ = ["Actors", "Ask", "Resources"]  # so that whoever asks for room needs one import
 
-@dataclass(frozen=True)
-class Resources:
-    """What one training worker gets."""
+PATIENCE_S = 30.0  # for CPUs and GPUs that others have taken: a stage that has just ended gives its own back in seconds
+SETTLE_S = 4.0  # of these seconds at most are spent on waiting for more than would do
+SILENT_S = 30.0  # without a result, after which it is said what is waited for
+UNPLACED_S = 300.0  # that a task may wait for a node although there was room for it (and --wait-min, if that is more)
 
-    cpus: float
-    threads: int
-    gpu: bool
+T = TypeVar("T")
+_started: threading.Event | None = None  # of a Ray that is being started in the background
 
-    @classmethod
-    def of_share(cls, cpus: float, gpu: bool) -> Resources:
-        """Whole CPUs of a share, or a little less than a share below one, so that all shares always fit."""
-        cpus = float(int(cpus)) if cpus >= 1 else round(cpus * 0.95, 2)
-        return cls(cpus=cpus, threads=max(1, int(cpus)), gpu=gpu)
 
-    def describe(self, workers: str | int) -> str:
-        """What each of so many workers (2, or 1:4) has, in words."""
-        return (
-            f"{str(workers).replace(':', ' to ')} worker(s) with {self.cpus:g} CPUs{' and a GPU' if self.gpu else ''}"
-        )
+def start_early() -> None:
+    """Begin to start the local Ray in the background, for a job that will need it in a while; `connect` waits for it.
+
+    Starting takes seconds in which this process does nothing. A cluster that is named is joined when it is needed: its
+    autoscaler would see a driver that asks for nothing.
+    """
+    global _started
+    if ray.is_initialized() or _started is not None or os.environ.get("RAY_ADDRESS"):
+        return
+    _started = threading.Event()
+    threading.Thread(target=_init_in_background, args=(_started,), name="start Ray", daemon=True).start()
+
+
+def _init_in_background(started: threading.Event) -> None:
+    """Start Ray in this thread, and stay: its processes end with the thread that has started them.
+
+    An error comes again, and is told, when `connect` tries.
+    """
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it says that a thread can set no signal handler
+    try:
+        ray.init(**_settings())
+    except Exception:
+        logging.getLogger(__name__).debug("Ray did not start in the background", exc_info=True)
+    started.set()
+    threading.Event().wait()
 
 
 def connect() -> None:
     """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start a local Ray."""
+    if _started is not None:
+        _started.wait()
     if ray.is_initialized():
         return
     set_driver_environment()
-    settings: dict[str, Any] = {
-        "runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}},
-        "logging_level": logging.WARNING,
-    }
-    if not os.environ.get("RAY_ADDRESS"):
-        # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs.
-        settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        settings |= {"object_store_memory": _object_store_bytes()}
     try:
-        ray.init(**settings)
+        ray.init(**_settings())
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise DfssdError(
             f"no connection to Ray: {str(error).splitlines()[0]}",
@@ -60,109 +84,245 @@ def connect() -> None:
         ) from error
 
 
+def _settings() -> dict[str, Any]:
+    """What `ray.init` is told."""
+    env = {k: os.environ.get(k, v) for k, v in WORKER_ENV.items()}
+    settings: dict[str, Any] = {"logging_level": logging.WARNING}
+    if not os.environ.get("RAY_ADDRESS"):
+        # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs. It would
+        # look for it among all Rays of the machine, and give up where there are several: so it is told which is its own.
+        port = _free_port(8265)
+        env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+        settings |= {"object_store_memory": _object_store_bytes()}
+    return settings | {"runtime_env": {"env_vars": env}}
+
+
+def _free_port(first: int) -> int:
+    """The first port of loopback, from this one on, that nobody listens on."""
+    for port in range(first, first + 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    return first
+
+
 def _object_store_bytes() -> int:
     """A tenth of the memory, between 128 MiB and 2 GiB: only batches of images pass through the object store."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min(max(total // 10, 128 * 2**20), 2 * 2**30))
 
 
-def free_cpus(patience_s: float = 4.0) -> float:
-    """CPUs that are free now; waits a little for those that a finished stage is just giving back."""
-    most, deadline = 0.0, time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        most = max(most, float(ray.available_resources().get("CPU", 0)))
-        if most >= float(ray.cluster_resources().get("CPU", 0)):
-            break
+def nodes_now() -> list[Node]:
+    """The nodes that are alive, and what of each is free."""
+    from ray._private.state import available_resources_per_node  # ray.nodes() knows totals only
+
+    free, found = available_resources_per_node(), []
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        own, left = node["Resources"], free.get(node["NodeID"], {})
+        found.append(
+            Node(
+                cpus=float(own.get("CPU", 0)),
+                gpus=float(own.get("GPU", 0)),
+                memory_gib=float(own.get("memory", 0)) / 2**30,
+                free_cpus=float(left.get("CPU", 0)),
+                free_gpus=float(left.get("GPU", 0)),
+                free_memory_gib=float(left.get("memory", 0)) / 2**30,
+            )
+        )
+    return found
+
+
+def alive_nodes() -> list[Node]:
+    """Nodes that take tasks."""
+    return [node for node in nodes_now() if node.cpus > 0]
+
+
+def _settled() -> list[Node]:
+    """The nodes once all is free that is about to be, or after a few seconds, at the moment when most was free."""
+    deadline, best = time.monotonic() + SETTLE_S, nodes_now()
+    while time.monotonic() < deadline and any(n.free_cpus < n.cpus or n.free_gpus < n.gpus for n in best):
         time.sleep(0.25)
-    return most
+        seen = nodes_now()
+        if sum(n.free_cpus + n.free_gpus for n in seen) >= sum(n.free_cpus + n.free_gpus for n in best):
+            best = seen
+    return best
+
+
+def wait_for_room(run: Run, place: Callable[[Sequence[Node]], T], bundle: dict[str, float], count: int = 1) -> T:
+    """What `place` finds room for; waits for an autoscaler as long as `--wait-min` allows, else for others a moment only.
+
+    Args:
+        place: from `runtime.placement`; raises CannotPlace.
+        bundle, count: what an autoscaler is asked for.
+
+    Raises:
+        DfssdError: no room in time. Ray itself would wait for ever.
+    """
+    begun, said, asked = time.monotonic(), 0.0, False
+    try:
+        while True:
+            try:
+                return place(_settled())
+            except CannotPlace as error:
+                lacks = error
+            patience = max(run.wait_min * 60, PATIENCE_S if lacks.taken else 0.0)
+            now = time.monotonic()
+            if now - begun >= patience:
+                raise DfssdError(
+                    lacks.lacks,
+                    where=describe(),
+                    todo="lower --num-workers or --cpus-per-worker, add nodes, or with an autoscaler raise --wait-min",
+                )
+            if run.wait_min and not asked:
+                asked = True
+                _ask_autoscaler([bundle] * count)
+            if now - said > 10:
+                said = now
+                print(f"cluster: {lacks.lacks}; waiting, {clock(now - begun)} of {clock(patience)}", flush=True)
+            time.sleep(1)
+    finally:
+        if asked:
+            _ask_autoscaler([])  # else it would keep these nodes for ever
+
+
+def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
+
+
+def ask_of(run: Run) -> Ask:
+    """What the settings say of the training workers."""
+    low, high = run.workers
+    return Ask(low, high, run.cpus_per_worker, run.gpu)
 
 
 def worker_resources(run: Run) -> Resources:
-    """Share the cluster among the training workers.
+    """Share the cluster among the training workers, each of which lies on one node.
 
     Raises:
-        DfssdError: the cluster can never run them; says what is asked for and what there is.
+        DfssdError: the cluster cannot hold them; says what is asked for and what there is.
     """
-    _wait_for_room(run)
-    total = ray.cluster_resources()
-    cpus, gpus = float(total.get("CPU", 0)), float(total.get("GPU", 0))
-    low, high = run.workers
-    use_gpu = run.gpu != "never" and gpus >= low
-    asked = float(run.cpus_per_worker)
-    share = asked or (free_cpus() or cpus) / low
-    if high > low and not asked:
-        share = min(share, _cpus_of_a_place(use_gpu))
-    return Resources.of_share(share, use_gpu)
+    ask = ask_of(run)
+    return wait_for_room(run, lambda nodes: place_workers(nodes, ask), _bundle(run), ask.low)
 
 
-def _wait_for_room(run: Run) -> None:
-    """Return once the fewest workers fit; ask an autoscaler for them where `--wait-min` allows it the time.
-
-    Raises:
-        DfssdError: they do not fit in time. Ray itself would wait for ever.
-    """
-    lacks = lacking(run, alive_nodes())
-    if lacks and run.wait_min:
-        from ray.autoscaler.sdk import request_resources
-
-        each = {"CPU": max(1, run.cpus_per_worker), **({"GPU": 1} if run.gpu == "require" else {})}
-        request_resources(bundles=[each] * run.workers[0])
-    begun, said = time.monotonic(), 0.0
-    while lacks and time.monotonic() - begun < run.wait_min * 60:
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            waited = clock(said - begun)
-            print(f"cluster: {lacks}; waiting for nodes, {waited} of {clock(run.wait_min * 60)}", flush=True)
-        time.sleep(1)
-        lacks = lacking(run, alive_nodes())
-    if lacks:
-        raise DfssdError(
-            lacks,
-            where=describe(),
-            todo="lower --num-workers or --cpus-per-worker, add nodes, or with an autoscaler raise --wait-min",
-        )
-
-
-def alive_nodes() -> list[dict[str, float]]:
-    """Resources of each node that takes tasks."""
-    return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
-
-
-def lacking(run: Run, nodes: list[dict[str, float]]) -> str:
-    """What is missing for the fewest workers of a run, in words; '' where they fit.
+def task_resources(run: Run, gpu: Gpu = "never") -> Resources:
+    """What the one task of a stage gets: all CPUs of the node that has most of them free, as `--cpus-per-worker` allows.
 
     Args:
-        nodes: resources of each node. A worker lies on one node: CPUs of two do not make one worker.
+        gpu: as the setting of that name, for a task that computes on one.
     """
-    low, each = run.workers[0], run.cpus_per_worker
-    cpus = sum(n["CPU"] for n in nodes)
-    if not nodes:
-        return "the cluster has no CPU for tasks"
-    if each * low > cpus:
-        return f"{low} workers with {each} CPUs each need {each * low} CPUs, the cluster has {cpus:g}"
-    if each and (places := sum(int(n["CPU"] // each) for n in nodes)) < low:
-        largest = max(n["CPU"] for n in nodes)
-        room = f"there is room for {places}, the largest node has {largest:g} CPUs"
-        return f"{low} workers with {each} CPUs each do not fit: {room}"
-    if run.gpu == "require" and (gpus := sum(n.get("GPU", 0) for n in nodes)) < low:
-        return f"{low} workers with a GPU each need {low} GPUs, the cluster has {gpus:g}"
-    return ""
+    ask = Ask(1, 1, run.cpus_per_worker, gpu, "task")
+    return wait_for_room(run, lambda nodes: place_workers(nodes, ask), {"CPU": max(1.0, ask.cpus)})
 
 
-def _cpus_of_a_place(gpu: bool) -> float:
-    """CPUs of an elastic worker: those of the smallest node, shared by its GPUs, so that it fits whatever node comes."""
-    nodes = [n for n in alive_nodes() if not gpu or n.get("GPU", 0) > 0]
-    return float(min(n["CPU"] / (n["GPU"] if gpu else 1) for n in nodes))
+def actor_resources(run: Run, asked: int) -> Actors:
+    """What the labelling actors get."""
+    return wait_for_room(run, lambda nodes: place_actors(nodes, asked, run.gpu), _bundle(run), max(1, asked))
+
+
+def _bundle(run: Run) -> dict[str, float]:
+    return {"CPU": float(max(1, run.cpus_per_worker)), **({"GPU": 1.0} if run.gpu == "require" else {})}
 
 
 def with_workers(config: Config) -> Config:
-    """The config with `--num-workers auto` replaced by what the cluster has: its GPUs, or its nodes with CPUs."""
-    if config.run.num_workers != "auto":
+    """The config with `--num-workers auto` replaced by what the cluster has: its GPUs, or its nodes with CPUs.
+
+    Waits like `worker_resources` where it has neither.
+    """
+    run = config.run
+    if run.num_workers != "auto":
         return config
-    total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0)) if config.run.gpu != "never" else 0
-    count = str(max(1, min(gpus or len(alive_nodes()), config.most_workers())))
-    return config.model_copy(update={"run": config.run.model_copy(update={"num_workers": count})})
+    ask = Ask(1, 1, run.cpus_per_worker, run.gpu)
+
+    def place(nodes: Sequence[Node]) -> int:
+        place_workers(nodes, ask)
+        return auto_workers(nodes, run.gpu, config.most_workers())
+
+    count = wait_for_room(run, place, _bundle(run))
+    return config.model_copy(update={"run": run.model_copy(update={"num_workers": str(count)})})
+
+
+def result(task: ray.ObjectRef, what: str, run: Run, asks: str) -> Any:
+    """`ray.get` that does not wait in silence: every half minute it says what is waited for, and where the task is.
+
+    Args:
+        what: the stage, in words; asks: what the task asks for.
+
+    Raises:
+        DfssdError: no node took the task although there was room for it, or what the task raised as a user error.
+    """
+    begun, limit = time.monotonic(), max(UNPLACED_S, run.wait_min * 60)
+    while not ray.wait([task], timeout=SILENT_S)[0]:
+        waited, state = time.monotonic() - begun, task_state(task)
+        print(f"{what}: {state or 'at work'}, {clock(waited)}", flush=True)
+        if state.startswith("waits for a node"):
+            print(f"{what}: it asks for {asks}; {describe()}, {free()} free", flush=True)
+            if waited > limit:
+                ray.cancel(task, force=True)
+                raise DfssdError(
+                    f"no node took the task of {what} in {clock(waited)}; it asks for {asks}",
+                    where=f"{describe()}, {free()} free",
+                    todo="free what others have taken, add nodes, or lower --cpus-per-worker; the same command goes on",
+                )
+    return ray.get(task)
+
+
+def check_gpu(run: Run) -> str:
+    """Name of a GPU of the cluster, as PyTorch sees it in a task that has reserved one.
+
+    Raises:
+        DfssdError: it sees none: Ray counts GPUs by itself, and a node may lack the driver or have another CUDA version.
+    """
+    task = ray.remote(_gpu_name).options(num_cpus=LEAST_CPUS, num_gpus=1, max_retries=0)
+    name = str(result(task.remote(), "GPU", run, "a GPU"))
+    if not name:
+        raise DfssdError(
+            "Ray hands out a GPU that PyTorch does not see",
+            where=describe(),
+            todo="check driver and CUDA version of the node (nvidia-smi, python -m torch.utils.collect_env), "
+            "or take --gpu never",
+        )
+    return name
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def task_state(task: ray.ObjectRef) -> str:
+    """Where a task is, in words; '' where that cannot be told (Ray's state API runs with its dashboard)."""
+    from ray.util.state import get_task
+
+    words = {
+        "PENDING_NODE_ASSIGNMENT": "waits for a node",
+        "PENDING_ARGS_AVAIL": "waits for its input",
+        "SUBMITTED_TO_WORKER": "starts",
+        "RUNNING": "at work",
+    }
+    try:
+        found = get_task(task.task_id().hex(), address=ray.get_runtime_context().gcs_address, timeout=10)
+    except Exception:  # the API is there for people; whatever it fails with, the task is none the worse
+        return ""
+    last = found[-1] if isinstance(found, list) and found else found
+    return words.get(str(getattr(last, "state", "")), "")
+
+
+def free() -> str:
+    """What is free now, node by node, in words."""
+    return ", ".join(
+        f"{n.free_cpus:g} of {n.cpus:g} CPUs" + (f" and {n.free_gpus:g} of {n.gpus:g} GPUs" if n.gpus else "")
+        for n in nodes_now()
+    )
 
 
 def describe() -> str:

@@ -1,10 +1,14 @@
-"""Environment that Ray and the workers see; apart from what imports Ray, which reads some of it when it is imported."""
+"""Environment that Ray and the workers see.
+
+Ray reads part of it when it is imported: `dfssd/__init__.py` sets it, before any module of the package can import Ray.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 
-# Read by Ray when it is imported or started, so they are set before ray.init; what the user has set stays.
+# Read by Ray when it is imported or started; what the user has set stays.
 DRIVER_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for this poll; Ray's default is 2 s
@@ -16,6 +20,9 @@ DRIVER_ENV = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that cannot work ends without one
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's boxes; a sweep has its own line for each trial
 }
+# A Ray that a job starts for itself lives on loopback. The name is history: on Windows and macOS Ray does so unless this is
+# 1, and on Linux, where it is 1 unless said otherwise, GCS, raylet, workers and metrics would listen on all interfaces.
+LOOPBACK_ENV = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 WORKER_ENV = {
     "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy core make a step many times slower
     "YOLO_AUTOINSTALL": "false",
@@ -25,5 +32,8 @@ WORKER_ENV = {
 
 def set_driver_environment() -> None:
     """Set what the user has not set."""
-    for key, value in DRIVER_ENV.items():
+    own = dict(DRIVER_ENV)
+    if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:  # in a worker Ray is there before us
+        own |= LOOPBACK_ENV
+    for key, value in own.items():
         os.environ.setdefault(key, value)

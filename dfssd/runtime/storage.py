@@ -6,10 +6,12 @@ A file is visible only when it is complete: local files are renamed into place, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,32 +21,120 @@ from typing import Any, BinaryIO, TypeVar
 
 from pyarrow import fs as pafs
 
-from dfssd.errors import DfssdError
+from dfssd.errors import DamagedFile, DfssdError, StorageError, mask
 
+PATIENCE_S = 30.0  # how long a storage that fails is tried again
+FIRST_WAIT_S = 0.25  # before the second try; doubled each time
 FETCHES = 16  # requests to an object store at a time: each waits tens of milliseconds for its first byte
 WINDOW = 256  # items that `side_by_side` works on before it waits for the slowest of them
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+_FOR_GOOD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+_REFUSED = (
+    "ACCESS_DENIED",
+    "NO_SUCH_BUCKET",
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "INVALID_CLIENT_TOKEN",
+)
+# By "is it a local path": when the first and the last failure since the last success were (monotonic seconds).
+_failing: dict[bool, tuple[float, float]] = {}
+
+
+def patiently(call: Callable[[], R], where: str) -> R:
+    """`call()`, tried again while its storage fails for a moment. A dead store is waited for once, not at every file.
+
+    Raises:
+        FileNotFoundError: as `call` raises it.
+        StorageError: it fails for good, or has failed for PATIENCE_S.
+    """
+    kind, begun, wait, tries = where.startswith("/"), time.monotonic(), FIRST_WAIT_S, 0
+    while True:
+        tries += 1
+        try:
+            result = call()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            now = time.monotonic()
+            first, last = _failing.get(kind, (begun, begun))
+            first = begun if now - last > 2 * PATIENCE_S else min(first, begun)
+            _failing[kind] = first, now
+            refused = error.errno in _FOR_GOOD or any(word in str(error) for word in _REFUSED)
+            if refused or now + wait - first > PATIENCE_S:
+                raise _storage_error(error, where, refused) from error
+            if tries == 1:
+                print(f"WARNING: storage fails, will try again for {PATIENCE_S:.0f} s: {mask(str(error))}", flush=True)
+            time.sleep(wait)
+            wait *= 2
+        else:
+            _failing.pop(kind, None)
+            return result
+
+
+def _storage_error(error: OSError, where: str, refused: bool) -> StorageError:
+    """What the user reads of a storage that failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what, todo = f"the storage is full: {error}", "make room; the same command goes on from here"
+    elif refused:
+        what, todo = f"the storage refuses: {error}", "give the rights or credentials for it, or another --storage-path"
+    else:
+        what = f"the storage does not answer, after {PATIENCE_S:.0f} s of trying: {error}"
+        todo = "nothing was marked or deleted; once it is back, the same command goes on from here"
+    return StorageError(what, where=where, todo=todo)
+
+
+def _write_local(path: str, data: bytes | memoryview) -> None:
+    """Write beside the place, to the disk, and only then under the name: a power cut leaves the old file or the new."""
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f"{place.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(place)
+    except OSError:
+        part.unlink(missing_ok=True)  # it would fill a full disk for nothing
+        raise
+    folder = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems have no such call
+            raise
+    finally:
+        os.close(folder)
+
+
 class Storage:
     """A folder on any pyarrow filesystem.
 
+    What fails for a moment is tried again for `PATIENCE_S`; what is not there raises FileNotFoundError, and every other
+    fault a StorageError.
+
     Args:
         uri: a local path (relative ones are made absolute at once, since workers have another cwd) or a URI such as
-            `s3://bucket/prefix`.
+            `s3://bucket/prefix?region=eu-central-1`; what follows the question mark is for the filesystem.
 
     Raises:
         DfssdError: the URI's scheme is unknown to pyarrow.
     """
 
     def __init__(self, uri: str) -> None:
-        self.is_local = "://" not in uri
+        self.is_local, self.query = "://" not in uri, ""
         if self.is_local:
             self.uri = str(Path(uri).expanduser().absolute())
             self.fs, self.root = pafs.LocalFileSystem(), self.uri
             return
-        self.uri = uri.rstrip("/")
+        base, mark, query = uri.partition("?")
+        self._base, self.query = base.rstrip("/"), mark + query
+        self.uri = self._base + self.query
         try:
             self.fs, self.root = pafs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
@@ -53,44 +143,101 @@ class Storage:
                 where=uri,
                 todo="give a local folder or a URI that pyarrow knows (s3://, gs://)",
             ) from error
+        self.root = self.root.rstrip("/")
         self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    def __str__(self) -> str:
+        return mask(self.uri)
 
     def at(self, *parts: str) -> Storage:
         """Return the storage of a sub-folder."""
-        return Storage("/".join([self.uri, *parts]))
+        return Storage(self.uri_of(*parts))
+
+    def uri_of(self, *parts: str) -> str:
+        """URI of a file or folder below this one; the filesystem's query stays at its end."""
+        return "/".join([self._base if self.query else self.uri, *parts]) + self.query
 
     def path(self, *parts: str) -> str:
         """Return the path inside `self.fs`."""
         return "/".join([self.root, *parts])
 
     def exists(self, name: str = "") -> bool:
-        info = self.fs.get_file_info(self.path(name) if name else self.root)
+        path = self.path(name) if name else self.root
+        info = patiently(lambda: self.fs.get_file_info(path), path)
         return bool(info.type != pafs.FileType.NotFound)
 
+    def sizes(self, names: Sequence[str]) -> dict[str, int | None]:
+        """Size of each file (bytes); None for one that is not there."""
+        infos = patiently(lambda: self.fs.get_file_info([self.path(n) for n in names]), self.root) if names else []
+        return {n: i.size if i.type == pafs.FileType.File else None for n, i in zip(names, infos, strict=True)}
+
     def read(self, name: str) -> bytes:
-        with self.fs.open_input_stream(self.path(name)) as stream:
-            return bytes(stream.read())
+        """Content of a file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            StorageError: it cannot be read, also after some time.
+        """
+
+        def whole() -> bytes:
+            with self.fs.open_input_stream(self.path(name)) as stream:
+                return bytes(stream.read())
+
+        return patiently(whole, self.path(name))
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read(name))
+        """Content of a json file.
+
+        Raises:
+            DamagedFile: it is no json.
+        """
+        try:
+            return json.loads(self.read(name))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, DfssdError):
+                raise
+            raise DamagedFile(
+                f"the file is no whole json ({error})", where=self.path(name), todo="restore it from a backup"
+            ) from error
+
+    def read_record(self, name: str, keys: Sequence[str], todo: str) -> dict[str, Any]:
+        """A json file of the project, which holds at least these keys.
+
+        Args:
+            todo: what the user can do where it is damaged.
+
+        Raises:
+            DamagedFile: it is empty, cut, or of another shape.
+        """
+        try:
+            record = self.read_json(name)
+        except DamagedFile as error:
+            raise DamagedFile(error.what, where=error.where, todo=todo) from error
+        lacks = [k for k in keys if not isinstance(record, dict) or k not in record]
+        if lacks or not isinstance(record, dict):
+            said = f"lacks {', '.join(lacks)}" if isinstance(record, dict) else f"holds a {type(record).__name__}"
+            raise DamagedFile(f"the file is damaged: it {said}", where=self.path(name), todo=todo)
+        return record
 
     @contextmanager
     def writer(self, name: str) -> Iterator[BinaryIO]:
         """Open `name` for writing; it appears under its name only when the block ends without an error."""
-        path = self.path(name)
-        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        if not self.is_local:
-            buffer = io.BytesIO()  # a stream to an object store publishes on close, also where an error closes it
-            yield buffer
-            with self.fs.open_output_stream(path) as stream:
-                stream.write(buffer.getvalue())
-            return
-        with self.fs.open_output_stream(f"{path}.part") as stream:
-            yield stream
-        self.fs.move(f"{path}.part", path)
+        buffer = io.BytesIO()  # a stream to an object store publishes on close, also where an error closes it
+        yield buffer
+        self.write(name, buffer.getbuffer())
 
-    def write(self, name: str, data: bytes) -> None:
-        with self.writer(name) as stream:
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Write a file. A reader, and whoever comes after a power cut, finds the old content or the new.
+
+        Raises:
+            StorageError: it cannot be written, also after some time.
+        """
+        path = self.path(name)
+        patiently(lambda: _write_local(path, data) if self.is_local else self._upload(path, data), path)
+
+    def _upload(self, path: str, data: bytes | memoryview) -> None:
+        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with self.fs.open_output_stream(path) as stream:
             stream.write(data)
 
     def write_json(self, name: str, data: Any) -> None:
@@ -100,24 +247,29 @@ class Storage:
         """Names of all files below `folder`, relative to this storage, sorted; unfinished ones are left out."""
         base = self.path(folder) if folder else self.root
         selector = pafs.FileSelector(base, allow_not_found=True, recursive=recursive)
-        infos = [i for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.File]
+        found = patiently(lambda: self.fs.get_file_info(selector), base)
+        infos = [i for i in found if i.type == pafs.FileType.File]
         return sorted(i.path[len(self.root) :].lstrip("/") for i in infos if not i.path.endswith(".part"))
 
     def folders(self, folder: str = "") -> list[str]:
         """Names of the folders directly below `folder`, sorted."""
         base = self.path(folder) if folder else self.root
         selector = pafs.FileSelector(base, allow_not_found=True)
-        infos = self.fs.get_file_info(selector)
+        infos = patiently(lambda: self.fs.get_file_info(selector), base)
         return sorted(i.path.rsplit("/", 1)[1] for i in infos if i.type == pafs.FileType.Directory)
 
     def delete(self, name: str = "") -> None:
         """Remove a file or a folder with all in it; nothing happens where it does not exist."""
         path = self.path(name) if name else self.root
-        kind = self.fs.get_file_info(path).type
-        if kind == pafs.FileType.Directory:
-            self.fs.delete_dir(path)
-        elif kind == pafs.FileType.File:
-            self.fs.delete_file(path)
+
+        def remove() -> None:
+            kind = self.fs.get_file_info(path).type
+            if kind == pafs.FileType.Directory:
+                self.fs.delete_dir(path)
+            elif kind == pafs.FileType.File:
+                self.fs.delete_file(path)
+
+        patiently(remove, path)
 
     def digest(self, name: str) -> dict[str, Any]:
         """Size (bytes) and sha256 of one file."""
@@ -130,8 +282,9 @@ class Storage:
             self.write(".write-test", b"ok")
             self.delete(".write-test")
         except OSError as error:
-            raise DfssdError(
-                f"storage is not writable: {error}",
+            said = error.what if isinstance(error, DfssdError) else error
+            raise StorageError(
+                f"storage is not writable: {said}",
                 where=self.uri,
                 todo="give another --storage-path, or the rights and credentials to write there",
             ) from error
@@ -145,8 +298,9 @@ def read_uri(uri: str) -> bytes:
     """
     if "://" not in uri:
         return Path(uri).read_bytes()
-    folder, name = uri.rsplit("/", 1)
-    return _opened(os.getpid(), folder).read(name)
+    base, mark, query = uri.partition("?")
+    folder, name = base.rsplit("/", 1)
+    return _opened(os.getpid(), folder + mark + query).read(name)
 
 
 def is_remote(uri: str) -> bool:

@@ -36,12 +36,16 @@ class WorkerGroup:
         return values
 
     @torch.no_grad()
-    def average_buffers(self, model: nn.Module) -> None:
-        """Average batch norm statistics, which each worker keeps from its own slice of the batch."""
+    def average_buffers(self, model: nn.Module, share: float) -> None:
+        """Average batch norm statistics, which each worker keeps from its own micro-batches.
+
+        Args:
+            share: of the micro-batches of a step, this worker's.
+        """
         if self.size == 1:
             return
         buffers = [b for b in model.buffers() if b.dtype.is_floating_point]
-        flat = torch.cat([b.flatten() for b in buffers])
+        flat = torch.cat([b.flatten() for b in buffers]) * share
         dist.all_reduce(flat)
-        for buffer, mean in zip(buffers, flat.div_(self.size).split([b.numel() for b in buffers]), strict=True):
+        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))

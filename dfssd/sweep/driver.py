@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -35,22 +34,19 @@ def share(config: Config, trials: int, max_concurrent: int) -> tuple[int, Resour
     Raises:
         DfssdError: not even one fits.
     """
-    from dfssd.runtime.cluster import worker_resources
+    from dfssd.runtime.cluster import ask_of, wait_for_room
+    from dfssd.runtime.placement import place_trials
 
-    total, run = ray.cluster_resources(), config.run
-    workers = run.workers[0]
+    run = config.run
     if run.elastic or run.num_workers == "auto":
         raise DfssdError(
             f"--num-workers {run.num_workers}: a trial has a fixed number of workers", todo="give a number"
         )
-    cpus, gpus = float(total.get("CPU", 0)), float(total.get("GPU", 0))
-    one = worker_resources(run)  # raises where one trial does not fit
-    fit_cpu = int(cpus // (workers * max(1, run.cpus_per_worker)))
-    fit_memory = int(float(total.get("memory", 0)) / 2**30 // (TRIAL_MEMORY_GIB * workers))
-    fits = min(fit_cpu, fit_memory, int(gpus // workers) if one.gpu else fit_cpu)
-    count = max(1, min(trials, fits, max_concurrent or trials))
-    each = run.cpus_per_worker or max(cpus / (count * workers), 0.0)
-    return count, Resources.of_share(each, one.gpu)
+    ask = ask_of(run)
+    bundle = {"CPU": float(max(1, ask.cpus)), **({"GPU": 1.0} if run.gpu == "require" else {})}
+    return wait_for_room(
+        run, lambda nodes: place_trials(nodes, ask, trials, max_concurrent, TRIAL_MEMORY_GIB), bundle, ask.low
+    )
 
 
 class Progress(tune.Callback):

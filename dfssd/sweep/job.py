@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job
 from dfssd.data.formats import read_source
 from dfssd.errors import DfssdError
-from dfssd.pipeline.dry_run import time_step
+from dfssd.pipeline.timing import StepTimer
 from dfssd.report.tables import render
 from dfssd.runtime.artefact import differences, flatten
+from dfssd.runtime.artefact_names import STUDENT, TEACHER
 from dfssd.runtime.progress import clock
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 from dfssd.sweep import ablation, shared
 from dfssd.sweep.figure import draw
-from dfssd.sweep.points import Trial, in_words, short, trials
+from dfssd.sweep.points import METHODS, Trial, in_words, short, trials
 from dfssd.sweep.space import Space
 
 SYNTHETIC = {"images": 240, "side": 128}
@@ -30,7 +32,6 @@ class Options:
 
     max_concurrent: int = 0
     resume: bool = False
-    register: str = ""
     file: str = ""
 
 
@@ -83,7 +84,7 @@ def _planned(config: Config, space: Space) -> list[Trial]:
     """
     planned = trials(space, config, config.run.run_name)
     for trial in planned:
-        if trial.stage == "student":
+        if trial.stage == STUDENT:
             try:
                 check_weights(trial.config.distill)
             except DfssdError as error:
@@ -105,23 +106,26 @@ def describe(config: Config, space: Space, options: Options) -> None:
     connect()
     count, resources = share(config, wanted, options.max_concurrent)
     before = list(shared.needed(probes(space, config, sweep, planned), sweep).values())
-    rows = [[t.id, t.row, str(t.seed), t.stage, str(t.config.train.steps)] for t in planned]
+    rows = [[t.id, t.row, str(t.seed), str(t.stage), str(t.config.train.steps)] for t in planned]
     for key, axis in space.axes.items() if space.search == "optuna" else ():
-        rows.append(["drawn", key, str(space.seeds[0]), "student", in_words(axis)])
+        rows.append(["drawn", key, str(space.seeds[0]), str(STUDENT), in_words(axis)])
     print(f"data: {len(source.items)} images as {source.format}; cluster: {describe()}")
     print(render(f"{space.name}: {wanted} trials", ["trial", "row", "seed", "stage", "steps"], rows))
-    names = [name for _, name in before]
+    names = [str(name) for _, name in before]
     print("made once before: " + ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)))
-    seconds = {s: time_step(config, config.models.student, resources.threads, s, distills=s) for s in (False, True)}
-    busy = sum(t.config.train.steps * seconds[t.stage == "student"] for t in planned) or (
-        wanted * config.train.steps * seconds[True]
-    )
-    teacher = time_step(config, config.models.teacher, resources.threads, False, distills=False)
-    total = busy / count + names.count("teacher") * config.teacher_steps() * teacher
+    timer = StepTimer(config, resources, bool(os.environ.get("RAY_ADDRESS")))
+    seconds = {s: timer(config.models.student, s, s) for s in (False, True)}
+    teacher = timer(config.models.teacher, False, False)
+    steps = [(t.config.train.steps, seconds[t.stage == STUDENT]) for t in planned]
+    steps = steps or [(wanted * config.train.steps, seconds[True])]
+    taught = names.count(str(TEACHER)) * config.teacher_steps()
+    said = "how long their steps take is not known"
+    if teacher is not None and None not in seconds.values():
+        total = sum(n * (each or 0.0) for n, each in steps) / count + taught * teacher
+        said = f"steps alone take about {clock(total)}"
     print(
-        f"{count} at a time, each {resources.describe(config.run.num_workers)}; "
-        f"steps alone take about {clock(total)} (measured on this machine; "
-        "validation and start-up come on top)"
+        f"{count} at a time, each {resources.describe(config.run.num_workers)}; {said} "
+        f"({timer.title}; validation and start-up come on top)"
     )
 
 
@@ -153,7 +157,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
         failed = run_trials(config, space, sweep, planned, options.max_concurrent, runs)
         done = records(storage, sweep)
         if done:
-            finish(runs, storage.at(sweep), done, sweep, space, options.register)
+            finish(runs, config, storage.at(sweep), done, space)
             steps, early = steps_run(storage, sweep, done)
             whole = config.train.steps * (len(done) + early)
             print(
@@ -205,12 +209,13 @@ def _claim(config: Config, space: Space, planned: list[Trial], options: Options)
         store.write_json("sweep.json", own)
 
 
-def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, space: Space, register: str) -> None:
-    """Write and log table and figure; log, and where asked register, the best trial's model."""
+def finish(runs: Runs, config: Config, store: Storage, done: list[dict[str, Any]], space: Space) -> None:
+    """Write and log table and figure; log, and where asked export and register, the best trial's model."""
+    sweep = config.run.run_name
     write_table(store, done, sweep, runs)
     sign = 1 if space.mode == "max" else -1
     best = max(done, key=lambda record: sign * record["result"][space.metric])
-    stage = "label_only" if best["settings"].get("method") == "label_only" else "student"
+    stage = METHODS[best["settings"].get("method", "distill")]
     name, parent = f"trials/{best['trial']}/{stage}/best.pt", runs.parent()
     runs.metrics(parent, {f"best/{k}": v for k, v in best["result"].items()})
     runs.artefact(parent, "best/best.pt", store.read(name))
@@ -219,17 +224,22 @@ def finish(runs: Runs, store: Storage, done: list[dict[str, Any]], sweep: str, s
     print(f"model     {store.path(name)}\ntable     {store.path('table.md')} (.csv, .tex, .png)")
     if runs.uri.startswith("sqlite"):
         print(f"next      mlflow ui --backend-store-uri {runs.uri}")
-    if register:
-        version = runs.attempt(lambda c: _register(c, parent, register), "")
-        print(f"registered {register}, version {version}" if version else f"WARNING: {register} was not registered")
+    if config.export.register_as:
+        _register(runs, config, store, best, str(stage))
 
 
-def _register(client: Any, run_id: str, name: str) -> str:
-    """A new version of a model in MLflow's registry; returns the version."""
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    uri = client.get_run(run_id).info.artifact_uri
-    return str(client.create_model_version(name, f"{uri}/best", run_id).version)
+def _register(runs: Runs, config: Config, store: Storage, best: dict[str, Any], model: str) -> None:
+    """Export the best trial's model, and log and register it in the sweep's run."""
+    from dfssd.export.write import export_model
+    from dfssd.line.registry import log_model
+
+    trial = store.at("trials", str(best["trial"]))
+    imgsz = trial.read_json(f"{model}/stage.json")["config"]["train"]["imgsz"]
+    trained = config.model_copy(update={"train": config.train.model_copy(update={"imgsz": imgsz})})
+    done = export_model(trained, trial.uri, model, 1)
+    trial.write_json("export/export.json", done)
+    digest, measured = trial.read_json("dataset/stage.json")["digest"], trial.read_json("report/metrics.json")
+    log_model(runs, runs.parent(), trial.at("export"), model, done, measured, digest, config.export.register_as)
 
 
 def write_table(store: Storage, done: list[dict[str, Any]], sweep: str, runs: Runs | None = None) -> None:

@@ -16,9 +16,10 @@ from ray.tune.search.sample import Domain, Float, Integer, Sampler
 from dfssd.config import Config
 from dfssd.errors import DfssdError
 from dfssd.runtime.artefact import flatten
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName
 from dfssd.sweep.space import Space, values_of
 
-METHODS = ("distill", "label_only")
+METHODS = {"distill": STUDENT, "label_only": LABEL_ONLY}  # by what the method trains
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Trial:
     origin: str = ""
 
     @property
-    def stage(self) -> str:
-        return "label_only" if self.settings.get("method") == "label_only" else "student"
+    def stage(self) -> ArtefactName:
+        return METHODS[self.settings.get("method", "distill")]
 
     @property
     def id(self) -> str:

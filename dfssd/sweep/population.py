@@ -16,12 +16,12 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
 from dfssd.config import Config
+from dfssd.pipeline.training import train_job
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 from dfssd.sweep.points import Trial, make_trial, name_row, within
 from dfssd.sweep.space import Space, values_of
 from dfssd.train import checkpoint
-from dfssd.train.job import TrainJob
 
 FILE = "population.json"
 CLOCK = "population_step"  # 0 in the report of a finished trial, which is no longer in the game
@@ -114,5 +114,5 @@ def take_over(trial: Trial, sweep: str) -> None:
     if state is None:
         print(f"WARNING: trial {origin} has left no checkpoint, {trial.row} trains from the beginning", flush=True)
         return
-    fingerprint = TrainJob(trial.stage, "", trial.config).fingerprint()
+    fingerprint = train_job(trial.config, trials.at(trial.id), trial.stage).fingerprint()
     checkpoint.store_newest(own, state["step"], {**state, "fingerprint": fingerprint}, keep=1)

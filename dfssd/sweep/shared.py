@@ -7,36 +7,39 @@ import json
 from collections.abc import Iterable
 
 from dfssd.config import Config
-from dfssd.pipeline.stages import Context, make_stage, run_stage
+from dfssd.pipeline.context import Context
+from dfssd.pipeline.run import run_stage
+from dfssd.pipeline.stages import make_stage
+from dfssd.runtime.artefact_names import ArtefactName, is_finished
 from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial
 
 KEY_CHARACTERS = 10
 
 
-def chain(config: Config, name: str, run: Storage) -> str:
+def chain(config: Config, name: ArtefactName, run: Storage) -> str:
     """Digest of the settings of a stage and of all stages before it."""
     stage = make_stage(config, run, name)
-    text = json.dumps([name, stage.config, [chain(config, i, run) for i in stage.inputs]], sort_keys=True)
+    text = json.dumps([str(name), stage.config, [chain(config, i, run) for i in stage.inputs]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_CHARACTERS]
 
 
-def folder_of(config: Config, sweep: str, name: str) -> str:
+def folder_of(config: Config, sweep: str, name: ArtefactName) -> str:
     """Run name of the folder in which a sweep makes the stage."""
     nowhere = Storage(config.run.storage_path).at(sweep)
     return f"{sweep}/shared/{name}-{chain(config, name, nowhere)}"
 
 
-def inputs_of(trial: Trial, sweep: str) -> tuple[str, ...]:
+def inputs_of(trial: Trial, sweep: str) -> tuple[ArtefactName, ...]:
     """Artefacts that a trial reads."""
     return make_stage(trial.config, Storage(trial.config.run.storage_path).at(sweep), trial.stage).inputs
 
 
-def needed(trials: Iterable[Trial], sweep: str) -> dict[str, tuple[Trial, str]]:
+def needed(trials: Iterable[Trial], sweep: str) -> dict[str, tuple[Trial, ArtefactName]]:
     """By folder: (a trial it is for, stage), in the order in which they can be made; each folder once."""
-    found: dict[str, tuple[Trial, str]] = {}
+    found: dict[str, tuple[Trial, ArtefactName]] = {}
 
-    def add(trial: Trial, name: str) -> None:
+    def add(trial: Trial, name: ArtefactName) -> None:
         place = folder_of(trial.config, sweep, name)
         if place in found:
             return
@@ -50,7 +53,7 @@ def needed(trials: Iterable[Trial], sweep: str) -> dict[str, tuple[Trial, str]]:
     return found
 
 
-def make(config: Config, sweep: str, name: str, parent: str, experiment_tags: dict[str, str]) -> None:
+def make(config: Config, sweep: str, name: ArtefactName, parent: str, experiment_tags: dict[str, str]) -> None:
     """Run one shared stage in its folder; its inputs are there or are copied from theirs.
 
     Args:
@@ -63,7 +66,7 @@ def make(config: Config, sweep: str, name: str, parent: str, experiment_tags: di
     run_stage(Context(own, title=f"{sweep}/{name}", tags=experiment_tags), name)
 
 
-def copy_inputs(config: Config, sweep: str, name: str) -> None:
+def copy_inputs(config: Config, sweep: str, name: ArtefactName) -> None:
     """Copy the inputs of a stage into the run from where the sweep has made them."""
     storage = Storage(config.run.storage_path)
     run = storage.at(config.run.run_name)
@@ -71,9 +74,9 @@ def copy_inputs(config: Config, sweep: str, name: str) -> None:
         copy(storage.at(folder_of(config, sweep, own)), run, own)
 
 
-def copy(source: Storage, target: Storage, name: str) -> None:
+def copy(source: Storage, target: Storage, name: ArtefactName) -> None:
     """Copy a finished artefact, `stage.json` last, so that one that was cut off does not count; without checkpoints."""
-    if target.exists(f"{name}/stage.json"):
+    if is_finished(target, name):
         return
     for file in (*source.read_json(f"{name}/stage.json")["outputs"], "started.json", "stage.json"):
         target.write(f"{name}/{file}", source.read(f"{name}/{file}"))

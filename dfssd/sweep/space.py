@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfssd.config import Config
+from dfssd.config import all_keys
 from dfssd.errors import DfssdError, nearest
 
 CHOICES = {
@@ -72,16 +72,14 @@ class Space:
     x: tuple[str, ...]
 
 
-def config_keys() -> dict[str, None]:
-    """All dotted keys of the config, in order."""
-    keys: dict[str, None] = {}
-    for name, info in Config.model_fields.items():
-        section = info.annotation
-        if isinstance(section, type) and hasattr(section, "model_fields"):
-            keys |= {f"{name}.{key}": None for key in section.model_fields}
-        else:
-            keys[name] = None
-    return keys
+def find_space(name: str) -> str:
+    """Path of a space: a file, or the name of one that comes with the package."""
+    package = Path(__file__).parents[1]
+    file = f"{Path(name).stem}.py"
+    ours = [folder / file for folder in (package / "tune_spaces", package.parent / "tune_spaces")]
+    found = next((place for place in ours if place.is_file()), None)
+    plain = "/" not in name and found is not None and not Path(name).is_file()
+    return str(found) if plain else name
 
 
 def load_space(path: str) -> Space:
@@ -144,7 +142,7 @@ def _check(space: Space, path: str) -> None:
             where=path,
             todo=f"give one of {', '.join(metrics)}",
         )
-    known = [*config_keys(), "method"]
+    known = [*all_keys(), "method"]
     for key in (*space.axes, *space.base, *space.x, *(k for row in space.rows.values() for k in row)):
         if key not in known:
             raise DfssdError(

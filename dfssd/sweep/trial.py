@@ -13,7 +13,10 @@ from ray import tune
 
 from dfssd.errors import find_user_error
 from dfssd.evaluate.measure import measure
-from dfssd.pipeline.stages import Context, make_stage, run_stage
+from dfssd.pipeline.context import Context
+from dfssd.pipeline.run import run_stage
+from dfssd.pipeline.stages import make_stage
+from dfssd.report.pictures import write_detection_sheet
 from dfssd.runtime.artefact import flatten
 from dfssd.runtime.cluster import Resources
 from dfssd.runtime.storage import Storage
@@ -21,9 +24,10 @@ from dfssd.sweep.points import Trial
 from dfssd.sweep.population import CLOCK, take_over
 from dfssd.sweep.shared import adopt, copy_inputs
 from dfssd.sweep.space import MEASURES, Space
+from dfssd.train.in_process import train_in_process
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
-from dfssd.train.worker import fit, train_in_process
+from dfssd.train.worker import fit
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,15 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
         tags=own_tags,
     )
     summary = run_stage(context, trial.stage)
-    results = measure(trial.config, store.uri, [trial.stage], plan.resources.threads)
-    record = _record(trial, plan, order, summary, results[trial.stage])
+    results = measure(trial.config, store.uri, [str(trial.stage)], plan.resources.threads)
+    record = _record(trial, plan, order, summary, results[str(trial.stage)])
     record["reports"] = [*reports.rows(store.read_json(f"{trial.stage}/history.json")), record["result"]]
     run_id = make_stage(trial.config, store, trial.stage).recorded_run_id() or ""
     context.runs.metrics(run_id, {f"result/{k}": float(v) for k, v in record["result"].items()})
+    store.write_json("report/metrics.json", results)
+    write_detection_sheet(trial.config, store, results, {str(trial.stage): trial.row})
     context.runs.artefact(run_id, "detections.png", store.read("report/detections.png"))
+    context.runs.close()  # Ray Tune may end this process at the report that follows
     store.write_json("result.json", {**record, "mlflow_run_id": run_id})
     tune.report({**record["result"], CLOCK: 0})
     return record

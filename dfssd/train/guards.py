@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfssd.distill.criterion import StudentOutput, grouped
+from dfssd.distill.criterion import StudentOutput, Terms, grouped
 from dfssd.errors import DfssdError
 from dfssd.models.detector import TeacherOutput
 from dfssd.runtime.worker_group import WorkerGroup
@@ -50,7 +50,7 @@ def check_teacher(teacher: TeacherOutput | None, step: int) -> None:
     """
     if teacher is None:
         return
-    tensors = {f"{k} of branch {b}": raw[k] for b, raw in teacher.raw.items() for k in ("boxes", "scores")}
+    tensors = {f"{k} of branch {b}": getattr(raw, k) for b, raw in teacher.raw.items() for k in ("boxes", "scores")}
     tensors |= {f"tap {k}": tap for k, tap in enumerate(teacher.taps)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -67,40 +67,58 @@ def check_reach(
     silent: set[str],
     world: WorkerGroup | None = None,
 ) -> dict[str, float]:
-    """Gradient norm of each term at the student, which must be finite, above 0 and not negligible.
+    """`reach` and `judge` of a step of one micro-batch a worker; `silent` terms may be 0 in this batch."""
+    squares = (world or WorkerGroup()).sum(reach(losses, out, first_layer))
+    return _judged(list(grouped(losses)), squares, first_layer is not None, silent)
+
+
+def reach(losses: dict[str, Tensor], out: StudentOutput, first_layer: Tensor | None, scale: float = 1.0) -> Tensor:
+    """Squared gradient norm of each term at the student; those of several micro-batches are added up (at the first layer that
+    is an upper bound by their number, which is all that is judged).
 
     Args:
         losses: terms of this step.
         out: the student's outputs.
         first_layer: weight of the student's first layer to follow the gradients to, or None for the outputs only.
-        silent: terms that may be 0 in this batch (no pseudo-label, no candidate).
-        world: workers whose shares are judged together: one of them may see no pseudo-label.
-
-    Returns:
-        Gradient norm by term, at the first layer where that is given, else at the outputs.
+        scale: of a half-precision backward pass.
 
     Raises:
-        DfssdError: a term's gradient does not arrive, or is not finite.
+        DfssdError: a term is not connected to the student.
     """
-    heads = [t for b in out.raw.values() for t in (b["boxes"], b["scores"])]
+    heads = [t for b in out.raw.values() for t in (b.boxes, b.scores)]
     targets = [first_layer] if first_layer is not None else [t for t in heads + out.projected if t.requires_grad]
-    own = [t for b in (out.teacher or {}).values() for t in (b["boxes"], b["scores"])]
-    terms = grouped(losses)
+    own = [t for b in (out.teacher or {}).values() for t in (b.boxes, b.scores)]
     squares = []
-    for name, term in terms.items():
+    for name, term in grouped(losses).items():
         if not term.requires_grad:
             raise DfssdError(
                 f"loss term '{name}' is not connected to the student: it would train nothing",
                 todo="its inputs were detached or computed under no_grad; fix the tap or set the term's weight to 0",
             )
         reached = own if name == "teacher" else targets
+        term = term * scale if scale != 1 else term
         grads = torch.autograd.grad(term, reached, retain_graph=True, allow_unused=True)
-        squares.append(
-            torch.stack([g.float().square().sum() for g in grads if g is not None] or [term.new_zeros(())]).sum()
-        )
-    norms = dict(zip(terms, (world or WorkerGroup()).sum(torch.stack(squares)).sqrt().tolist(), strict=True))
+        found = [(g.float() / scale).square().sum() for g in grads if g is not None]
+        squares.append(torch.stack(found or [term.new_zeros(())]).sum())
+    return torch.stack(squares)
+
+
+def judge(terms: Terms, squares: Tensor, at_first_layer: bool) -> dict[str, float]:
+    """Gradient norm of each term, which must be finite, above 0 and not negligible.
+
+    Args:
+        squares: `reach`, added up over all micro-batches and workers: one of them may see no pseudo-label.
+
+    Raises:
+        DfssdError: a term's gradient does not arrive, or is not finite.
+    """
+    return _judged(list(grouped(terms.losses)), squares, at_first_layer, terms.silent)
+
+
+def _judged(names: list[str], squares: Tensor, at_first_layer: bool, silent: set[str]) -> dict[str, float]:
+    norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
     for name, norm in norms.items():
-        _judge(name, norm, norms.get("sup", 0.0) if first_layer is not None else 0.0, name in silent)
+        _judge(name, norm, norms.get("sup", 0.0) if at_first_layer else 0.0, name in silent)
     return norms
 
 

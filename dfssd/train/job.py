@@ -1,46 +1,72 @@
-"""What one training stage is about, and which settings its result depends on."""
+"""What one training stage is about."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dfssd.config import Config, Distill, as_dict
+from dfssd.config import Config, Distill, Train
+from dfssd.runtime.artefact_names import ArtefactName
 from dfssd.runtime.storage import Storage
+from dfssd.train.training import Training
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What one training stage is about.
+    """What one training stage is about; `dfssd.pipeline.training.train_job` makes it from the table of stages.
 
     Args:
-        stage: teacher, label_only or student (also the name of its artefact); teacher_2 is the teacher of round 2.
+        name: of its artefact, such as teacher, label_only, student; teacher_2 is the teacher of round 2.
+        training: what it trains.
         run_uri: storage of the run.
         config: all settings.
+        settings: those that the result depends on; a checkpoint made with others is not gone on from.
         tracking_uri, mlflow_run_id: where to log; '' for nowhere.
-        teacher: artefact of the teacher that the student is distilled from.
-        pseudo: artefact with the candidates for unlabelled images; '' trains on labels alone.
+        teacher: artefact of the teacher that the student is distilled from; None: it has none, or one of its own.
+        pseudo: artefact with the candidates for unlabelled images; None trains on labels alone.
         begun: when this attempt at the stage began (seconds since the epoch), which also tells one attempt from another.
     """
 
-    stage: str
+    name: ArtefactName
+    training: Training
     run_uri: str
     config: Config
+    settings: dict[str, Any] = field(hash=False)
     tracking_uri: str = ""
     mlflow_run_id: str = ""
 
-    teacher: str = "teacher"
-    pseudo: str = ""
+    teacher: ArtefactName | None = None
+    pseudo: ArtefactName | None = None
     begun: float = 0.0
 
     @property
+    def stage(self) -> str:
+        """What the stage is called in lines, files and MLflow."""
+        return str(self.name)
+
+    @property
     def trains_teacher(self) -> bool:
-        return is_teacher(self.stage)
+        return self.training.model == "teacher"
+
+    @property
+    def labels_itself(self) -> bool:
+        """Does the network's own average label the unlabelled images inside the loop?"""
+        return self.training.labels_itself
+
+    @property
+    def train(self) -> Train:
+        """Settings of the loop; a mean teacher has a learning rate and an average of its own."""
+        if not self.labels_itself:
+            return self.config.train
+        own = self.config.mean_teacher
+        return self.config.train.model_copy(update={"lr": own.mean_teacher_lr, "ema_decay": own.mean_teacher_decay})
 
     @property
     def steps(self) -> int:
+        if self.labels_itself:
+            return self.config.mean_teacher_steps()
         return self.config.teacher_steps() if self.trains_teacher else self.config.train.steps
 
     @property
@@ -49,7 +75,7 @@ class TrainJob:
 
     @property
     def distills(self) -> bool:
-        return self.stage == "student"
+        return self.training.distils
 
     @property
     def patience(self) -> int:
@@ -58,6 +84,15 @@ class TrainJob:
 
     def distill_settings(self) -> Distill | None:
         """Settings of the terms beside L_sup. A teacher of a later round has no teacher, and so L_pse alone of them."""
+        if self.labels_itself:
+            own = self.config.mean_teacher
+            return self.config.distill.model_copy(
+                update={
+                    "lambda_u": own.mean_teacher_weight,
+                    "score_power": own.mean_teacher_power,
+                    "agreement_min": 0.0,
+                }
+            )
         return self.config.distill if self.distills or self.pseudo else None
 
     @property
@@ -69,36 +104,4 @@ class TrainJob:
 
     def fingerprint(self) -> str:
         """Digest of the settings that this stage's result depends on."""
-        return hashlib.sha256(json.dumps(stage_config(self.config, self.stage), sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
-
-
-def stage_config(config: Config, stage: str) -> dict[str, Any]:
-    """The settings that the result of a training stage depends on; what only changes speed is left out."""
-    train = as_dict(
-        config.train,
-        *("teacher_steps", "steps", "val_every", "log_every", "compile"),
-        *("loader_workers", "cache_gib", "cache_dir", "cache_dir_gib"),
-    )
-    teacher = is_teacher(stage)
-    if not teacher:
-        del train["teacher_patience"]
-    settings: dict[str, Any] = {
-        "model": config.models.teacher if teacher else config.models.student,
-        "steps": config.teacher_steps() if teacher else config.train.steps,
-        "val_every": config.train.val_every,  # decides which weights can become the best ones
-        "seed": config.run.seed,
-        "train": train,
-    }
-    if stage == "student" or (teacher and stage != "teacher"):
-        own = ("unlabelled_ratio", "score_power", "uncertain", "agreement_min", "lambda_u")
-        distill = as_dict(config.distill, "distill_teacher")  # its content counts, not its path: see make_stage
-        settings["distill"] = distill if stage == "student" else {k: distill[k] for k in own}
-        settings["thresholds"] = as_dict(config.thresholds)
-    return settings
-
-
-def is_teacher(stage: str) -> bool:
-    """Is this the stage of a teacher, of whatever round?"""
-    return stage.split("_")[0] == "teacher"
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,128 +12,175 @@ import torch
 from torch import Tensor, nn
 
 from dfssd.data.dataset import network_input
-from dfssd.distill.criterion import StudentOutput, Terms
+from dfssd.distill.criterion import Terms
 from dfssd.errors import DfssdError
 from dfssd.evaluate.validation import validate
-from dfssd.models.detector import TeacherOutput, detector_bytes
+from dfssd.models import precision
+from dfssd.models.detector import detector_bytes
 from dfssd.runtime.progress import clock
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
-from dfssd.train.guards import check_finite, check_reach, check_teacher
+from dfssd.train.clocks import Meter, traced
+from dfssd.train.feed import MicroBatch
+from dfssd.train.interrupt import STOP, Interrupt
 from dfssd.train.job import TrainJob
+from dfssd.train.memory import fit_micro_batch, told_when_full
 from dfssd.train.optim import learning_rate
 from dfssd.train.session import Session, build_session
+from dfssd.train.signals import Signals
+from dfssd.train.step import Gradient, accumulate
 
 Log = Callable[[dict[str, float], int], None]
 Save = Callable[[dict[str, Any], Session], None]
 
 
-def train(job: TrainJob, world: WorkerGroup, device: torch.device, log: Log, save: Save) -> dict[str, Any]:
+def train(
+    job: TrainJob,
+    world: WorkerGroup,
+    device: torch.device,
+    log: Log,
+    save: Save,
+    interrupt: Interrupt | None = None,
+) -> dict[str, Any]:
     """Train to the last step, from the newest whole checkpoint if there is one; leave `best.pt` and `last.pt`.
+
+    The collectives of a step, which every worker makes in the same order, stand at the head of `dfssd.train.step`.
 
     Args:
         log: takes (metrics, step) at every log step and validation, on every rank.
-        save: takes (metrics, session) after each validation, on every rank; persists a checkpoint.
+        save: takes (metrics, session) after each validation, and ({}, session) where somebody asked for a checkpoint, on
+            every rank; persists a checkpoint.
+        interrupt: through which one is asked for; default by the clock alone.
 
     Returns:
         best and last validation metrics, and how the time was spent.
 
     Raises:
-        DfssdError: a loss term is not finite or reaches nothing, or the data cannot be read.
+        DfssdError: a loss term is not finite or reaches nothing, the data cannot be read, or it was asked to stop.
     """
     s = build_session(job, world, device)
-    state = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
+    state = checkpoint.load_agreed(job.store.at("train"), job.fingerprint(), world)
     if state is not None:
         s.load_state(state)
         say(world, f"{job.stage}: resumed at step {s.step} of {job.steps}")
-    config, steps, images_per_step = job.config.train, job.steps, job.config.train.batch
-    if "unlabelled" in s.streams.streams:
-        images_per_step += job.config.unlabelled_batch()
+    fit_micro_batch(s, fresh=state is None)
+    config, steps = job.config.train, job.steps
+    say(
+        world,
+        f"{job.stage}: {precision.describe(s.dtype, device, config.tf32)}, {s.micro_batches} micro-batches a step",
+    )
     first_layer = next(p for p in s.student.parameters() if p.requires_grad)
-    meter, begun, first, last_metrics = Meter(), time.monotonic(), s.step, {}
-    batches = iter(s.loader())
+    meter, signals, begun, first = Meter(), Signals(), time.monotonic(), s.step
+    interrupt = interrupt or Interrupt(60 * config.checkpoint_min)
+    feed, last_metrics = s.feed(), {}
+    if s.in_loop and s.step == 0:  # the weights it begins with are the ones to beat
+        last_metrics = validate_and_keep_best(s)
+        s.in_loop.started_at = last_metrics["map50_95"]
 
-    while s.step < steps and not out_of_patience(s):
-        meter.start()
-        batch = to_device(next(batches), device)
-        images = network_input(batch["img"], device)
-        meter.data_ready()
+    with precision.for_training(device, config.tf32), traced(job.store, config.profile_steps) as trace:
+        while s.step < steps and not out_of_patience(s) and not collapsed(s, last_metrics):
+            meter.start()
+            is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
+            s.clock.start(is_log_step)
+            batches = feed.take()
+            if s.in_loop:
+                label_in_loop(s, batches)
+            s.clock.mark("data")
 
-        lr = learning_rate(config, s.step, steps)
-        for group in s.optimiser.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        out, teacher = forward(s, images)
-        terms = s.criterion(out, teacher, batch, s.step / steps)
-
-        is_log_step = s.step == first or (s.step + 1) % config.log_every == 0 or s.step + 1 == steps
-        if is_log_step:
-            check_teacher(teacher, s.step)
-            check_finite(terms.losses, s.step, batch["im_file"])
+            lr = learning_rate(job.train, s.step, steps)
+            for group in s.optimiser.param_groups:
+                group["lr"] = lr * group["lr_factor"]
             layer = first_layer if s.step == first else None
-            grads = check_reach(terms.losses, out, layer, terms.silent, world)
+            with told_when_full(s):
+                gradient = accumulate(s, batches, interrupt.wanted(), is_log_step, layer)
+            learn_thresholds(s, batches, gradient.terms)
+            if s.step + 1 < steps:
+                feed.prepare()  # while the device computes; thresholds have moved
 
-        # Each term is this worker's share of the global loss; DDP averages, hence the factor. Times the batch as in
-        # Ultralytics, whose clipping norm belongs to a loss of that size.
-        (terms.total() * (config.batch * world.size)).backward()
-        norm = clip(s, terms, batch["im_file"])
-        update(s)
-        meter.stop()
+            norm, broken = clip(s)
+            asked = signals.receive()  # of the step before, which the device has finished: nobody waits here
+            update(s, broken)
+            s.clock.mark("optimiser")
+            signals.send(s.step - 1, broken, gradient.asked, gradient.terms, [f for b in batches for f in b.files])
+            meter.stop(feed.waited())
 
-        if is_log_step:
-            metrics = step_metrics(s, terms.losses, terms.counts, grads, lr, float(norm), meter, images_per_step)
-            record(s, metrics, log)
-            left = (time.monotonic() - begun) / (s.step - first) * (steps - s.step)
-            say(world, progress_line(job.stage, s.step, steps, metrics, left))
-        if s.step % job.val_every() == 0 or s.step == steps:
-            last_metrics = validate_and_keep_best(s)
-            record(s, {f"val/{k}": v for k, v in last_metrics.items()}, log)
-            save(last_metrics, s)
+            is_validation = s.step % job.val_every() == 0 or s.step == steps
+            if is_log_step or is_validation:  # these wait for the device anyway
+                asked = max(asked, signals.receive())
+            if is_log_step:
+                metrics = step_metrics(s, gradient, lr, float(norm), meter)
+                record(s, metrics, log)
+                left = (time.monotonic() - begun) / (s.step - first) * (steps - s.step)
+                say(world, progress_line(job.stage, s.step, steps, metrics, left))
+            if is_validation:
+                last_metrics = validate_and_keep_best(s)
+                record(s, {f"val/{k}": v for k, v in last_metrics.items()}, log)
+            if is_validation or asked:
+                s.average_statistics()
+                save(last_metrics if is_validation else {}, s)
+                interrupt.stored()
+            if asked >= STOP and s.step < steps:
+                raise stopped(s)
+            trace()
     return finish(s, last_metrics, meter)
 
 
-def forward(s: Session, images_bchw: Tensor) -> tuple[StudentOutput, TeacherOutput | None]:
-    """The one pass of the student, and the one of what teaches it, each in its own precision.
+def label_in_loop(s: Session, batches: list[MicroBatch]) -> None:
+    """Let the weight average label the weak view of the unlabelled images."""
+    assert s.in_loop is not None
+    found, counted = [], []
+    for batch in batches:
+        weak = network_input(batch.images[batch.targets.labelled :], s.device)
+        with_candidates, counts = s.in_loop.label(weak, batch.batch, batch.targets.labelled, s.teacher_dtype)
+        found.append(with_candidates)
+        counted.append(counts)
+    s.in_loop.see(torch.stack(counted).sum(0), s.device)
+    for batch, with_candidates in zip(batches, found, strict=True):
+        chosen = s.targets(with_candidates, batch.targets.labelled)
+        batch.chosen = chosen.pin_memory() if s.device.type == "cuda" else chosen
+        batch.targets = batch.chosen.to(s.device)
 
-    Targets are rounded once and enter no gradient, so a teacher may be in bf16 where the student is in fp32.
+
+def learn_thresholds(s: Session, batches: list[MicroBatch], terms: Terms) -> None:
+    """Move the thresholds of a policy that learns; the others are not asked, and nobody waits for them."""
+    if s.policy is None or not s.policy.learns or not all(b.chosen.pseudo for b in batches):
+        return
+    alone = s.world.size == 1  # then the numbers never left the CPU
+    seen = torch.stack([b.chosen.policy for b in batches]).sum(0) if alone else terms.policy.cpu()
+    s.policy.update(*seen.chunk(2))
+
+
+def clip(s: Session) -> tuple[Tensor, Tensor]:
+    """Limit the gradient's norm, that of an online teacher apart from the student's.
+
+    Nothing waits here: what is not finite in any term makes the norm not finite, on all workers alike, and then the optimiser
+    leaves the weights as they are (`update`), and the host hears of it after the next step (`Signals`).
+
+    Returns:
+        The student's norm, and 1 where the gradient is not finite, else 0.
     """
-    with autocast(s, s.dtype):
-        student = s.wrapped(images_bchw)
-    with autocast(s, s.teacher_dtype):
-        return student, s.teacher(images_bchw) if s.teacher else None
-
-
-def autocast(s: Session, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(s.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def clip(s: Session, terms: Terms, images: list[str]) -> Tensor:
-    """Limit the gradient's norm, that of an online teacher apart from the student's; return the student's.
-
-    The one place where a step waits for the device: what is not finite in any term makes the norm not finite, on all
-    workers alike, and only then is it asked which term it was.
-
-    Raises:
-        DfssdError: it is not finite.
-    """
+    if s.scaler:
+        s.scaler.unscale_(s.optimiser)
     limit, online = s.job.config.train.grad_clip, s.student.online
     # In order: a sum of norms depends on it in its last bit.
     taught = [] if online is None else list(online.parameters())
     excluded = set(taught)
     norm = nn.utils.clip_grad_norm_([p for p in s.student.parameters() if p not in excluded], limit)
-    others = nn.utils.clip_grad_norm_(taught, limit) if taught else torch.zeros(())
-    if not bool(torch.isfinite(norm + others.to(norm.device))):
-        check_finite(terms.losses, s.step, images)
-        raise DfssdError(
-            f"the gradient is not finite at step {s.step}; nothing was updated",
-            where="images " + ", ".join(images[:4]),
-            todo="lower --lr, or try --amp fp32",
-        )
-    return norm
+    finite = torch.isfinite(norm)
+    if taught:
+        finite = finite & torch.isfinite(nn.utils.clip_grad_norm_(taught, limit))
+    return norm, (~finite).float()
 
 
-def update(s: Session) -> None:
-    """One step of the optimiser and of the weight averages."""
-    s.optimiser.step()
+def update(s: Session, broken: Tensor) -> None:
+    """One step of the optimiser, unless the gradient is not finite, and of the weight averages."""
+    if s.scaler:
+        s.scaler.step(s.optimiser)  # an overflow is part of finding the scale, and no error
+        s.scaler.update()
+        broken.zero_()
+    else:
+        s.optimiser.found_inf = broken  # type: ignore[attr-defined]  # asked by the fused optimiser, on the device
+        s.optimiser.step()
     s.optimiser.zero_grad(set_to_none=True)
     s.ema.update(s.student.detector)
     if s.teacher_ema:
@@ -141,34 +188,13 @@ def update(s: Session) -> None:
     s.step += 1
 
 
-class Meter:
-    """Seconds of data wait and of the whole step, since the last reading and over all."""
-
-    def __init__(self) -> None:
-        self.steps, self.data_s, self.step_s = 0, 0.0, 0.0
-        self.total_steps, self.total_data_s, self.total_step_s = 0, 0.0, 0.0
-        self._begun = self._ready = 0.0
-
-    def start(self) -> None:
-        self._begun = time.perf_counter()
-
-    def data_ready(self) -> None:
-        self._ready = time.perf_counter()
-
-    def stop(self) -> None:
-        now = time.perf_counter()
-        self.steps += 1
-        self.data_s += self._ready - self._begun
-        self.step_s += now - self._begun
-
-    def read(self) -> tuple[float, float]:
-        """(seconds a step, seconds of data wait a step) since the last call."""
-        result = self.step_s / max(self.steps, 1), self.data_s / max(self.steps, 1)
-        self.total_steps += self.steps
-        self.total_data_s += self.data_s
-        self.total_step_s += self.step_s
-        self.steps, self.data_s, self.step_s = 0, 0.0, 0.0
-        return result
+def stopped(s: Session) -> DfssdError:
+    """What to say to whoever stopped the run."""
+    return DfssdError(
+        f"{s.job.stage}: stopped at step {s.step} of {s.job.steps}, as asked; a checkpoint is stored",
+        where=s.job.store.uri,
+        todo="the same command goes on from there",
+    )
 
 
 def record(s: Session, metrics: dict[str, float], log: Log) -> None:
@@ -177,30 +203,23 @@ def record(s: Session, metrics: dict[str, float], log: Log) -> None:
     log(metrics, s.step)
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Boxes to the device; the images follow in `network_input`."""
-    return {k: v.to(device) if isinstance(v, Tensor) and k != "img" else v for k, v in batch.items()}
-
-
-def step_metrics(
-    s: Session,
-    losses: dict[str, Tensor],
-    counts: dict[str, Tensor],
-    grads: dict[str, float],
-    lr: float,
-    norm: float,
-    meter: Meter,
-    images_per_step: int,
-) -> dict[str, float]:
+def step_metrics(s: Session, gradient: Gradient, lr: float, norm: float, meter: Meter) -> dict[str, float]:
     """Numbers of one log step, with units in the names; loss terms are those of the global batch."""
+    losses, config = gradient.terms.losses, s.job.config
     flat = s.world.sum(torch.stack([v.detach() for v in losses.values()]))
     step_s, data_s = meter.read()
+    images = config.train.batch + (config.unlabelled_batch() if "unlabelled" in s.streams.streams else 0)
     metrics = {f"loss/{k}": float(v) for k, v in zip(losses, flat, strict=True)}
     metrics["loss/total"] = float(flat.sum())
-    metrics |= {k: float(v) for k, v in counts.items()}
-    metrics |= {f"grad/{k}": v for k, v in grads.items()}
+    metrics |= {k: float(v) for k, v in gradient.terms.counts.items()}
+    metrics |= {f"grad/{k}": v for k, v in gradient.norms.items()}
     metrics |= {"lr": lr, "grad/norm": norm, "time/step (s)": step_s, "time/data wait (s)": data_s}
-    metrics |= {"speed (img/s)": images_per_step / max(step_s, 1e-9), "workers": float(s.world.size)}
+    metrics |= {f"time/{k} (s)": v for k, v in s.clock.read().items()}
+    metrics |= {"speed (img/s)": images / max(step_s, 1e-9), "workers": float(s.world.size)}
+    if s.device.type == "cuda":
+        metrics["memory/peak (GiB)"] = torch.cuda.max_memory_allocated(s.device) / 2**30
+    if s.scaler:
+        metrics["scale"] = float(s.scaler.get_scale())
     if s.policy:
         tau = s.policy.thresholds().tolist()
         metrics |= {f"threshold/{n}": t for n, t in zip(s.manifest.names, tau, strict=True)}
@@ -223,8 +242,9 @@ def progress_line(stage: str, step: int, steps: int, metrics: dict[str, float], 
 def validate_and_keep_best(s: Session) -> dict[str, float]:
     """Measure the weight average on the val split; remember its weights if mAP50-95 was never higher."""
     begun = time.monotonic()
-    s.world.average_buffers(s.ema.ema)
-    result = validate(s.ema.ema, s.val, s.ema.ema.names, s.world, s.device)
+    s.average_statistics()
+    with precision.for_validation(s.device):
+        result = validate(s.ema.ema, s.val, s.ema.ema.names, s.world, s.device)
     metrics = {k: v for k, v in result.items() if isinstance(v, float)}
     before = s.best["metrics"]["map50_95"] if s.best else -math.inf
     if s.best is None or metrics["map50_95"] >= before:
@@ -239,13 +259,22 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
         f"{time.monotonic() - begun:.1f} s",
     )
     reached = s.teaching.reached if s.teaching else None
-    if reached is not None and before <= reached < metrics["map50_95"]:
-        say(
-            s.world,
-            f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}), which may hold it back from here "
-            "on: lower --share-p and --share-f may do more, or a better teacher (--teacher-steps, --rounds 2)",
-        )
+    if reached is not None:
+        s.criterion.lead = lead(reached, metrics["map50_95"], s.job.config.distill.fade)
+        if before <= reached < metrics["map50_95"]:
+            fades = s.job.config.distill.fade > 0
+            hint = (
+                "its teacher's terms fade, its own average takes over"
+                if fades
+                else "which may hold it back: set --fade"
+            )
+            say(s.world, f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}); {hint}")
     return metrics
+
+
+def lead(teacher: float, student: float, fade: float) -> float:
+    """Weight (0..1) of the teacher's terms by val mAP50-95: 1 while the student is no better, 0 where it is `fade` ahead."""
+    return 1.0 if fade <= 0 else min(1.0, max(0.0, 1 - (student - teacher) / fade))
 
 
 def out_of_patience(s: Session) -> bool:
@@ -255,6 +284,15 @@ def out_of_patience(s: Session) -> bool:
         return False
     say(s.world, f"{s.job.stage}: no better validation for {since} steps, stops at step {s.step} of {s.job.steps}")
     return True
+
+
+def collapsed(s: Session, last: dict[str, float]) -> bool:
+    """Has a teacher that labels for itself stopped learning anything good? Its best weights are kept."""
+    reason = s.in_loop.failing(last["map50_95"]) if s.in_loop and last else ""
+    if reason and s.best is not None:
+        kept = f"its best weights (step {s.best['step']}) are kept"
+        say(s.world, f"{s.job.stage}: {reason}; stops at step {s.step}, {kept}")
+    return bool(reason)
 
 
 def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:

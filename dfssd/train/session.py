@@ -3,72 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
+from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
 from dfssd.config_checks import check_weights
-from dfssd.data.dataset import ManifestDataset, Streams, collate, disk_cache
+from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
+from dfssd.data.decoded import DecodedCache
+from dfssd.data.loaders import start_server, training_loader
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
-from dfssd.distill.criterion import Criterion, StudentOutput
-from dfssd.distill.features import Projections
+from dfssd.distill.criterion import Criterion
 from dfssd.errors import DfssdError
-from dfssd.models.batch_norm import share_statistics
 from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import Teacher, autocast_dtype, branches, build_detector, feature_channels
-from dfssd.models.taps import Taps
+from dfssd.models.detector import Teacher, build_detector
+from dfssd.models.ghost_norm import GhostNorm
+from dfssd.models.precision import autocast_dtype
+from dfssd.pseudo.calibration import calibrate
+from dfssd.pseudo.quality import val_evidence
+from dfssd.pseudo.running import RunningThresholds
+from dfssd.pseudo.selection import Rules, StepTargets, or_no_candidate, targets_of
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.clocks import StepClock
+from dfssd.train.feed import Feed
 from dfssd.train.job import TrainJob
+from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.optim import make_optimiser
+from dfssd.train.random_state import random_state, restore_random_state
+from dfssd.train.student import Student
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
-
-MAX_LOADERS = 8  # processes that load images for one GPU
-
-
-class Student(nn.Module):
-    """All that is trained: the detector, the projections of its taps, and an online teacher where there is one.
-
-    They live in one module, so that DDP synchronises the gradients of all.
-
-    Args:
-        teacher_channels: channels of the teacher's taps; None: features are not distilled.
-        layers: layers to tap; none: the neck's outputs.
-        generators: with MGD's generators.
-        online: a teacher that trains too, on the first `labelled` images of a batch.
-    """
-
-    def __init__(
-        self,
-        detector: DetectionModel,
-        teacher_channels: list[int] | None = None,
-        layers: Sequence[int] = (),
-        generators: bool = False,
-        online: DetectionModel | None = None,
-        labelled: int = 0,
-    ) -> None:
-        super().__init__()
-        self.detector, self.online, self.labelled = detector, online, labelled
-        self.taps = Taps(detector, layers, "student") if layers and teacher_channels else None
-        own = self.taps.channels if self.taps else feature_channels(detector)
-        self.projections = Projections(own, teacher_channels, generators) if teacher_channels else None
-
-    def forward(self, images_bchw: Tensor) -> StudentOutput:
-        raw = branches(self.detector(images_bchw))
-        taps = self.taps.take() if self.taps else raw["one2many"]["feats"]
-        projected = self.projections(taps) if self.projections is not None else []
-        teacher = branches(self.online(images_bchw[: self.labelled])) if self.online is not None else None
-        return StudentOutput(raw, taps, projected, teacher)
 
 
 @dataclass
@@ -85,11 +59,16 @@ class Session:
     wrapped: nn.Module
     ema: ModelEMA
     optimiser: torch.optim.AdamW
-    policy: Policy | None
+    policy: Policy | RunningThresholds | None
     teaching: Teaching | None
     criterion: Criterion
     streams: Streams
     val: ManifestDataset
+    norms: GhostNorm
+    clock: StepClock
+    micro_batches: int  # that a global batch is cut into
+    scaler: torch.amp.GradScaler | None = None  # where the student's pass is in float16
+    in_loop: InLoopTeacher | None = None  # where the network's own average labels
     step: int = 0
     best: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)  # logged numbers, each with its "step"
@@ -103,7 +82,35 @@ class Session:
     def teacher_ema(self) -> ModelEMA | None:
         return self.teaching.ema if self.teaching else None
 
-    def loader(self) -> torch.utils.data.DataLoader:
+    def targets(self, batch: dict[str, Any], labelled: int) -> StepTargets:
+        """What a collated batch teaches, on the CPU; thresholds are those of before the batch."""
+        config = self.criterion.config
+        tau = self.policy.thresholds() if self.policy and config and config.lambda_u > 0 else None
+        return targets_of(batch, labelled, tau, Rules.of(config) if config else Rules())
+
+    @property
+    def mine(self) -> range:
+        """The micro-batches of a step that this worker computes."""
+        return range(self.world.rank, self.micro_batches, self.world.size)
+
+    @property
+    def share(self) -> float:
+        """Of the micro-batches of a step, this worker's."""
+        return len(self.mine) / self.micro_batches
+
+    def average_statistics(self) -> None:
+        """Give all workers the same statistics of batch norm; each follows its own micro-batches."""
+        averages = [self.ema.ema, *([self.teacher_ema.ema] if self.teacher_ema else [])]
+        for model in (self.student, *averages):
+            self.world.average_buffers(model, self.share)
+
+    def feed(self) -> Feed:
+        """Micro-batches of this worker on its device, from the present step to the last."""
+        batch, count = self.job.config.train.batch, self.micro_batches
+        labelled = [len(range(k, batch, count)) for k in range(count)]
+        return Feed(iter(self.loader()), self.mine, self.targets, labelled, self.device)
+
+    def loader(self) -> Iterable[dict[str, Any]]:
         """Batches of this worker from the present step to the last."""
         config = self.job.config
         per_step = {"labelled": config.train.batch}
@@ -116,27 +123,10 @@ class Session:
             repeats["labelled"] = repeat_factors(labels, classes, config.train.repeat_threshold)
         seed, world = config.run.seed, self.world
         sampler = StepSampler(
-            repeats, per_step, seed, self.step, self.job.steps, plain_from, rank=world.rank, world=world.size
+            repeats, per_step, seed, self.step, self.job.steps, plain_from, world.rank, world.size, self.micro_batches
         )
-        workers = config.train.loader_workers
-        if workers < 0:
-            workers = self._loading_processes()
-        return torch.utils.data.DataLoader(
-            self.streams,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if workers else None,
-        )
-
-    def _loading_processes(self) -> int:
-        """As many as keep the step from waiting, and no more: each holds a cache of decoded images of its own."""
-        threads = torch.get_num_threads()
-        if self.device.type == "cuda":  # the CPUs have nothing else to do
-            return max(1, min(MAX_LOADERS, threads - 1))
-        remote = any(stream.remote for stream in self.streams.streams.values())
-        return 1 if threads > 1 or remote else 0  # who waits for a network needs no core
+        batch_bytes = -(-sum(per_step.values()) // self.micro_batches) * 3 * config.train.imgsz**2
+        return training_loader(self.streams, sampler, config.train.loader_workers, self.device, batch_bytes)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; positions in the data follow from the step."""
@@ -153,8 +143,13 @@ class Session:
             "balance": self.criterion.balance.state_dict() if self.criterion.balance else None,
             "teacher_ema": self.teacher_ema.ema.state_dict() if self.teacher_ema else None,
             "teacher_ema_updates": self.teacher_ema.updates if self.teacher_ema else 0,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "micro_batches": self.micro_batches,
             "rng": torch.get_rng_state(),
+            "random": random_state(self.device),
             "best": self.best,
+            "lead": self.criterion.lead,
+            "started_at": self.in_loop.started_at if self.in_loop else None,
             "history": self.history,
             "clock": {"begun": self.job.begun, "at": time.time(), "before_s": self.before_s},
         }
@@ -175,7 +170,20 @@ class Session:
         if self.teacher_ema and state["teacher_ema"]:
             self.teacher_ema.ema.load_state_dict(state["teacher_ema"])
             self.teacher_ema.updates = state["teacher_ema_updates"]
+        self.criterion.lead = state.get("lead", 1.0)
+        if self.in_loop:
+            self.in_loop.started_at = state["started_at"]
+        if self.scaler and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.micro_batches = state.get("micro_batches", self.micro_batches)
+        if self.micro_batches < self.world.size:
+            raise DfssdError(
+                f"this run works in {self.micro_batches} micro-batches, fewer than {self.world.size} workers",
+                todo=f"resume it with --num-workers {self.micro_batches} or fewer",
+            )
         torch.set_rng_state(state["rng"])
+        if "random" in state:
+            restore_random_state(state["random"], self.device)
         clock = state.get("clock")
         if clock:  # workers that were started again within one attempt: its own clock never stopped
             this = clock["begun"] == self.job.begun
@@ -184,67 +192,95 @@ class Session:
 
 def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Session:
     """Build all parts of a training run; nothing is restored yet."""
+    if job.config.train.loader_workers:
+        start_server()  # which takes as long as the models do
     config, method = job.config, job.distill_settings()
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
     manifest = read_manifest(run.at("dataset"))
     weights = job.store.read("init.pt") if job.store.exists("init.pt") else None
     detector = build_detector(job.model_spec, manifest.names, config.train.imgsz, weights).to(device)
-    ema = ModelEMA(detector, decay=config.train.ema_decay, tau=EMA_TAU)  # before taps: hooks are not for what is saved
+    # Before taps: hooks are not for what is saved. The average of a mean teacher teaches from the first step, so that it must
+    # not begin by running after the network.
+    ema = ModelEMA(detector, decay=job.train.ema_decay, tau=EMA_TAU if not job.labels_itself else 1e-3)
     if job.distills:
         check_weights(config.distill)
     teaching = build_teaching(job, run, detector, manifest, device)
-    labelled = world.share_of(config.train.batch)
-    student = _student(detector, teaching, config.distill, labelled).to(device).train()
+    if teaching and teaching.reached is not None and config.distill.fade > 0:
+        own_dtype = autocast_dtype(config.distill.teacher_amp, device)
+        teaching.own = Teacher(ema.ema, device, frozen=False, dtype=own_dtype)
+    strong = (
+        config.mean_teacher.strong_view if job.labels_itself else config.distill.student_view if job.distills else 0.0
+    )
+    student = _student(detector, teaching, config.distill).to(device).train()
     student.to(memory_format=torch.channels_last)
-    if config.train.batch_norm == "global" or (config.train.batch_norm == "auto" and world.size > 1):
-        share_statistics(student)
     if config.train.compile:
         detector.compile()
         if teaching:
             teaching.teacher.model.compile()
-    wrapped: nn.Module = DistributedDataParallel(student, broadcast_buffers=False) if world.size > 1 else student
-    candidates = read_pseudo(run.at(job.pseudo)) if job.pseudo and config.unlabelled_batch() else {}
-    policy = make_policy(config.thresholds, *_scores(manifest, candidates)) if method else None
+    wrapped: nn.Module = student
+    if world.size > 1:
+        wrapped = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+    candidates = read_pseudo(run.at(str(job.pseudo))) if job.pseudo and config.unlabelled_batch() else {}
+    policy = _policy(job, manifest, candidates) if method else None
+    in_loop = InLoopTeacher(ema.ema, policy, config, world) if isinstance(policy, RunningThresholds) else None
     box_loss, online = config.train.box_loss, teaching.online if teaching else None
     criterion = Criterion(
         DetectionLoss(detector, box_loss),
         method,
-        policy,
-        labelled,
         world,
         pairing=teaching.pairing if teaching else None,
         generators=student.projections.generators if student.projections is not None else None,
         teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
+        masks=torch.Generator(device),
     )
-    val = manifest.of_split("val")
+    val, caches = manifest.of_split("val"), _caches(job, manifest)
+    dtype = autocast_dtype(config.train.amp, device)
     return Session(
         job=job,
         world=world,
         device=device,
-        dtype=autocast_dtype(config.train.amp, device),
+        dtype=dtype,
         teacher_dtype=autocast_dtype(config.distill.teacher_amp, device),
         manifest=manifest,
         student=student,
         wrapped=wrapped,
         ema=ema,
-        optimiser=make_optimiser(student, config.train, online, config.distill.teacher_lr_factor),
+        optimiser=make_optimiser(student, job.train, online, config.distill.teacher_lr_factor),
         policy=policy,
         teaching=teaching,
         criterion=criterion,
-        streams=Streams(_streams(job, manifest, candidates)),
-        val=_dataset(job, manifest, val, [r.boxes for r in val], augmented=False),
+        streams=Streams(_streams(job, manifest, candidates, caches), strong),
+        val=ManifestDataset(val, [r.boxes for r in val], manifest.names, config.train.imgsz, **caches),
+        in_loop=in_loop,
+        norms=GhostNorm(student),
+        clock=StepClock(device),
+        micro_batches=config.micro_batches(),
+        scaler=torch.amp.GradScaler(device.type) if dtype == torch.float16 else None,
     )
 
 
-def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill, labelled: int) -> Student:
+def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> Policy | RunningThresholds:
+    """Thresholds of candidates that are there already, or that follow those which are found in the loop."""
+    thresholds, classes = job.config.thresholds, len(manifest.names)
+    if job.labels_itself:
+        return RunningThresholds(classes, thresholds, job.config.mean_teacher.mean_teacher_policy)
+    scores, rate = _scores(manifest, candidates)
+    if thresholds.threshold_policy == "precision":
+        val = val_evidence(Storage(job.run_uri).at(str(job.pseudo)), manifest)
+        scores.calibration = calibrate(val.found, val.hits)
+    return make_policy(thresholds, scores, rate)
+
+
+def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill) -> Student:
     """The student with what its teacher makes necessary."""
     if teaching is None:
         return Student(detector)
     for note in teaching.pairing.notes:
         print(f"WARNING: {note}", flush=True)
     channels = teaching.teacher.channels if config.lambda_f > 0 else None
-    return Student(detector, channels, config.taps, config.divergence == "mgd", teaching.online, labelled)
+    generators = DIVERGENCES[config.divergence].needs == "generator"
+    return Student(detector, channels, config.taps, generators, teaching.online)
 
 
 def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCounts, np.ndarray]:
@@ -255,32 +291,32 @@ def _scores(manifest: Manifest, candidates: dict[str, Boxes]) -> tuple[ScoreCoun
     return scores, labelled_rates(manifest.labelled_rows(), len(manifest.names))
 
 
-def _dataset(job: TrainJob, manifest: Manifest, rows: list[Any], boxes: list[Any], augmented: bool) -> ManifestDataset:
-    """These images with these boxes, cached as the settings say."""
+def _caches(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
+    """Where files and pixels are kept on this machine, as the settings say."""
     own = job.config.train
-    augment = own if augmented else None
-    return ManifestDataset(rows, boxes, manifest.names, own.imgsz, augment, own.cache_gib, disk_cache(own))
+    decoded = DecodedCache(own.decoded_dir, own.cache_gib) if own.cache_gib else None
+    if decoded:
+        decoded.make_room(manifest.rows, own.imgsz)
+    return {"files": disk_cache(own), "decoded": decoded}
 
 
-def _streams(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> dict[str, ManifestDataset]:
+def _streams(
+    job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes], caches: dict[str, Any]
+) -> dict[str, TrainingSet]:
     """Labelled images, and where there are candidates the unlabelled ones with them."""
     labelled = manifest.labelled_rows()
     if not any(r.boxes is not None and len(r.boxes) for r in labelled):
         raise DfssdError("no labelled train image shows a defect", todo="raise --label-fraction, or label more images")
 
-    streams = {"labelled": _dataset(job, manifest, labelled, [r.boxes for r in labelled], augmented=True)}
-    if job.pseudo and job.config.unlabelled_batch():
-        rows = [r for r in manifest.unlabelled_rows() if r.image_id in candidates]
+    train = job.config.train
+    streams = {"labelled": TrainingSet(labelled, [r.boxes for r in labelled], train, **caches)}
+    if (job.pseudo or job.labels_itself) and job.config.unlabelled_batch():
+        rows = [r for r in manifest.unlabelled_rows() if job.labels_itself or r.image_id in candidates]
         if not rows:
             raise DfssdError(
                 "there is no unlabelled image to learn from",
                 todo="lower --label-fraction, add --unlabelled DIR, or set --unlabelled-ratio 0",
             )
-        boxes = [_or_silent(candidates[r.image_id]) for r in rows]
-        streams["unlabelled"] = _dataset(job, manifest, rows, boxes, augmented=True)
+        boxes = [None if job.labels_itself else or_no_candidate(candidates[r.image_id]) for r in rows]
+        streams["unlabelled"] = TrainingSet(rows, boxes, train, **caches)
     return streams
-
-
-def _or_silent(boxes: Boxes) -> Boxes:
-    """The candidates; for an image without any one box of score 0 over all of it, which marks its area as unknown."""
-    return boxes if len(boxes) else np.array([[0, 0.5, 0.5, 1, 1, 0, 1]], np.float32)

@@ -13,6 +13,7 @@ from dfssd.data.manifest import Manifest
 from dfssd.errors import DfssdError
 from dfssd.models.detector import Teacher, build_detector, load_detector
 from dfssd.models.pairing import Pairing, pair
+from dfssd.models.precision import autocast_dtype
 from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
 
@@ -27,6 +28,7 @@ class Teaching:
         teacher: what teaches: the frozen weights, or the weight average of the online ones.
         pairing: how its predictions stand to the student's.
         online: the network that goes on training, and its weight average; None where the teacher is frozen.
+        own: the student's own average, for when it has passed the teacher.
         reached: mAP50-95 on the val split of the run's own frozen teacher; None of any other.
     """
 
@@ -35,6 +37,7 @@ class Teaching:
     online: DetectionModel | None = None
     ema: ModelEMA | None = None
     reached: float | None = None
+    own: Teacher | None = None
 
 
 def build_teaching(
@@ -49,15 +52,17 @@ def build_teaching(
     if not job.distills or not config.distill.uses_teacher:
         return None
     given = job.store.exists("teacher.pt")  # left there by the stage, from --distill-teacher
-    store, name = (job.store, "teacher.pt") if given else (run.at(job.teacher), "best.pt")
+    store, name = (job.store, "teacher.pt") if given else (run.at(str(job.teacher)), "best.pt")
     data, where = store.read(name), config.distill.distill_teacher if given else store.path(name)
     layers = config.distill.teacher_taps or config.distill.taps
     layers = layers if config.distill.lambda_f > 0 else ()
+    dtype = autocast_dtype(config.distill.teacher_amp, device)
     if config.distill.teacher_mode == "frozen":
-        teacher, online, ema = Teacher(load_detector(data, where, config.train.imgsz), device, layers), None, None
+        frozen = load_detector(data, where, config.train.imgsz)
+        teacher, online, ema = Teacher(frozen, device, layers, dtype=dtype), None, None
     else:
         online, ema = _online(data, where, config, manifest, device)
-        teacher = Teacher(ema.ema, device, layers, frozen=False)
+        teacher = Teacher(ema.ema, device, layers, frozen=False, dtype=dtype)
     try:
         pairing = pair(teacher, student.model[-1], manifest.names, config.distill.prediction)
     except DfssdError as error:

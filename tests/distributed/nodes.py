@@ -137,21 +137,34 @@ def services(root: Path) -> Iterator[tuple[Place, dict[str, str]]]:
         place.stop()
 
 
-def start_nodes(place: Place, env: dict[str, str]) -> str:
-    """A head on 127.0.0.2 and a worker node on 127.0.0.3, two CPUs each; returns the address of the cluster."""
+def start_nodes(
+    place: Place,
+    env: dict[str, str],
+    cpus: tuple[int, int] = (2, 2),
+    gpus: tuple[int, int] = (0, 0),
+    isolated: bool = True,
+) -> str:
+    """A head on 127.0.0.2 and a worker node on 127.0.0.3; returns the address of the cluster.
+
+    Args:
+        cpus, gpus: of the two nodes; GPUs are made up.
+        isolated: neither sees the other's folders, or the driver's.
+    """
     port, dashboard, ray = free_port(), free_port(), place.root / "ray"
     ray.mkdir()
-    common = ["--num-cpus", "2", "--object-store-memory", str(150 * 2**20), "--disable-usage-stats", "--block"]
+    common = ["--object-store-memory", str(150 * 2**20), "--disable-usage-stats", "--block"]
+    own = [["--num-cpus", str(c), "--num-gpus", str(g), *common] for c, g in zip(cpus, gpus, strict=True)]
     folders = {name: place.root / name for name in ("a", "b", "driver")}
     for folder in folders.values():
         folder.mkdir()
     head = ["--head", "--port", str(port), "--node-ip-address", "127.0.0.2", "--temp-dir", str(ray)]
     head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-    place.start("a", [str(BIN / "ray"), "start", *head, *common], env, hidden=(folders["b"],))
+    hidden = (folders["b"],) if isolated else ()
+    place.start("a", [str(BIN / "ray"), "start", *head, *own[0]], env, hidden=hidden)
     _until_listening(place, port)
     joined = ["--address", f"127.0.0.2:{port}", "--node-ip-address", "127.0.0.3"]
-    hidden = (folders["a"], folders["driver"], ray)
-    place.start("b", [str(BIN / "ray"), "start", *joined, *common], env, hidden=hidden)
+    hidden = (folders["a"], folders["driver"], ray) if isolated else ()
+    place.start("b", [str(BIN / "ray"), "start", *joined, *own[1]], env, hidden=hidden)
     return f"127.0.0.2:{port}"
 
 

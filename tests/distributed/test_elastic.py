@@ -12,7 +12,7 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
-from dfssd.runtime.cluster import Resources, lacking, with_workers, worker_resources
+from dfssd.runtime.cluster import Resources, with_workers, worker_resources
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.worker import fit
 
@@ -38,22 +38,6 @@ def test_shares_add_up_to_the_batch():
     for size in range(1, 8):
         shares = [WorkerGroup(rank, size).share_of(16) for rank in range(size)]
         assert sum(shares) == 16 and max(shares) - min(shares) <= 1
-
-
-@pytest.mark.parametrize(
-    ("run", "nodes", "said"),
-    [
-        ({"num_workers": 2}, [], "no CPU for tasks"),
-        ({"num_workers": 2, "cpus_per_worker": 3}, [{"CPU": 2.0}], "need 6 CPUs, the cluster has 2"),
-        ({"num_workers": 2, "cpus_per_worker": 3}, [{"CPU": 4.0}, {"CPU": 2.0}], "room for 1, the largest node has 4"),
-        ({"num_workers": "2:4", "gpu": "require"}, [{"CPU": 8.0, "GPU": 1.0}], "need 2 GPUs, the cluster has 1"),
-        ({"num_workers": 2, "cpus_per_worker": 3}, [{"CPU": 3.0}, {"CPU": 3.0}], ""),
-        ({"num_workers": "1:4", "cpus_per_worker": 2}, [{"CPU": 2.0}], ""),
-    ],
-)
-def test_what_is_lacking_is_said(run, nodes, said):
-    found = lacking(Run(**run), nodes)
-    assert said in found and bool(found) == bool(said)
 
 
 @pytest.fixture
@@ -89,7 +73,7 @@ def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, gr
     monkeypatch.setattr("dfssd.train.worker.RESIZE_S", 3.0)
     give_teacher_and_candidates(prepared)
     steps = 200  # long enough for the node to start and for Ray to look twice, on a fast machine too
-    own = {"steps": steps, "val_every": 20, "log_every": 1, "batch": 5, "batch_norm": "local"}
+    own = {"steps": steps, "val_every": 20, "log_every": 1, "batch": 5}
     config = tiny_config(prepared, num_workers="1:3", **own)
     assert with_workers(tiny_config(prepared, num_workers="auto")).run.workers == (1, 1)
     assert worker_resources(config.run).cpus == 1

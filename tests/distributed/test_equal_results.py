@@ -1,6 +1,6 @@
-"""One worker and two: the same numbers."""
+"""Whoever computes which micro-batch: the same numbers."""
 
-import tempfile
+import time
 
 import pytest
 import torch
@@ -10,75 +10,116 @@ from torch import nn
 
 from dfssd.config import Data
 from dfssd.data.prepare import prepare
-from dfssd.models.batch_norm import GlobalBatchNorm, share_statistics
-from dfssd.runtime.cluster import Resources
+from dfssd.models.ghost_norm import GhostNorm
 from dfssd.runtime.storage import Storage
-from dfssd.train.worker import fit, train_in_process
+from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.loop import train
 
-ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
-SHAPE = (4, 3, 5, 6)
-
-
-def _case(dtype=torch.float64):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(SHAPE, generator=g, dtype=dtype) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1) + 2
-    return x, torch.randn(SHAPE, generator=g, dtype=dtype)
-
-
-def _run(norm, x, weight):
-    with torch.no_grad():
-        norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
-        norm.bias.copy_(torch.tensor([0.1, 0.2, 0.3]))
-    x = x.clone().requires_grad_(True)
-    y = norm.train()(x)
-    ((y**3) * weight).sum().backward()
-    return [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
+OWN = {
+    "batch": 8,
+    "micro_batch": 2,
+    "unlabelled_ratio": 0.5,
+    "lr": 1e-5,
+    "divergence": "hw_js",
+    "threshold_policy": "ema",
+    "tau_min": 0.2,
+    "checkpoint_min": 0,
+}
 
 
-def _rank(rank, place):
+def _worker(rank, workers, place, steps, changes):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
-    x, weight = _case()
-    found = _run(
-        share_statistics(nn.Sequential(nn.BatchNorm2d(3).double()))[0], x.chunk(2)[rank], weight.chunk(2)[rank]
-    )
-    torch.save(found, f"{place}/{rank}.pt")
-    dist.destroy_process_group()
+    if workers > 1:
+        dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=workers)
+    config = tiny_config(place, steps=steps, val_every=steps, **{**OWN, **changes})
+    job = make_job("student", f"{place}/r", config)
+    seen = []
+
+    def keep(metrics, step):
+        seen.append({"step": step, **metrics})
+
+    state = {}
+    train(job, WorkerGroup(rank, workers), torch.device("cpu"), keep, lambda _, s: state.update(s.state()))
+    if rank == 0:
+        torch.save({"log": seen, "student": state["student"], "ema": state["ema"]}, f"{place}/result.pt")
+    if workers > 1:
+        dist.destroy_process_group()
 
 
-def test_batch_norm_on_two_workers_is_that_of_the_whole_batch():
-    with tempfile.TemporaryDirectory() as place:
-        torch.multiprocessing.spawn(_rank, (place,), nprocs=2)
-        one, two = (torch.load(f"{place}/{rank}.pt") for rank in (0, 1))
-    want = _run(nn.BatchNorm2d(3).double(), *_case())
-    got = [torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]]), one[2] + two[2], one[3] + two[3], one[4], one[5]]
-    for name, a, b in zip(("y", "dx", "dweight", "dbias", "mean", "variance"), got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-    assert torch.equal(one[4], two[4])
+@pytest.fixture
+def run(strip, tmp_path):
+    """Train with so many workers, in processes joined by gloo, without Ray; its log and its last weights."""
 
-
-def test_alone_it_is_the_usual_batch_norm_also_where_the_variance_is_small():
-    for offset in (0.0, 100.0):
-        x, weight = _case(torch.float32)
-        got = _run(GlobalBatchNorm(3), x + offset, weight)
-        want = _run(nn.BatchNorm2d(3).double(), (x + offset).double(), weight.double())
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=2e-3 if offset else 2e-5, atol=1e-3 if offset else 1e-4)
-
-
-def test_the_loss_curve_does_not_depend_on_the_number_of_workers(strip, tmp_path, local_ray):
-    """All terms, balanced, in fp32. Rounding grows with the learning rate: an assignment to a grid cell may flip."""
-    curves = {}
-    for workers in (1, 2):
-        place = tmp_path / str(workers)
+    def one(workers, steps, **changes):
+        place = tmp_path / f"{workers}-{time.monotonic_ns()}"
         prepare(Data(data=str(strip), label_fraction=0.5), 0, Storage(str(place)).at("r", "dataset"))
         give_teacher_and_candidates(place)
-        own = {"steps": 20, "batch": 16, "val_every": 20, "lr": 1e-5, "unlabelled_ratio": 0.5, "batch_norm": "global"}
-        job = make_job("student", str(place / "r"), tiny_config(place, num_workers=workers, **own))
-        assert (train_in_process(job) if workers == 1 else fit(job, ONE_CPU))["steps"] == 20
-        history = [h for h in job.store.read_json("history.json") if "loss/total" in h]
-        curves[workers] = [h["loss/total"] for h in history]
-        assert len({h["pse/pseudo_labels"] for h in history}) > 1  # all terms are at work
-    assert curves[2] == pytest.approx(curves[1], rel=1e-4)
-    # Of the first step nothing but rounding may differ; the balance magnifies it, by norms of gradients of tiny maps.
-    assert curves[2][0] == pytest.approx(curves[1][0], rel=1e-5)
+        if workers == 1:
+            _worker(0, 1, place, steps, changes)
+        else:
+            torch.multiprocessing.spawn(_worker, (workers, place, steps, changes), nprocs=workers)
+        return torch.load(place / "result.pt", weights_only=False)
+
+    return one
+
+
+def _losses(result):
+    return [h["loss/total"] for h in result["log"] if "loss/total" in h]
+
+
+def _compare(one, other, steps):
+    """The first loss within 1e-6, all within 1e-4, and the running statistics of batch norm too."""
+    a, b = _losses(one), _losses(other)
+    assert len(a) == len(b) == steps
+    assert b[0] == pytest.approx(a[0], rel=1e-6) and b == pytest.approx(a, rel=1e-4)
+    for part in ("student", "ema"):
+        for name, value in one[part].items():
+            if "running" in name:
+                torch.testing.assert_close(other[part][name], value, rtol=2e-3, atol=1e-4, msg=f"{part} {name}")
+    for key in ("pse/pseudo_labels", "grad/norm"):
+        pairs = [(x[key], y[key]) for x, y in zip(one["log"], other["log"], strict=True) if key in x]
+        assert all(y == pytest.approx(x, rel=1e-3) for x, y in pairs)
+    thresholds = [k for k in one["log"][-2] if k.startswith("threshold/")]
+    assert thresholds and all(other["log"][-2][k] == pytest.approx(one["log"][-2][k], rel=1e-5) for k in thresholds)
+
+
+def test_two_workers_do_what_one_does(run):
+    """All terms, balanced, thresholds that move, in fp32: two micro-batches, by one worker one after the other."""
+    one, two = (run(workers, 4, micro_batch=4) for workers in (1, 2))
+    _compare(one, two, 4)
+    assert len({h["pse/pseudo_labels"] for h in one["log"] if "pse/pseudo_labels" in h}) > 1  # all terms are at work
+
+
+@pytest.mark.slow
+def test_four_micro_batches_by_one_two_and_four_workers(run):
+    """Three of them too, which compute two, one and one. Rounding grows with the learning rate: an assignment may flip."""
+    one = run(1, 20)
+    for workers in (2, 3, 4):
+        _compare(one, run(workers, 20), 20)
+
+
+def test_the_micro_batch_is_what_decides(run):
+    """Other micro-batches are another run: batch norm sees other images."""
+    a, b = run(1, 1, micro_batch=4), run(1, 1, micro_batch=8)
+    assert _losses(a)[0] != pytest.approx(_losses(b)[0], rel=1e-4)
+
+
+def test_running_statistics_follow_the_mean_over_micro_batches():
+    """Whatever their order."""
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(5, 3, 4, 4, generator=g) * (k + 1) for k in range(4)]
+    norm = nn.BatchNorm2d(3, momentum=0.03)
+    norm.running_mean.fill_(2.0)
+    ghost = GhostNorm(norm)
+    ghost.still()
+    norm(batches[0])
+    assert (norm.running_mean == 2).all()
+    for k, batch in enumerate(batches):
+        ghost.turn(k, 4)
+        norm(batch)
+    means = torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)
+    variances = torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0)
+    torch.testing.assert_close(norm.running_mean, 0.97 * 2 + 0.03 * means)
+    torch.testing.assert_close(norm.running_var, 0.97 + 0.03 * variances)
+    ghost.turn(0, 1)
+    assert norm.momentum == pytest.approx(0.03)

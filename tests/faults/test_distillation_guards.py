@@ -11,7 +11,7 @@ from dfssd.models.detector import detector_bytes, load_detector
 from dfssd.models.taps import Taps
 from dfssd.runtime.storage import Storage
 from dfssd.train import loop
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 LOG_EVERY = 3
 
@@ -24,7 +24,7 @@ def _stops(prepared, monkeypatch, match, **settings):
     )
     done = []
     update = loop.update
-    monkeypatch.setattr(loop, "update", lambda s: (update(s), done.append(s.step)))
+    monkeypatch.setattr(loop, "update", lambda s, broken: (update(s, broken), done.append(s.step)))
     with pytest.raises(DfssdError, match=match) as caught:
         train_in_process(make_job("student", str(prepared / "r"), config))
     assert len(done) < LOG_EVERY and caught.value.todo
@@ -41,8 +41,8 @@ def test_detached_neck(prepared, monkeypatch):
     from dfssd.train import session
 
     class Detached(session.Student):
-        def forward(self, images):
-            out = super().forward(images)
+        def forward(self, images, labelled=0):
+            out = super().forward(images, labelled)
             return type(out)(out.raw, out.taps, [p.detach() for p in out.projected])
 
     monkeypatch.setattr(session, "Student", Detached)
@@ -91,10 +91,11 @@ def test_a_weight_of_zero_with_settings_of_its_term(prepared, monkeypatch, setti
 
 def test_the_command_line_refuses_it_before_anything_starts(tmp_path):
     from dfssd.pipeline.run import run_stages
+    from dfssd.runtime.artefact_names import STUDENT
 
     config = Config(run={"storage_path": str(tmp_path)}, distill=Distill(lambda_f=0.0, divergence="cwd"))
     with pytest.raises(DfssdError, match=r"switched off, but --divergence was set"):
-        run_stages(config, ["student"])
+        run_stages(config, [STUDENT])
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import torch
 
 from dfssd.distill.criterion import StudentOutput
 from dfssd.errors import DfssdError
+from dfssd.models.head import HeadOutput
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
 
@@ -12,13 +13,13 @@ from dfssd.train import guards
 def _outputs():
     first = torch.nn.Parameter(torch.ones(3))
     hidden = first * 2
-    raw = {"one2many": {"boxes": hidden * 1.0, "scores": hidden + 1, "feats": []}}
+    raw = {"one2many": HeadOutput(hidden * 1.0, hidden + 1, [])}
     return first, StudentOutput(raw, [], [hidden * 3])
 
 
 def test_healthy_terms_pass_and_are_measured():
     first, out = _outputs()
-    losses = {"sup/box": out.raw["one2many"]["boxes"].sum(), "feat/mse": out.projected[0].sum()}
+    losses = {"sup/box": out.raw["one2many"].boxes.sum(), "feat/mse": out.projected[0].sum()}
     assert guards.check_reach(losses, out, first, set())["sup"] == pytest.approx(2 * 3**0.5)
     assert set(guards.check_reach(losses, out, None, set())) == {"sup", "feat"}
     guards.check_finite(losses, 0, ["x"])
@@ -27,7 +28,7 @@ def test_healthy_terms_pass_and_are_measured():
 @pytest.mark.parametrize("follow", [True, False])
 def test_detached_tap_is_caught(follow):
     first, out = _outputs()
-    losses = {"sup/box": out.raw["one2many"]["boxes"].sum(), "feat/hw_js": out.projected[0].detach().sum()}
+    losses = {"sup/box": out.raw["one2many"].boxes.sum(), "feat/hw_js": out.projected[0].detach().sum()}
     with pytest.raises(DfssdError, match="'feat' is not connected") as caught:
         guards.check_reach(losses, out, first if follow else None, set())
     assert caught.value.todo
@@ -43,7 +44,7 @@ def test_term_of_other_parameters_only_is_caught():
 
 def test_silent_zero_is_caught_unless_it_is_allowed():
     first, out = _outputs()
-    losses = {"pse/cls": out.raw["one2many"]["scores"].sum() * 0}
+    losses = {"pse/cls": out.raw["one2many"].scores.sum() * 0}
     with pytest.raises(DfssdError, match="'pse' has no gradient"):
         guards.check_reach(losses, out, first, set())
     guards.check_reach(losses, out, first, {"pse"})
@@ -58,13 +59,13 @@ class _OtherWorker(WorkerGroup):
 
 def test_a_worker_without_pseudo_labels_of_its_own_does_not_stop_the_group():
     first, out = _outputs()
-    losses = {"pse/cls": out.raw["one2many"]["scores"].sum() * 0}
+    losses = {"pse/cls": out.raw["one2many"].scores.sum() * 0}
     assert guards.check_reach(losses, out, first, set(), _OtherWorker(0, 2)) == {"pse": 1.0}
 
 
 def test_a_weight_that_amounts_to_nothing_is_caught():
     first, out = _outputs()
-    losses = {"sup/box": out.raw["one2many"]["boxes"].sum(), "feat/pkd": 1e-8 * out.projected[0].sum()}
+    losses = {"sup/box": out.raw["one2many"].boxes.sum(), "feat/pkd": 1e-8 * out.projected[0].sum()}
     with pytest.raises(DfssdError, match=r"'feat' weighs next to nothing") as caught:
         guards.check_reach(losses, out, first, set())
     assert "--lambda-f" in caught.value.todo
@@ -79,4 +80,4 @@ def test_non_finite_terms_and_gradients_are_caught(value):
         guards.check_finite({"sup/box": torch.tensor(1.0), "pred/cls": torch.tensor(value)}, 7, ["img1", "img2"])
     assert "img1" in caught.value.where
     with pytest.raises(DfssdError, match="gradient of loss term 'pred' is not finite"):
-        guards.check_reach({"pred/cls": (out.raw["one2many"]["scores"] * value).sum()}, out, first, set())
+        guards.check_reach({"pred/cls": (out.raw["one2many"].scores * value).sum()}, out, first, set())

@@ -22,6 +22,7 @@ from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.pseudo import labeller
+from dfssd.pseudo.shards import read_shards
 from dfssd.runtime.storage import Storage
 
 ROOT = Path(__file__).parents[2]
@@ -189,5 +190,14 @@ def test_the_report_is_made_and_the_val_split_is_labelled_too(undisturbed):
         assert (storage / "r" / "quality" / name).stat().st_size > 100
     assert "img/s" in log and "left 0:00" in log and "policy 'gmm'" in log
     val = {r.image_id for r in read_manifest(run.at("dataset")).of_split("val")}
-    labelled = {i for i, _ in labeller.read_shards(run.at("pseudo"), "val")}
+    labelled = {i for i, _ in read_shards(run.at("pseudo"), "val")}
     assert labelled == val and not set(candidates) & val  # training reads only what read_pseudo gives
+
+
+def test_a_teacher_of_other_classes_ends_the_job_before_an_actor_is_started(run, local_ray):
+    manifest, begun = read_manifest(run.at("dataset")), time.monotonic()
+    manifest.names.append("rust")
+    config = tiny_config(Path(run.uri).parent)
+    with pytest.raises(DfssdError, match="does not know the classes"):
+        labeller.label(config, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
+    assert time.monotonic() - begun < 20

@@ -1,0 +1,203 @@
+"""One listing of files for all readers: what is hidden, what leads nowhere and what leads elsewhere is decided here.
+
+Paths are full ones: absolute, or URIs. Data sets refer to folders beside them, so that names relative to one root do not do.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pyarrow import fs as pafs
+
+from dfssd.errors import DfssdError
+from dfssd.runtime.storage import Storage
+
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+}
+# Pictures to a person, but not to this program: they are counted as bad files, never passed over.
+OTHER_PICTURES = {
+    ".gif",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jp2",
+    ".jxl",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".exr",
+    ".pfm",
+    ".svg",
+    ".psd",
+}
+LABEL_SUFFIXES = {".txt", ".xml", ".json"}
+_SYSTEM = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
+
+
+def is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_hidden(name: str) -> bool:
+    """A file or folder that its owner does not see: `._x` and `__MACOSX` of a Mac, `.git`, `Thumbs.db`, ..."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def normal(path: str) -> str:
+    """A full path without `.`, `..` and doubled slashes; links are not followed."""
+    if "://" not in path:
+        return os.path.abspath(Path(path).expanduser())  # noqa: PTH100  (pathlib keeps '..')
+    scheme, _, rest = path.partition("://")
+    return f"{scheme}://{posixpath.normpath('/' + rest).lstrip('/')}" if scheme != "file" else path
+
+
+def join(folder: str, relative: str) -> str:
+    """`relative` seen from `folder`; an absolute path or a URI stands for itself."""
+    if "://" in relative or relative.startswith(("/", "~")):
+        return normal(relative)
+    return normal(f"{folder}/{relative}")
+
+
+def printable(path: str) -> str:
+    """A path that can be written: bytes of a name that are no UTF-8 appear as \\xNN."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@dataclass
+class Tree:
+    """Files by folder, each folder listed once; hidden ones are left out and counted.
+
+    Args:
+        root: the folder that the data lies in, or a URI.
+    """
+
+    root: str
+    folders: dict[str, dict[str, str]] = field(default_factory=dict)  # folder -> name -> full path
+    hidden: int = 0
+    dangling: list[str] = field(default_factory=list)  # links that lead nowhere
+    unnameable: list[str] = field(default_factory=list)  # names that are no UTF-8, made printable
+    outside: list[tuple[str, str]] = field(default_factory=list)  # links out of the listed folder, and where they lead
+    _listed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.root = normal(self.root)
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.root
+
+    def below(self, folder: str = "") -> list[str]:
+        """All files in and below a folder, sorted.
+
+        Raises:
+            DfssdError: the folder cannot be read.
+        """
+        folder = normal(folder or self.root)
+        self._list(folder)
+        prefix = folder.rstrip("/") + "/"
+        inside = [f for f in self.folders if f == folder or f.startswith(prefix)]
+        return sorted(path for f in inside for path in self.folders[f].values())
+
+    def in_folder(self, folder: str) -> dict[str, str]:
+        """Files by name directly in a folder, which need not lie below the root; none where it does not exist."""
+        folder = normal(folder)
+        if folder not in self.folders and not self._is_listed(folder):
+            if "://" in folder:
+                self._list(folder)
+            else:
+                self._scan(folder, folder, deep=False)
+        return self.folders.get(folder, {})
+
+    def is_file(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        return name in self.in_folder(folder or "/")
+
+    def is_folder(self, path: str) -> bool:
+        path = normal(path)
+        if "://" not in path:
+            return Path(path).is_dir()
+        return bool(Storage(path).exists())
+
+    def _is_listed(self, folder: str) -> bool:
+        return any(folder == top or folder.startswith(top.rstrip("/") + "/") for top in self._listed)
+
+    def _list(self, folder: str) -> None:
+        if self._is_listed(folder):
+            return
+        self._listed.append(folder)
+        if "://" in folder:
+            self._list_remote(folder)
+        else:
+            self._scan(folder, folder, deep=True)
+
+    def _list_remote(self, folder: str) -> None:
+        store = Storage(folder)
+        selector = pafs.FileSelector(store.root, allow_not_found=True, recursive=True)
+        for info in store.fs.get_file_info(selector):
+            if info.type != pafs.FileType.File:
+                continue
+            relative = info.path[len(store.root) :].lstrip("/")
+            if any(is_hidden(part) for part in relative.split("/")):
+                self.hidden += 1
+                continue
+            path = f"{folder}/{relative}"
+            parent, _, name = path.rpartition("/")
+            self.folders.setdefault(parent, {})[name] = path
+
+    def _scan(self, top: str, folder: str, deep: bool, above: tuple[str, ...] = ()) -> None:
+        """List one local folder; `above`: the real folders it lies in, so that a link to one of them ends the walk."""
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda e: e.name)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DfssdError(
+                f"a folder cannot be read: {error.strerror}", where=repr(printable(folder)), todo="check its rights"
+            ) from error
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        files = self.folders.setdefault(folder, {})
+        for entry in entries:
+            if is_hidden(entry.name):
+                self.hidden += 1
+            elif _no_utf8(entry.name):
+                self.unnameable.append(printable(entry.path))
+            elif entry.is_symlink() and not Path(entry.path).exists():
+                self.dangling.append(entry.path)
+            else:
+                self._note_link(top, entry)
+                if entry.is_file():
+                    files[entry.name] = entry.path
+                elif entry.is_dir() and deep:
+                    self._scan(top, entry.path, deep, (*above, real))
+
+    def _note_link(self, top: str, entry: os.DirEntry[str]) -> None:
+        if entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            if not (target + "/").startswith(os.path.realpath(top).rstrip("/") + "/"):
+                self.outside.append((entry.path, target))
+
+    def notes(self) -> list[str]:
+        """What a user should know about this listing, in whole sentences."""
+        notes = []
+        if self.outside:
+            link, target = self.outside[0]
+            notes.append(
+                f"{len(self.outside)} link(s) lead out of the data's folder and are followed, such as {link!r} -> {target!r}"
+            )
+        return notes
+
+
+def _no_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

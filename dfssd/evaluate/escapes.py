@@ -1,0 +1,226 @@
+"""Per picture: escape (defective, nothing found) against overkill (clean, something found), and where to set the score.
+
+What a line decides about is the part, not the box: a picture is rejected where any class has a box at or above its
+threshold. Thresholds are chosen on the val split for a stated escape rate and confirmed on test.
+
+Legend: P pictures, C classes. Records are those of `dfssd.evaluate.validation.collect`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dfssd.evaluate.intervals import rate_interval, trials_needed
+
+FLOOR = 0.01  # lowest score that is offered as an operating point: below it nearly everything is a detection
+CLASS_PICTURES = 10  # val pictures that must show a class before it gets a threshold of its own
+CLEAN_PICTURES = 30  # clean pictures below which overkill is said not to be measurable
+CURVE = np.concatenate([[0.01, 0.02, 0.03, 0.04], np.arange(1, 20) / 20, [0.97, 0.99]])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What one model says of each picture, as far as a decision about the picture needs it.
+
+    Args:
+        best: (P,C) highest score of each class; 0 where there is no box of it.
+        shows: (P,C) bool, does the picture show a defect of the class?
+        groups: (P,) near-duplicate group.
+        false_scores: by class, scores of boxes that hit nothing at IoU 0.5, rising.
+    """
+
+    best: np.ndarray
+    shows: np.ndarray
+    groups: np.ndarray
+    false_scores: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, records: Sequence[dict[str, Any]], classes: int) -> Pictures:
+        """From matches of each picture."""
+        best = np.zeros((len(records), classes))
+        shows = np.zeros((len(records), classes), bool)
+        for k, one in enumerate(records):
+            np.maximum.at(best[k], one["pred_cls"].astype(int), one["conf"])
+            shows[k, one["target_cls"].astype(int)] = True
+        miss = [(one["pred_cls"], one["conf"], ~one["tp"][:, 0]) for one in records]
+        false = tuple(
+            np.sort(np.concatenate([conf[wrong & (cls_ == c)] for cls_, conf, wrong in miss] or [np.zeros(0)]))
+            for c in range(classes)
+        )
+        groups = np.array([one.get("group", k) for k, one in enumerate(records)])
+        return cls(best, shows, groups, false)
+
+    @property
+    def defective(self) -> np.ndarray:
+        """(P,) bool: is there any defect?"""
+        return np.asarray(self.shows.any(1))
+
+    def rejected(self, tau_c: np.ndarray) -> np.ndarray:
+        """(P,) bool: has any class a box at or above its threshold?"""
+        return np.asarray((self.best >= tau_c).any(1))
+
+    def false_boxes(self, tau_c: np.ndarray) -> int:
+        """Boxes at or above their class's threshold that hit nothing."""
+        return sum(len(s) - int(np.searchsorted(s, t)) for s, t in zip(self.false_scores, tau_c, strict=True))
+
+
+def measure(pictures: Pictures, tau_c: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Escapes and overkill at class thresholds, with 95 % intervals over groups; JSON-ready."""
+    rejected, defective = pictures.rejected(tau_c), pictures.defective
+    by_class = {
+        name: _rate(~rejected[pictures.shows[:, c]], pictures.groups[pictures.shows[:, c]])
+        | {"not_named": int((pictures.best[pictures.shows[:, c], c] < tau_c[c]).sum())}
+        for c, name in enumerate(names)
+    }
+    return {
+        "escape": _rate(~rejected[defective], pictures.groups[defective]),
+        "overkill": _rate(rejected[~defective], pictures.groups[~defective]),
+        "false_boxes": round(pictures.false_boxes(tau_c) / max(1, len(rejected)), 4),
+        "escape_by_class": by_class,
+    }
+
+
+def _rate(events: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    low, high = rate_interval(events, groups)
+    count = len(events)
+    return {
+        "pictures": count,
+        "groups": len(set(groups.tolist())),
+        "count": int(events.sum()),
+        "rate": round(float(events.mean()), 4) if count else None,
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
+
+
+def curve(pictures: Pictures, names: Sequence[str]) -> dict[str, Any]:
+    """Escape rate, overkill rate and false boxes a picture over one score for all classes; escape by class too.
+
+    Lists over `score`; None where there is no such picture.
+    """
+    defective, classes = pictures.defective, pictures.best.shape[1]
+    rejected = np.stack([pictures.rejected(np.full(classes, t)) for t in CURVE])
+
+    def rates(part: np.ndarray, events: np.ndarray) -> list[float | None]:
+        return [round(float(e), 4) for e in events[:, part].mean(1)] if part.any() else [None] * len(CURVE)
+
+    return {
+        "score": CURVE.round(3).tolist(),
+        "escape": rates(defective, ~rejected),
+        "overkill": rates(~defective, rejected),
+        "false_boxes": [round(pictures.false_boxes(np.full(classes, t)) / len(defective), 4) for t in CURVE],
+        "escape_by_class": {n: rates(pictures.shows[:, c], ~rejected) for c, n in enumerate(names)},
+    }
+
+
+def single_threshold(pictures: Pictures, max_escape: float) -> tuple[float, bool]:
+    """The highest score at which at most `max_escape` of the defective pictures pass, and whether there is one.
+
+    Rounded down to thousandths, and never below FLOOR.
+    """
+    scores = np.sort(pictures.best.max(1, initial=0.0)[pictures.defective])
+    if not len(scores):
+        return FLOOR, False
+    allowed = int(np.floor(max_escape * len(scores) + 1e-9))
+    tau = float(np.floor(scores[min(allowed, len(scores) - 1)] * 1000) / 1000)
+    return max(tau, FLOOR), tau >= FLOOR
+
+
+def class_thresholds(pictures: Pictures, max_escape: float) -> np.ndarray:
+    """(C,) thresholds at which no more pictures escape than at the single one, and fewer clean ones are rejected.
+
+    From common scores at and below the single one, the thresholds of well-shown classes rise; each step takes the rise that
+    spares the most clean pictures, and among equals the most false boxes. A lower start lets one class rise at the cost of
+    the others.
+    """
+    tau, _ = single_threshold(pictures, max_escape)
+    classes, defective = pictures.best.shape[1], pictures.defective
+    escaped = int((~pictures.rejected(np.full(classes, tau)))[defective].sum())
+    allowed = max(escaped, int(max_escape * defective.sum() + 1e-9))
+    starts = {tau, *(single_threshold(pictures, max_escape * part)[0] for part in (0.0, 0.5)), max(FLOOR, tau / 2)}
+    free = pictures.shows.sum(0) >= CLASS_PICTURES
+    ends = [_raised(pictures, np.where(free, start, tau), free, allowed) for start in sorted(starts, reverse=True)]
+    return min(ends, key=lambda end: _cost(pictures, end))
+
+
+def _cost(pictures: Pictures, tau_c: np.ndarray) -> tuple[int, int]:
+    """Clean pictures rejected, false boxes."""
+    return int(pictures.rejected(tau_c)[~pictures.defective].sum()), pictures.false_boxes(tau_c)
+
+
+def _raised(pictures: Pictures, tau_c: np.ndarray, free: np.ndarray, allowed: int) -> np.ndarray:
+    """Thresholds of the `free` classes raised step by step as long as at most `allowed` defective pictures pass."""
+    best = _cost(pictures, tau_c)
+    while True:
+        tried = []
+        for c in np.flatnonzero(free).tolist():
+            for value in _steps(pictures, c, tau_c[c]):
+                candidate = tau_c.copy()
+                candidate[c] = value
+                if (~pictures.rejected(candidate))[pictures.defective].sum() <= allowed:
+                    tried.append((_cost(pictures, candidate), value, c, candidate))
+        if not tried or min(tried, key=lambda t: t[:3])[0] >= best:
+            return tau_c
+        best, _, _, tau_c = min(tried, key=lambda t: t[:3])
+
+
+def _steps(pictures: Pictures, c: int, above: float) -> np.ndarray:
+    """Scores just above which false boxes of the class lie, thinned to at most 24."""
+    scores = pictures.false_scores[c]
+    scores = np.unique(np.ceil(scores[scores >= above] * 1000 + 1) / 1000)
+    scores = scores[scores <= 0.99]
+    return scores[np.linspace(0, len(scores) - 1, min(24, len(scores))).astype(int)] if len(scores) else scores
+
+
+def operating_point(val: Pictures, names: Sequence[str], max_escape: float) -> dict[str, Any]:
+    """Thresholds chosen on val for at most `max_escape` of the defective pictures; JSON-ready.
+
+    Returns:
+        max_escape, chosen_on, score (one for all classes), thresholds (by class), reachable, notes (plain sentences).
+    """
+    score, reachable = single_threshold(val, max_escape)
+    tau_c = class_thresholds(val, max_escape)
+    point = {
+        "max_escape": max_escape,
+        "chosen_on": "val",
+        "score": round(score, 3),
+        "thresholds": {n: round(float(t), 3) for n, t in zip(names, tau_c, strict=True)},
+        "reachable": reachable,
+    }
+    defective = int(val.defective.sum())
+    notes = []
+    if not defective:
+        notes.append("val has no defective picture: no operating point can be chosen")
+    elif not reachable:
+        escaped = int((~val.rejected(tau_c))[val.defective].sum())
+        notes.append(
+            f"an escape rate of {max_escape:.1%} cannot be reached: at the lowest usable score of {FLOOR} "
+            f"{escaped} of {defective} defective val pictures still pass"
+        )
+    few = [n for c, n in enumerate(names) if val.shows[:, c].sum() < CLASS_PICTURES]
+    if few and defective:
+        notes.append(f"fewer than {CLASS_PICTURES} val pictures show {', '.join(few)}: the common score is used there")
+    return {**point, "notes": notes}
+
+
+def doubts(measured: dict[str, Any], max_escape: float, split: str) -> list[str]:
+    """Plain sentences on what the pictures of a split are too few to say."""
+    notes = []
+    escape, overkill = measured["escape"], measured["overkill"]
+    if overkill["pictures"] < CLEAN_PICTURES:
+        count = overkill["pictures"]
+        who = f"{count} clean {split} picture{'s' * (count != 1)}" if count else f"No clean {split} picture:"
+        said = f"{who} cannot measure overkill" if count else f"{who} overkill cannot be measured"
+        more = f" (the interval is {overkill['low']:.0%} to {overkill['high']:.0%})" if count else ""
+        notes.append(f"{said}{more}; add pictures without defects, with empty label files.")
+    needed = trials_needed(max_escape)
+    if escape["groups"] < needed:
+        notes.append(
+            f"{escape['pictures']} defective {split} pictures ({escape['groups']} apart from near-duplicates) cannot "
+            f"confirm an escape rate of {max_escape:.1%}: that takes {needed} without an escape."
+        )
+    return notes

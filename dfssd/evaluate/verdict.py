@@ -1,0 +1,73 @@
+"""What a measurement means, in sentences: escapes and rejects at the operating point, and what cannot be said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dfssd.evaluate.escapes import doubts
+
+
+def share(rate: dict[str, Any]) -> str:
+    """'3 of 75 (4.0 %, 0.8 to 11.2)'; 'none to measure' without a picture."""
+    if not rate["pictures"]:
+        return "none to measure"
+    return (
+        f"{rate['count']} of {rate['pictures']} "
+        f"({100 * rate['rate']:.1f} %, {100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+    )
+
+
+def escapes_in_words(results: dict[str, Any], models: dict[str, str], split: str = "test") -> list[str]:
+    """Lines: escapes and rejects of each model on a split at its own operating point, then what cannot be said.
+
+    Args:
+        results: as `measure` returns them.
+        models: names in `results` and what to call them, the most important last.
+    """
+    shown = [name for name in models if results[name].get(split, {}).get("line")]
+    if not shown:
+        return []
+    point = results[shown[-1]]["operating_point"]
+    lines = [
+        f"At scores chosen on val for at most {point['max_escape']:.1%} escapes (defective, nothing found), on {split}:"
+    ]
+    width = max(len(models[name]) for name in shown)
+    for name in shown:
+        line = results[name][split]["line"]
+        lines.append(
+            f"  {models[name]:{width}}  lets {share(line['escape'])} defective pictures pass, "
+            f"rejects {share(line['overkill'])} clean ones; {line['false_boxes']:.2f} false boxes a picture"
+        )
+    notes = [note[0].upper() + note[1:].rstrip(".") + "." for note in point["notes"]]
+    notes += doubts(results[shown[-1]][split]["line"], point["max_escape"], split)
+    return lines + [f"  {note}" for note in dict.fromkeys(notes)]
+
+
+def equal_footing(results: dict[str, Any]) -> str:
+    """Escapes of both students where the label-only one makes as many false boxes as the student; '' without both."""
+    if not all(results.get(m, {}).get("test", {}).get("curve") for m in ("student", "label_only")):
+        return ""
+    own, base = (results[m]["test"]["curve"] for m in ("student", "label_only"))
+    if None in own["escape"]:
+        return ""
+    # False boxes fall with the score, escapes rise: both curves are read at one number of false boxes.
+    budget = float(np.interp(results["student"]["operating_point"]["score"], own["score"], own["false_boxes"]))
+    passed = [float(np.interp(budget, c["false_boxes"][::-1], c["escape"][::-1])) for c in (own, base)]
+    return (
+        f"At equal false boxes ({budget:.2f} a test picture) the student lets {passed[0]:.1%} of the defective pictures "
+        f"pass, the label-only student {passed[1]:.1%}."
+    )
+
+
+def on_test(results: dict[str, Any]) -> str:
+    """One line: student against label-only student on test, which chose nothing; '' without both."""
+    if not {"student", "label_only"} <= set(results):
+        return ""
+    own, base = results["student"]["test"], results["label_only"]["test"]
+    points = ", ".join(
+        f"{label} {100 * (own[key] - base[key]):+.1f} points"
+        for key, label in (("map50", "mAP50"), ("map50_95", "mAP50-95"))
+    )
+    return f"On test, which chose nothing: {points}. (Val chose the weights of both, so its differences flatter.)"

@@ -1,0 +1,207 @@
+"""Write a finished detector for the line, and prove on real pictures that the files find what the network finds.
+
+Nothing is left in the run before parity holds. The operating point and what drift is judged by travel in the metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ultralytics.nn.tasks import DetectionModel
+
+from dfssd.config import Config
+from dfssd.data.dataset import decode
+from dfssd.data.manifest import Manifest, Row, read_manifest
+from dfssd.errors import DfssdError
+from dfssd.evaluate.latency import measure_latency
+from dfssd.evaluate.measure import thresholds_of
+from dfssd.evaluate.squares import collect_squares, exported, network
+from dfssd.export.formats import check_formats, int8_bytes, openvino_files
+from dfssd.export.onnx_model import INSIDE_CONF, onnx_bytes
+from dfssd.export.parity import Parity, compare, require
+from dfssd.line import drift
+from dfssd.line.detector import LineDetector, letterbox, network_input
+from dfssd.models.detector import load_detector
+from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
+from dfssd.runtime.code_version import code_version
+from dfssd.runtime.storage import Storage
+
+REFERENCE = 200  # pictures that drift is judged by
+LATENCY_CONF = 0.25
+
+
+def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict[str, Any]:
+    """Export one finished model of the run to `<run>/export`; runs as one Ray task.
+
+    Args:
+        model: its artefact, e.g. "student"; `report` must have measured it.
+
+    Returns:
+        model, files (size by name), operating_point, parity and latency (by format), speedup (teacher to student in ONNX
+        Runtime; None without a teacher).
+
+    Raises:
+        DfssdError: a format is not installed, or an exported file is not the network (then nothing is written).
+    """
+    torch.set_num_threads(threads)
+    settings, run = config.export, Storage(run_uri)
+    check_formats(settings.formats)
+    manifest, results = read_manifest(run.at("dataset")), run.read_json("report/metrics.json")
+    net = _load(run, model, config.train.imgsz)
+    measured = run.read_json(f"{model}/stage.json").get("published", model)
+    names = [net.names[k] for k in sorted(net.names)]
+    metadata = {
+        "names": names,
+        "imgsz": config.train.imgsz,
+        "operating_point": results[measured]["operating_point"],
+        "reference": _reference(net, names, results[measured]["operating_point"], manifest, config.train.imgsz),
+        "weights_sha256": hashlib.sha256(run.read(f"{model}/best.pt")).hexdigest(),
+        "trained": f"{config.run.run_name}/{model}",
+        "code": code_version(),
+        "license": "AGPL-3.0",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        onnx = onnx_bytes(net, config.train.imgsz, metadata, settings.nms_inside)
+        files = {f"{model}.onnx": onnx}
+        if "openvino" in settings.formats:
+            made = openvino_files(onnx, {**metadata, "nms_inside": settings.nms_inside})
+            files |= {f"{model}_openvino/{name}": data for name, data in made.items()}
+        if settings.int8:
+            if settings.nms_inside:
+                raise DfssdError("--int8 and --nms-inside exclude each other", todo="leave one of them out")
+            files[f"{model}_int8.onnx"] = int8_bytes(onnx, _calibration(manifest, config))
+        for name, data in files.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(data)
+        detectors = _open(place, model, threads)
+        parities = check_parity(
+            net, detectors, _labelled(manifest, settings.parity_pictures), names, config.train.imgsz
+        )
+        for parity in parities:
+            print(f"export: {parity.in_words()}", flush=True)
+        require(parities)
+        picture = letterbox(decode(_labelled(manifest, 1)[0].uri), config.train.imgsz)[0]
+        latency = _latency(config, run, model, net, detectors, place, threads, network_input([picture]))
+    store = run.at("export")
+    for name, data in files.items():
+        store.write(name, data)
+    timing = latency["timings"]
+    pair = [timing.get(f"{name} ONNX Runtime") for name in ("teacher", model)]
+    return {
+        "model": model,
+        "files": {name: len(data) for name, data in files.items()},
+        "operating_point": metadata["operating_point"],
+        "parity": {p.name: p.as_dict() for p in parities},
+        "latency": latency,
+        "speedup": round(pair[0]["p50_ms"] / pair[1]["p50_ms"], 2) if all(pair) and model != "teacher" else None,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def check_parity(
+    net: DetectionModel, detectors: Mapping[str, LineDetector], rows: Sequence[Row], names: Sequence[str], imgsz: int
+) -> list[Parity]:
+    """Parity of each exported model with its network, on labelled pictures."""
+    found = []
+    for name, detector in detectors.items():
+        conf = INSIDE_CONF if detector.inside else 0.001  # a model with NMS inside keeps no lower scores
+        own = collect_squares(network(net, conf), rows, imgsz)
+        other = collect_squares(exported(detector, conf), rows, imgsz)
+        found.append(compare(name, _precision(name, detector), own, other, names))
+    return found
+
+
+def _precision(name: str, detector: LineDetector) -> str:
+    """What its runtime says that it computes in."""
+    if "int8" in name:
+        return "int8"
+    return "fp32" if "float32" in detector.precision or detector.precision == "fp32" else detector.precision
+
+
+def _open(place: Path, model: str, threads: int) -> dict[str, LineDetector]:
+    """The files that are there, each in its runtime."""
+    known = {
+        f"{model} ONNX Runtime": f"{model}.onnx",
+        f"{model} OpenVINO": f"{model}_openvino",
+        f"{model} ONNX Runtime int8": f"{model}_int8.onnx",
+    }
+    return {title: LineDetector(place / name, threads) for title, name in known.items() if (place / name).exists()}
+
+
+def _load(run: Storage, model: str, imgsz: int) -> DetectionModel:
+    net = load_detector(run.read(f"{model}/best.pt"), run.path(model, "best.pt"), imgsz)
+    return net.fuse(verbose=False)
+
+
+def _labelled(manifest: Manifest, most: int) -> list[Row]:
+    """Test pictures with labels (and val's where test is small), spread evenly."""
+    rows = [r for split in ("test", "val") for r in manifest.of_split(split) if r.boxes is not None]
+    return [rows[k] for k in np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
+
+
+def _unlabelled(manifest: Manifest, most: int) -> list[Row]:
+    """Pictures as they come from the line: unlabelled ones, else those of training."""
+    rows = manifest.unlabelled_rows() or [r for r in manifest.rows if r.split == "train"]
+    return [rows[k] for k in np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
+
+
+def _calibration(manifest: Manifest, config: Config) -> np.ndarray:
+    """(n,3,S,S) float32 unlabelled pictures that set the ranges of int8."""
+    rows = _unlabelled(manifest, config.export.calibration_pictures)
+    return network_input([letterbox(decode(r.uri), config.train.imgsz)[0] for r in rows])
+
+
+def _reference(
+    net: DetectionModel, names: Sequence[str], point: Mapping[str, Any], manifest: Manifest, imgsz: int
+) -> dict[str, object]:
+    """Numbers of unlabelled pictures (which the model was made for but has no labels of) and the scores it gives them."""
+    detect, tau_c, numbers = network(net, 0.01), thresholds_of(point, names), []
+    for row in _unlabelled(manifest, REFERENCE):
+        picture = decode(row.uri)
+        boxes = detect(network_input([letterbox(picture, imgsz)[0]]))[0]
+        numbers.append(drift.picture_numbers(picture, boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]]))
+    return drift.reference(numbers)
+
+
+def _latency(
+    config: Config,
+    run: Storage,
+    model: str,
+    net: DetectionModel,
+    detectors: Mapping[str, LineDetector],
+    place: Path,
+    threads: int,
+    picture: np.ndarray,
+) -> dict[str, Any]:
+    """Teacher and model in torch and in ONNX Runtime, and the other formats, interleaved, with NMS.
+
+    On a real picture, since in noise one network finds hundreds of boxes and another none.
+    """
+    imgsz = config.train.imgsz
+    nets, lines = {f"{model} torch": net}, dict(detectors)
+    if model != "teacher" and run.exists("teacher/best.pt"):
+        teacher = _load(run, "teacher", imgsz)
+        nets = {"teacher torch": teacher, **nets}
+        plain = {
+            "names": list(teacher.names.values()),
+            "imgsz": imgsz,
+            "operating_point": {"score": 0.25, "thresholds": {}},
+        }
+        (place / "teacher.onnx").write_bytes(onnx_bytes(teacher, imgsz, plain, config.export.nms_inside))
+        lines = {"teacher ONNX Runtime": LineDetector(place / "teacher.onnx", threads), **lines}
+    networks: dict[str, Any] = {
+        name: lambda image, one=one: predict(one, image, LATENCY_CONF, NMS_IOU, MAX_BOXES) for name, one in nets.items()
+    }
+    networks |= {
+        name: lambda image, one=one: one.boxes_of_input(image.numpy(), LATENCY_CONF) for name, one in lines.items()
+    }
+    image = torch.from_numpy(picture)
+    return measure_latency(networks, image, repeats=config.evaluate.latency_repeats, threads=threads).as_dict()

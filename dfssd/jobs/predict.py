@@ -1,0 +1,63 @@
+"""Label pictures with an exported model: drawn pictures, CSV, JSON and COCO. Needs no cluster and, for .onnx, no torch.
+
+With --watch it labels what arrives in a folder until Ctrl-C; after a restart it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+EXAMPLE = "dfssd predict runs/line3/export/student.onnx new_pictures --out predictions"
+
+
+@dataclasses.dataclass
+class Flags:
+    """Arguments.
+
+    Args:
+        model: .onnx file, OpenVINO folder or .pt.
+        pictures: Pictures or folders of them.
+        out: Folder for the results.
+        score: One threshold for all classes; -1: the model's operating point (of a .pt: 0.25).
+        watch: Folder to watch instead.
+        poll_s: Seconds between two looks at the watched folder.
+        draw: Keep pictures with their boxes drawn.
+        imgsz: Side of the input (px) of a .pt; exported models know theirs.
+        threads: CPU threads; 0: as the runtime chooses.
+    """
+
+    model: tyro.conf.Positional[str]
+    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    out: str = "predictions"
+    score: float = -1.0
+    watch: str = ""
+    poll_s: Annotated[float, tyro.conf.arg(name="poll-s")] = 1.0
+    draw: bool = True
+    imgsz: int = 640
+    threads: int = 0
+
+
+def job(words: Sequence[str]) -> None:
+    text = f"{(__doc__ or '').strip()}\n\nExample:\n  {EXAMPLE}"
+    flags = tyro.cli(Flags, args=list(words), prog="dfssd predict", description=text)
+    from dfssd.errors import DfssdError
+    from dfssd.line.open_model import open_model
+    from dfssd.line.predict import Labelling, find_pictures, predict, watch
+
+    if bool(flags.watch) == bool(flags.pictures):
+        raise DfssdError("give pictures, or a folder to --watch", todo="dfssd predict MODEL PICTURES...")
+    files = find_pictures(flags.pictures) if flags.pictures else []
+    detector = open_model(flags.model, flags.imgsz, flags.threads)
+    score = flags.score if flags.score >= 0 else None
+    labelling = Labelling(detector, Path(flags.out), score, flags.draw, lambda said: print(said, flush=True))
+    shown = ", ".join(f"{n} {t:.3f}" for n, t in zip(detector.names, labelling.tau_c.tolist(), strict=True))
+    print(f"{flags.model}: scores from {shown}", flush=True)
+    if flags.watch:
+        watch(labelling, Path(flags.watch), flags.poll_s)
+    else:
+        predict(labelling, files)

@@ -1,0 +1,168 @@
+"""An exported detector: pictures in, boxes at the operating point out. One file that stands alone.
+
+It needs numpy, OpenCV and ONNX Runtime (or OpenVINO), and nothing of this project: it is copied into the MLflow model, and
+may be copied to a machine at the line.
+
+Legend: B pictures, A anchor points, C classes. Boxes are (n,6) float32 [x1, y1, x2, y2, score, class].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+NMS_IOU, MOST = 0.7, 300  # as in `yolo val`
+PAD = 114  # grey of the letterbox's edges
+
+
+def letterbox(picture: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scale the longer side to `side` and pad to a square, as Ultralytics does.
+
+    Args:
+        picture: (H,W,3) or (H,W) uint8.
+
+    Returns:
+        (side,side,3) uint8; gain (2,) and edge (2,): input px = picture px * gain + edge, in x and y (the two gains differ
+        where a narrow strip is rounded to whole pixels).
+    """
+    picture = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, 2)
+    height, width = picture.shape[:2]
+    ratio = side / max(height, width)
+    size = (min(int(np.ceil(width * ratio)), side), min(int(np.ceil(height * ratio)), side))
+    small = picture if size == (width, height) else cv2.resize(picture, size, interpolation=cv2.INTER_LINEAR)
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    square = np.full((side, side, 3), PAD, np.uint8)
+    square[top : top + size[1], left : left + size[0]] = small
+    return square, np.array([size[0] / width, size[1] / height]), np.array([left, top], np.float64)
+
+
+def network_input(squares: Sequence[np.ndarray]) -> np.ndarray:
+    """(B,3,side,side) float32 0..1 RGB from BGR squares."""
+    stacked = np.stack(squares)[..., ::-1].transpose(0, 3, 1, 2)
+    return np.asarray(np.ascontiguousarray(stacked, np.float32) / np.float32(255))
+
+
+def nms(boxes: np.ndarray, iou: float = NMS_IOU, most: int = MOST) -> np.ndarray:
+    """Boxes by falling score without those that overlap a better one of their class by more than `iou`."""
+    if not len(boxes):
+        return boxes
+    corner, size = boxes[:, :2].astype(np.float64), (boxes[:, 2:4] - boxes[:, :2]).clip(0).astype(np.float64)
+    xywh = np.concatenate([corner, size], 1)
+    kept = cv2.dnn.NMSBoxesBatched(xywh.tolist(), boxes[:, 4].tolist(), boxes[:, 5].astype(int).tolist(), 0.0, iou)
+    order = np.asarray(kept, int).ravel()
+    return np.asarray(boxes[order[np.argsort(-boxes[order, 4], kind="stable")][:most]])
+
+
+def decode(raw: np.ndarray, floor: float) -> list[np.ndarray]:
+    """Boxes of each picture from (B,4+C,A) raw output [cx, cy, w, h, class scores], after NMS."""
+    found = []
+    for one in raw:
+        classes, points = np.nonzero(one[4:] > floor)
+        half = one[2:4, points] / 2
+        columns = [one[:2, points] - half, one[:2, points] + half, one[4:][classes, points][None], classes[None]]
+        found.append(nms(np.concatenate(columns).T.astype(np.float32)))
+    return found
+
+
+class LineDetector:
+    """An ONNX or OpenVINO model that `jobs/export.py` has written.
+
+    Args:
+        file: `.onnx` file, or the folder or `.xml` of an OpenVINO model.
+        threads: CPU threads of the runtime; 0: its own choice.
+        providers: ONNX Runtime's execution providers; none: CUDA where there is one, else the CPU.
+
+    Attributes:
+        names: class names. imgsz: side of the square input (px). inside: is NMS part of the model? metadata: what the export
+        wrote (operating_point, reference statistics, digest of the weights).
+
+    Raises:
+        ValueError: the model was not written by `jobs/export.py`, or its kind is not known.
+    """
+
+    def __init__(self, file: str | Path, threads: int = 0, providers: Sequence[str] = ()) -> None:
+        self.file = Path(file)
+        if self.file.suffix == ".onnx":
+            meta = self._open_onnx(threads, providers)
+        elif self.file.suffix == ".xml" or self.file.is_dir():
+            meta = self._open_openvino(threads)
+        else:
+            raise ValueError(f"not an exported model: {file} (give an .onnx file or an OpenVINO folder)")
+        if "dfssd" not in meta:
+            raise ValueError(f"{file} holds no operating point: it was not written by jobs/export.py")
+        self.metadata: dict[str, Any] = json.loads(meta["dfssd"])
+        self.names: list[str] = self.metadata["names"]
+        self.imgsz, self.inside = int(self.metadata["imgsz"]), bool(self.metadata["nms_inside"])
+        self.fixed_batch: int = int(self.metadata.get("fixed_batch", 0))
+        self.tau_c = self.thresholds()
+
+    def _open_onnx(self, threads: int, providers: Sequence[str]) -> Mapping[str, str]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        known = onnxruntime.get_available_providers()
+        wanted = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in known]
+        session = onnxruntime.InferenceSession(str(self.file), options, providers=list(providers) or wanted)
+        name = session.get_inputs()[0].name
+        self._run = lambda images: session.run(None, {name: images})[0]
+        self.precision = "fp32"
+        return dict(session.get_modelmeta().custom_metadata_map)
+
+    def _open_openvino(self, threads: int) -> Mapping[str, str]:
+        import openvino
+
+        xml = next(self.file.glob("*.xml")) if self.file.is_dir() else self.file
+        # Without the hint OpenVINO computes in bf16 on CPUs that have it: boxes are off by pixels.
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        model = core.read_model(xml)
+        compiled = core.compile_model(model, "CPU", settings)
+        self._run = lambda images: compiled(images)[0]
+        self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT"))
+        return {"dfssd": model.get_rt_info(["dfssd"]).astype(str)} if model.has_rt_info(["dfssd"]) else {}
+
+    def thresholds(self, score: float | None = None) -> np.ndarray:
+        """(C,) scores from which a box counts: the model's operating point, or one for all classes."""
+        point = self.metadata["operating_point"]
+        values = [point["thresholds"].get(n, point["score"]) if score is None else score for n in self.names]
+        return np.array(values, np.float32)
+
+    def raw(self, images_bchw: np.ndarray) -> np.ndarray:
+        """(B,4+C,A) output of a model without NMS inside."""
+        step = self.fixed_batch or len(images_bchw)
+        return np.concatenate([self._run(images_bchw[k : k + step]) for k in range(0, len(images_bchw), step)])
+
+    def boxes_of_input(self, images_bchw: np.ndarray, floor: float) -> list[np.ndarray]:
+        """Boxes (px of the input) of each picture, scores above `floor`."""
+        if not self.inside:
+            return decode(self.raw(images_bchw), floor)
+        rows = self._run(images_bchw)  # (n,7) [picture, x1, y1, x2, y2, score, class] of all pictures
+        found = [rows[rows[:, 0] == k, 1:] for k in range(len(images_bchw))]
+        return [f[np.argsort(-f[:, 4], kind="stable")][:MOST] for f in (f[f[:, 4] > floor] for f in found)]
+
+    def __call__(self, pictures: Sequence[np.ndarray], tau_c: np.ndarray | None = None) -> list[np.ndarray]:
+        """Boxes (px of the picture, cut at its edges) at or above their class's threshold.
+
+        Args:
+            pictures: (H,W,3) uint8 BGR each, of any size.
+            tau_c: (C,) thresholds; none: the operating point.
+        """
+        tau_c = self.tau_c if tau_c is None else tau_c
+        ready = [letterbox(p, self.imgsz) for p in pictures]
+        found = self.boxes_of_input(network_input([r[0] for r in ready]), float(tau_c.min()) * 0.999)
+        result = []
+        for boxes, picture, (_, gain, edge) in zip(found, pictures, ready, strict=True):
+            boxes = boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]].copy()
+            size = np.array([picture.shape[1], picture.shape[0]])
+            for k in (0, 2):
+                boxes[:, k : k + 2] = ((boxes[:, k : k + 2] - edge) / gain).clip(0, size)
+            result.append(boxes)
+        return result

@@ -1,0 +1,111 @@
+"""What `dfssd predict` leaves: one line of JSON a picture, written as it comes, and from these CSV, JSON and COCO.
+
+The lines are the memory of a watched folder too: a picture that has a line is done, whatever was killed in between.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LINES = "pictures.jsonl"
+
+
+class Results:
+    """Lines of a folder; an unfinished last one (a killed process) is cut off.
+
+    Args:
+        out: folder, made where it is missing. names: class names.
+    """
+
+    def __init__(self, out: Path, names: Sequence[str]) -> None:
+        self.out, self.names = out, list(names)
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = out / LINES
+        self.done: dict[str, str] = {}
+        if self.file.exists():
+            data = self.file.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                self.file.write_bytes(whole)
+            self.done = {one["file"]: one["stamp"] for one in self.lines()}
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """All pictures so far; a picture that was labelled again counts once, as it was last."""
+        newest = {}
+        with self.file.open(encoding="utf-8") if self.file.exists() else open(os.devnull, encoding="utf-8") as stream:  # noqa: PTH123
+            for text in stream:
+                one = json.loads(text)
+                newest[one["file"]] = one
+        yield from newest.values()
+
+    def known(self, file: Path, stamp: str) -> bool:
+        """Was this very content of the file labelled already?"""
+        return self.done.get(str(file)) == stamp
+
+    def add(self, file: Path, stamp: str, size_wh: tuple[int, int], boxes: np.ndarray) -> dict[str, Any]:
+        """Append one picture."""
+        found = [
+            {"name": self.names[int(b[5])], "score": round(float(b[4]), 4), "box": [round(float(v), 2) for v in b[:4]]}
+            for b in boxes
+        ]
+        one = {
+            "file": str(file),
+            "stamp": stamp,
+            "width": size_wh[0],
+            "height": size_wh[1],
+            "verdict": "reject" if found else "pass",
+            "boxes": found,
+        }
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(one) + "\n")
+        self.done[str(file)] = stamp
+        return one
+
+    def finish(self) -> list[Path]:
+        """Write boxes.csv, boxes.json and coco.json from the lines."""
+        pictures = list(self.lines())
+        places = [self.out / name for name in ("boxes.csv", "boxes.json", "coco.json")]
+        with places[0].open("w", newline="", encoding="utf-8") as stream:
+            table = csv.writer(stream)
+            table.writerow(["file", "verdict", "name", "score", "x1", "y1", "x2", "y2"])
+            for one in pictures:
+                rows = [[b["name"], b["score"], *b["box"]] for b in one["boxes"]] or [["", "", "", "", "", ""]]
+                table.writerows([one["file"], one["verdict"], *row] for row in rows)
+        places[1].write_text(json.dumps(pictures, indent=1), encoding="utf-8")
+        places[2].write_text(json.dumps(coco(pictures, self.names)), encoding="utf-8")
+        return places
+
+
+def coco(pictures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """COCO annotations (with scores) of all pictures, boxes as x, y, width, height (px)."""
+    boxes: list[dict[str, Any]] = []
+    for k, one in enumerate(pictures, 1):
+        for found in one["boxes"]:
+            x1, y1, x2, y2 = found["box"]
+            size = round(x2 - x1, 2), round(y2 - y1, 2)
+            boxes.append(
+                {
+                    "id": len(boxes) + 1,
+                    "image_id": k,
+                    "category_id": list(names).index(found["name"]) + 1,
+                    "bbox": [x1, y1, *size],
+                    "area": round(size[0] * size[1], 2),
+                    "score": found["score"],
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "images": [
+            {"id": k, "file_name": o["file"], "width": o["width"], "height": o["height"]}
+            for k, o in enumerate(pictures, 1)
+        ],
+        "annotations": boxes,
+        "categories": [{"id": k, "name": name} for k, name in enumerate(names, 1)],
+    }

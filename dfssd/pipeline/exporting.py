@@ -1,0 +1,68 @@
+"""Stage `export`: the best finished student as a file for the line, its parity, and its model in MLflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dfssd.errors import DfssdError
+from dfssd.export.formats import check_formats
+from dfssd.export.write import export_model
+from dfssd.line.registry import log_model
+from dfssd.pipeline.context import Context, Planned, Result
+from dfssd.pipeline.stages import exported_model
+from dfssd.runtime.artefact import Stage
+from dfssd.runtime.artefact_names import DATASET, REPORT
+
+
+def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
+    """What is to be written can be written.
+
+    Raises:
+        DfssdError: a format's library is missing, settings exclude each other, or nothing has measured the models.
+    """
+    settings = context.config.export
+    check_formats(settings.formats)
+    if settings.int8 and settings.nms_inside:
+        raise DfssdError("--int8 and --nms-inside exclude each other", todo="leave one of them out")
+    if not context.run.exists(f"{REPORT}/stage.json") and REPORT not in planned:
+        raise DfssdError(
+            "nothing has measured the models, so there is no operating point to export",
+            where=context.run.uri,
+            todo="run jobs/evaluate.py first, or jobs/pipeline.py, which runs all in order",
+        )
+    return [f"export: {', '.join(settings.formats)}{' and int8' if settings.int8 else ''}"]
+
+
+def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
+    """Write the files in one Ray task, then log the model to MLflow."""
+    import ray
+
+    from dfssd.runtime.cluster import connect, result, task_resources
+
+    model = str(exported_model(context.config, context.run))
+    connect()
+    run = context.config.run
+    resources = task_resources(run)
+    task = ray.remote(export_model).options(num_cpus=resources.cpus, max_retries=1)
+    ref = task.remote(context.config, context.run.uri, model, resources.threads)
+    done = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")
+    stage.store.write_json("export.json", done)
+    context.runs.artefact(run_id, "export.json", stage.store.read("export.json"))
+    context.runs.metrics(run_id, tracked(done))
+    digest = context.run.read_json(f"{DATASET}/stage.json")["digest"]
+    measured = context.run.read_json(f"{REPORT}/metrics.json")
+    logged = log_model(
+        context.runs, run_id, stage.store, model, done, measured, digest, context.config.export.register_as
+    )
+    summary = {"model": model, "speedup": done["speedup"], "mlflow_model": logged, **_short(done)}
+    return summary, [f for f in stage.store.files() if f != "started.json"]
+
+
+def tracked(done: dict[str, Any]) -> dict[str, float]:
+    """Numbers for MLflow: latency (ms) and loss of mAP50-95 by format."""
+    numbers = {f"export/latency/{name} (ms)": t["p50_ms"] for name, t in done["latency"]["timings"].items()}
+    return numbers | {f"export/loss/{name}": p["loss"] for name, p in done["parity"].items()}
+
+
+def _short(done: dict[str, Any]) -> dict[str, Any]:
+    return {"loss": {name: p["loss"] for name, p in done["parity"].items()}}

@@ -1,0 +1,83 @@
+"""Stages `pseudo` and `quality`: the teacher's labels, and what they are worth."""
+
+from __future__ import annotations
+
+from dfssd.data.manifest import Manifest, read_manifest
+from dfssd.pipeline.context import Context, Planned, Result
+from dfssd.pipeline.settings import given_weights
+from dfssd.pipeline.stages import row_of
+from dfssd.pseudo.quality import Quality, doubt, measure
+from dfssd.report import quality as report
+from dfssd.report.pictures import draw
+from dfssd.review.exports import Proposal, label_studio
+from dfssd.review.sheets import captioned, table
+from dfssd.runtime.artefact import Stage
+from dfssd.runtime.artefact_names import DATASET, PSEUDO
+from dfssd.runtime.tracking import Tracker
+
+
+def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
+    """Outside a dry run the cluster holds the labelling actors.
+
+    Raises:
+        DfssdError: it does not.
+    """
+    config = context.config
+    if not config.run.dry_run:
+        from dfssd.runtime.cluster import actor_resources, connect
+
+        connect()
+        actor_resources(config.run, config.pseudo.num_actors)
+    return []
+
+
+def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
+    """Label the unlabelled images, and those of the val split, with Ray Data."""
+    from dfssd.pseudo.labeller import label
+    from dfssd.runtime.cluster import connect
+
+    weights = [f"{name}/best.pt" for name in stage.inputs if row_of(name).teaches]
+    for k, spec in enumerate(() if weights else context.config.pseudo.label_teachers):
+        weights.append(f"{stage.name}/teachers/{k}.pt")  # a copy: workers may run on other machines
+        context.run.write(weights[-1], given_weights(spec))
+    connect()
+    manifest = read_manifest(context.run.at(str(DATASET)))
+    if not manifest.unlabelled_rows():
+        print(f"{stage.name}: there is no unlabelled image", flush=True)
+    tracker = Tracker(context.runs.uri, run_id, stage.store)
+    try:
+        summary = label(context.config, context.run, str(stage.name), manifest, weights, tracker.log)
+    finally:
+        tracker.close()
+    return summary, [f for f in stage.store.files() if f != "started.json"]
+
+
+def quality_stage(context: Context, stage: Stage, run_id: str) -> Result:
+    """Compare the pseudo-labels of a round with the val split and with what is withheld."""
+    quality = measure(context.config, context.run, str(PSEUDO.of_round(stage.name.round)))
+    numbers = quality.numbers()
+    manifest = read_manifest(context.run.at(str(DATASET)))
+    print(report.terminal_table(numbers), flush=True)
+    stage.store.write_json("quality.json", numbers)
+    stage.store.write("quality.csv", report.csv(numbers))
+    stage.store.write("quality.png", report.curves(quality))
+    outputs = ["quality.json", "quality.csv", "quality.png", *_write_doubtful(stage, quality, manifest)]
+    for name in outputs:
+        context.runs.artefact(run_id, name, stage.store.read(name))
+    return numbers, outputs
+
+
+def _write_doubtful(stage: Stage, quality: Quality, manifest: Manifest) -> list[str]:
+    """The most doubtful images as a sheet with file names, as a table, and as tasks for Label Studio; worst first."""
+    by_id = {r.image_id: r for r in manifest.unlabelled_rows()}
+    tau = quality.tau[quality.chosen]
+    found = [(by_id[image_id], boxes, doubt(boxes, tau)) for image_id, boxes in quality.doubtful if image_id in by_id]
+    names = [row.uri.rsplit("/", 1)[-1] for row, _, _ in found]
+    drawn = [draw(row, boxes, manifest.names, tau) for row, boxes, _ in found]
+    captions = [f"{name}\ndoubt {value:.2f}" for name, (_, _, value) in zip(names, found, strict=True)]
+    lines = [[name, value, row.image_id, row.uri] for name, (row, _, value) in zip(names, found, strict=True)]
+    proposals = [Proposal(row, boxes[boxes[:, 5] >= 0.5 * tau[boxes[:, 0].astype(int)]]) for row, boxes, _ in found]
+    stage.store.write("doubtful.png", captioned(list(zip(drawn, captions, strict=True))))
+    stage.store.write("doubtful.csv", table(["file", "doubt", "image_id", "uri"], lines))
+    stage.store.write("doubtful_tasks.json", label_studio(proposals, manifest.names, str(stage.name), ""))
+    return ["doubtful.png", "doubtful.csv", "doubtful_tasks.json"]

@@ -1,0 +1,94 @@
+"""Single pictures worth a look: what the model misses, what it invents, and the same pictures seen by all models."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dfssd.data.manifest import Manifest, Row
+from dfssd.evaluate.detections import Found
+from dfssd.report.pictures import LARGE, as_candidates, draw, jpeg, sample_rows
+
+MISSES, ALARMS = 6, 6
+Case = dict[str, str]
+Detections = Mapping[tuple[str, str], Found]
+
+
+def case(row: Row, boxes: np.ndarray | None, manifest: Manifest, caption: str, **how: Any) -> Case:
+    """One picture for the report, as base64 of a JPEG, with its caption and alternative text."""
+    picture = draw(row, boxes, manifest.names, side=LARGE, **how)
+    return {"kind": "jpeg", "data": base64.b64encode(jpeg(picture)).decode(), "caption": caption, "alt": caption}
+
+
+def embedded(data: bytes, caption: str, kind: str = "png") -> Case:
+    """A picture that a stage has left."""
+    return {"kind": kind, "data": base64.b64encode(data).decode(), "caption": caption, "alt": caption}
+
+
+def name_of(row: Row) -> str:
+    return row.uri.rsplit("/", 1)[-1]
+
+
+def worst_misses(manifest: Manifest, found: Found, tau_c: np.ndarray) -> list[Case]:
+    """Defective test pictures that pass, those that the model comes least near to first."""
+    escaped = []
+    for row in _labelled(manifest):
+        boxes = found.get(row.image_id, np.zeros((0, 7), np.float32))
+        if (
+            len(row.boxes if row.boxes is not None else ())
+            and not (boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]).any()
+        ):
+            escaped.append((float(boxes[:, 4].max()) if len(boxes) else 0.0, row.image_id, row, boxes))
+    cases = []
+    for score, _, row, boxes in sorted(escaped, key=lambda e: e[:2])[:MISSES]:
+        guess = as_candidates(boxes[np.argsort(-boxes[:, 4])][:1], row)
+        labels = row.boxes if row.boxes is not None else np.zeros((0, 5))
+        what = ", ".join(sorted({manifest.names[int(c)] for c in labels[:, 0]}))
+        caption = f"{name_of(row)}: {what}; best guess {score:.3f}"
+        cases.append(case(row, guess, manifest, caption, truth=row.boxes, uncertain_below=np.full(len(tau_c), 2.0)))
+    return cases
+
+
+def worst_alarms(manifest: Manifest, found: Found, tau_c: np.ndarray) -> list[Case]:
+    """Test pictures with the surest false boxes at the operating point, clean pictures first."""
+    wrong = []
+    for row in _labelled(manifest):
+        boxes = found.get(row.image_id, np.zeros((0, 7), np.float32))
+        false = boxes[(boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]) & (boxes[:, 6] == 0)]
+        if len(false):
+            clean = row.boxes is None or not len(row.boxes)
+            wrong.append((not clean, -float(false[:, 4].max()), row.image_id, row, false))
+    cases = []
+    for dirty, score, _, row, false in sorted(wrong, key=lambda e: e[:3])[:ALARMS]:
+        where = "beside labelled defects" if dirty else "clean picture"
+        cases.append(
+            case(
+                row,
+                as_candidates(false, row),
+                manifest,
+                f"{name_of(row)}: {where}, score {-score:.2f}",
+                truth=row.boxes,
+            )
+        )
+    return cases
+
+
+def side_by_side(
+    manifest: Manifest, detections: Detections, tau: Mapping[str, np.ndarray], titles: Mapping[str, str], count: int
+) -> list[dict[str, Any]]:
+    """Rows of cases: labels, then each model at its operating point, on the same sample test pictures."""
+    rows = []
+    for row in sample_rows(manifest, count):
+        cases = [case(row, row.boxes, manifest, "labels")]
+        for model, title in titles.items():
+            boxes = as_candidates(detections.get((model, "test"), {}).get(row.image_id), row, tau[model])
+            cases.append(case(row, boxes, manifest, f"{title}: {len(boxes)} box{'es' * (len(boxes) != 1)}"))
+        rows.append({"title": name_of(row), "cases": cases})
+    return rows
+
+
+def _labelled(manifest: Manifest) -> list[Row]:
+    return [r for r in manifest.of_split("test") if r.boxes is not None]

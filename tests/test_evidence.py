@@ -1,0 +1,232 @@
+"""Numbers about pictures: escapes, operating point, intervals, COCO's AP, confusion, calibration."""
+
+import io
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import torch
+
+from dfssd.evaluate import coco, curves, escapes, intervals, verdict
+from dfssd.evaluate.escapes import Pictures
+from dfssd.evaluate.validation import record, summarise
+
+NAMES = ["a", "b", "c"]
+
+
+def made_up(images=60, seed=0, classes=3, skill=0.8, swapped=0.1):
+    """Records of a made-up detector: found boxes lie near the truth, false ones anywhere; some pictures are clean."""
+    rng, records = np.random.default_rng(seed), []
+    for k in range(images):
+        count = 0 if rng.random() < 0.3 else rng.integers(1, 5)
+        low = rng.uniform(0, 300, (count, 2))
+        truth = np.concatenate(
+            [low, low + rng.choice([12, 50, 140], (count, 1)) * rng.uniform(0.6, 1.4, (count, 2))], 1
+        )
+        cls = rng.integers(0, classes, count)
+        rows = []
+        for box, c in zip(truth, cls, strict=True):
+            if rng.random() < skill:
+                moved = box + rng.normal(0, 0.06, 4) * np.tile(box[2:] - box[:2], 2)
+                rows.append([*moved, rng.uniform(0.2, 1.0), (c if rng.random() > swapped else (c + 1) % classes)])
+        for _ in range(rng.poisson(1.0)):
+            x, y = rng.uniform(0, 300, 2)
+            w, h = rng.choice([10, 60, 150], 2)
+            rows.append([x, y, x + w, y + h, rng.uniform(0.01, 0.5), rng.integers(classes)])
+        table = np.array(rows, np.float32).reshape(-1, 6)
+        found = torch.tensor(table[np.argsort(-table[:, 4], kind="stable")])
+        one = record(
+            found,
+            torch.tensor(cls, dtype=torch.float32),
+            torch.tensor(truth, dtype=torch.float32).reshape(-1, 4),
+            str(k),
+        )
+        records.append({**one, "group": k})
+    return records
+
+
+def test_coco_numbers_are_those_of_faster_coco_eval():
+    faster = pytest.importorskip("faster_coco_eval")
+    records = made_up(120)
+    images = [{"id": k, "width": 500, "height": 500, "file_name": str(k)} for k in range(len(records))]
+    labels, found = [], []
+    for k, one in enumerate(records):
+        for box, c in zip(one["truth"].astype(float), one["target_cls"], strict=True):
+            xywh = [*box[:2], *(box[2:] - box[:2])]
+            labels.append({"id": len(labels) + 1, "image_id": k, "category_id": int(c) + 1, "bbox": xywh,
+                           "area": xywh[2] * xywh[3], "iscrowd": 0})  # fmt: skip
+        for box, s, c in zip(one["boxes"].astype(float), one["conf"], one["pred_cls"], strict=True):
+            found.append({"image_id": k, "category_id": int(c) + 1, "bbox": [*box[:2], *(box[2:] - box[:2])],
+                          "score": float(s)})  # fmt: skip
+    with redirect_stdout(io.StringIO()):
+        truth = faster.COCO({"images": images, "annotations": labels, "info": {},
+                             "categories": [{"id": c + 1, "name": n} for c, n in enumerate(NAMES)]})  # fmt: skip
+        judge = faster.COCOeval_faster(truth, truth.loadRes(found), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    ours = coco.coco_numbers(records, 3)
+    got = [ours["all"]["map50_95"], ours["all"]["map50"], *(ours[s]["map50_95"] for s in ("small", "medium", "large"))]
+    want = [judge.stats[k] for k in (0, 1, 3, 4, 5)]
+    assert min(want) > 0.05
+    np.testing.assert_allclose(got, want, atol=5e-3)
+
+
+def test_sizes_without_a_box_are_none_and_not_zero():
+    numbers = coco.coco_numbers([r for r in made_up(40) if not len(r["target_cls"])], 3)
+    assert numbers["all"] == {"map50_95": None, "map50": None, "boxes": 0}
+
+
+def naive_escapes(records, tau):
+    escaped = rejected = 0
+    for one in records:
+        found = any(s >= tau[int(c)] for s, c in zip(one["conf"], one["pred_cls"], strict=True))
+        escaped += len(one["target_cls"]) > 0 and not found
+        rejected += len(one["target_cls"]) == 0 and found
+    return escaped, rejected
+
+
+def test_escapes_and_overkill_are_what_a_count_by_hand_gives():
+    records = made_up(80, seed=4)
+    pictures = Pictures.of(records, 3)
+    for tau in ([0.3, 0.3, 0.3], [0.1, 0.5, 0.9]):
+        got = escapes.measure(pictures, np.array(tau), NAMES)
+        assert (got["escape"]["count"], got["overkill"]["count"]) == naive_escapes(records, tau)
+        clean = sum(not len(r["target_cls"]) for r in records)
+        assert got["overkill"]["pictures"] == clean and got["escape"]["pictures"] == 80 - clean
+        shown = sum(1 in r["target_cls"] for r in records)
+        assert got["escape_by_class"]["b"]["pictures"] == shown
+        assert got["escape_by_class"]["b"]["not_named"] >= got["escape_by_class"]["b"]["count"]
+    curve = escapes.curve(pictures, NAMES)
+    at = curve["score"].index(0.3)
+    escaped, rejected = naive_escapes(records, [0.3] * 3)
+    assert curve["escape"][at] == pytest.approx(escaped / (80 - clean), abs=1e-4)
+    assert curve["overkill"][at] == pytest.approx(rejected / clean, abs=1e-4)
+
+
+@pytest.mark.parametrize("max_escape", [0.0, 0.05, 0.2])
+def test_the_score_is_the_highest_that_keeps_the_escapes(max_escape):
+    pictures = Pictures.of(made_up(200, seed=7, skill=0.98), 3)
+    tau, reachable = escapes.single_threshold(pictures, max_escape)
+    allowed = int(max_escape * pictures.defective.sum() + 1e-9)
+
+    def escaped(t):
+        return (~pictures.rejected(np.full(3, t)))[pictures.defective].sum()
+
+    if reachable:
+        assert escaped(tau) <= allowed < escaped(tau + 0.002)
+    else:
+        assert tau == escapes.FLOOR and escaped(tau) > allowed
+
+
+def test_thresholds_by_class_spare_clean_pictures_and_let_no_more_pass():
+    records = made_up(300, seed=1, skill=1.0, swapped=0.0)
+    for one in records:  # class b is noisy and sure of itself, a and c are not
+        wrong = ~one["tp"][:, 0]
+        one["conf"] = np.where(wrong & (one["pred_cls"] == 1), 0.6, one["conf"] * np.where(wrong, 0.1, 1))
+        one["conf"] = np.where(~wrong & (one["pred_cls"] == 1), 0.9, one["conf"])
+    pictures = Pictures.of(records, 3)
+    tau, reachable = escapes.single_threshold(pictures, 0.02)
+    single = escapes.measure(pictures, np.full(3, tau), NAMES)
+    tau_c = escapes.class_thresholds(pictures, 0.02)
+    by_class = escapes.measure(pictures, tau_c, NAMES)
+    assert reachable and tau_c[1] > 0.6 > tau
+    assert by_class["escape"]["rate"] <= 0.02
+    assert by_class["overkill"]["count"] < single["overkill"]["count"]
+
+
+def test_a_class_that_val_hardly_shows_keeps_the_common_score():
+    records = [r for r in made_up(200, seed=2) if 2 not in r["target_cls"]]
+    point = escapes.operating_point(Pictures.of(records, 3), NAMES, 0.05)
+    assert point["thresholds"]["c"] == point["score"] and any("c: the common score" in n for n in point["notes"])
+
+
+def test_a_rate_out_of_reach_and_no_defects_are_said():
+    records = made_up(50, skill=0.0)
+    for one in records:
+        one["conf"] = one["conf"] * 0
+    point = escapes.operating_point(Pictures.of(records, 3), NAMES, 0.02)
+    assert not point["reachable"] and "cannot be reached" in point["notes"][0]
+    clean = Pictures.of([r for r in records if not len(r["target_cls"])], 3)
+    point = escapes.operating_point(clean, NAMES, 0.02)
+    assert "no defective picture" in point["notes"][0] and point["score"] == escapes.FLOOR
+    assert escapes.measure(clean, np.full(3, 0.5), NAMES)["escape"]["rate"] is None
+
+
+def test_the_interval_covers_the_truth_with_duplicates_and_without():
+    """Simulated rates: the 95 % interval holds the truth in at least nine of ten; over single pictures it would not."""
+    rng = np.random.default_rng(0)
+    for copies in (1, 5):
+        held = naive = 0
+        for k in range(60):
+            events = np.repeat(rng.random(40) < 0.1, copies)
+            groups = np.repeat(np.arange(40), copies)
+            low, high = intervals.rate_interval(events, groups, seed=k)
+            held += low <= 0.1 <= high
+            low, high = intervals.rate_interval(events, np.arange(len(events)), seed=k)
+            naive += low <= 0.1 <= high
+        assert held >= 55, copies
+    assert naive < 50  # each picture five times, taken for five pictures: too sure
+
+
+def test_no_event_is_not_certainty():
+    low, high = intervals.rate_interval(np.zeros(30, bool), np.arange(30))
+    assert low == 0 and high == pytest.approx(1 - 0.025 ** (1 / 30), abs=1e-9)
+    assert intervals.rate_interval(np.zeros(0, bool), np.zeros(0)) == (0.0, 1.0)
+    assert intervals.trials_needed(0.02) == 149  # the rule of three
+
+
+def test_few_pictures_are_said_in_plain_words():
+    records = made_up(30, seed=3)
+    keep = [r for r in records if len(r["target_cls"])] + [r for r in records if not len(r["target_cls"])][:6]
+    pictures = Pictures.of(keep, 3)
+    notes = escapes.doubts(escapes.measure(pictures, np.full(3, 0.3), NAMES), 0.02, "test")
+    assert notes[0].startswith("6 clean test pictures cannot measure overkill (the interval is ")
+    assert "cannot confirm an escape rate of 2.0%" in notes[1] and "149" in notes[1]
+    none = Pictures.of([r for r in records if len(r["target_cls"])], 3)
+    notes = escapes.doubts(escapes.measure(none, np.full(3, 0.3), NAMES), 0.02, "test")
+    assert notes[0].startswith("No clean test picture: overkill cannot be measured")
+
+
+def test_curves_agree_with_ultralytics_at_the_score_of_best_f1():
+    records = made_up(100)
+    ours, theirs = curves.score_curves(records, NAMES), summarise(records, dict(enumerate(NAMES)))
+    at = [ours["by_class"][n] for n in NAMES]
+    best = max(range(100), key=lambda k: np.mean([c["f1"][k] for c in at]))
+    assert np.mean([c["recall"][best] for c in at]) == pytest.approx(theirs["recall"], abs=0.03)
+    assert np.mean([c["precision"][best] for c in at]) == pytest.approx(theirs["precision"], abs=0.03)
+
+
+def test_confusion_counts_every_box_once():
+    records = made_up(100)
+    table = np.array(curves.confusion(records, np.full(3, 0.25)))
+    assert table[:3].sum() == sum(len(r["target_cls"]) for r in records)
+    assert table[:, :3].sum() == sum(int((r["conf"] >= 0.25).sum()) for r in records)
+    assert table[3, 3] == 0 and (np.diag(table)[:3] > 0).all() and table[0, 1] > 0
+
+
+def test_calibration_of_scores_that_tell_the_truth_and_of_boasting_ones():
+    rng = np.random.default_rng(0)
+    conf = rng.uniform(0.05, 1, 20000)
+    tp = np.repeat((rng.random(20000) < conf)[:, None], 10, 1)
+    honest = {"conf": conf, "tp": tp, "pred_cls": np.zeros(20000), "target_cls": np.zeros(0)}
+    assert curves.calibration([honest])["error"] < 0.02
+    assert curves.calibration([{**honest, "conf": np.sqrt(conf)}])["error"] > 0.1
+    assert curves.calibration([]) == {"bins": [], "error": None, "boxes": 0}
+
+
+def test_the_verdict_names_escapes_rejects_and_doubts():
+    results = {}
+    for name, skill in (("label_only", 0.7), ("student", 0.95)):
+        val, test = (Pictures.of(made_up(80, seed=s, skill=skill), 3) for s in (1, 2))
+        point = escapes.operating_point(val, NAMES, 0.1)
+        tau_c = np.array(list(point["thresholds"].values()))
+        line = escapes.measure(test, tau_c, NAMES)
+        results[name] = {"operating_point": point, "test": {"line": line, "curve": escapes.curve(test, NAMES)}}
+    lines = verdict.escapes_in_words(results, {"label_only": "student, labels alone", "student": "student, distilled"})
+    assert "chosen on val for at most 10.0% escapes" in lines[0]
+    escape = results["student"]["test"]["line"]["escape"]
+    assert f"lets {escape['count']} of {escape['pictures']}" in lines[2] and "rejects" in lines[2]
+    assert any("cannot measure overkill" in line for line in lines)
+    assert "At equal false boxes" in verdict.equal_footing(results)
+    assert verdict.equal_footing({"student": results["student"]}) == ""

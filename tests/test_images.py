@@ -1,0 +1,166 @@
+"""What `prepare` accepts is what training sees: one function opens pictures for both."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from layouts import put
+from PIL import Image, ImageCms
+
+from dfssd.config import Data
+from dfssd.data import images
+from dfssd.data.checking import _percent
+from dfssd.data.checks import ImageFacts, Problem, check_image
+from dfssd.data.images import BadImage, decode_raw, open_image, size_of, to_uint8, top_value, white_level
+from dfssd.data.manifest import read_manifest
+from dfssd.data.prepare import prepare
+from dfssd.errors import DfssdError
+from dfssd.runtime.storage import Storage
+
+GREY = np.random.default_rng(0).integers(0, 256, (40, 56), np.uint8)
+COLOUR = np.dstack([GREY, GREY // 2, 255 - GREY])
+
+
+def encoded(array, suffix):
+    return bytes(cv2.imencode(suffix, array)[1])
+
+
+def tiff(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".ppm", ".jpg", ".webp"])
+@pytest.mark.parametrize("array", [GREY, COLOUR], ids=["grey", "colour"])
+def test_plain_pictures_are_what_opencv_makes_of_them(suffix, array):
+    data = encoded(array, ".pgm" if suffix == ".ppm" and array.ndim == 2 else suffix)
+    want = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(open_image(data), want) and size_of(data) == (56, 40)
+    facts = check_image(data, 100)
+    assert isinstance(facts, ImageFacts) and facts.grey == (array.ndim == 2) and facts.top == 0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+@pytest.mark.parametrize(("bits", "white"), [(8, 255), (10, 1023), (12, 4095), (14, 16383), (16, 65535)])
+def test_deep_pictures_keep_their_grey_levels(suffix, bits, white):
+    deep = (GREY.astype(np.uint16) << (bits - 8)) + (1 if bits > 8 else 0)
+    data = encoded(deep, suffix)
+    top = top_value(decode_raw(data))
+    assert white_level(top, False) == white
+    assert np.array_equal(open_image(data, white)[:, :, 1], GREY)  # all 256 levels, whatever the camera
+    if bits == 16:
+        assert np.array_equal(open_image(data), open_image(data, white))
+    if bits == 12:
+        assert len(np.unique(open_image(data))) <= 16  # what a plain conversion leaves
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("white", [1, 255, 4095])
+def test_float_tiffs(kind, white):
+    data = encoded((COLOUR / 255 * white).astype(kind), ".tif")
+    raw = decode_raw(data)
+    assert white_level(top_value(raw), True) == white
+    assert np.array_equal(to_uint8(raw, white), COLOUR)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 1e9])
+def test_values_that_are_no_grey_levels_are_refused(value):
+    image = (GREY / 255).astype(np.float32)
+    image[3, 4] = value
+    problem = check_image(encoded(image, ".tif"), 100)
+    assert isinstance(problem, Problem) and problem.reason == "unreadable"
+
+
+def test_lab_cmyk_palette_bilevel_transparent_and_paged_tiffs():
+    image = Image.fromarray(COLOUR)
+    lab = ImageCms.profileToProfile(
+        image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    grey = Image.fromarray(GREY).convert("RGB")
+    neutral = ImageCms.profileToProfile(
+        grey, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    assert np.abs(open_image(tiff(neutral))[:, :, ::-1].astype(int) - np.asarray(grey)).max() <= 3
+    assert open_image(tiff(lab)).shape == (40, 56, 3)
+    for mode in ("1", "P", "CMYK", "RGBA", "LA"):
+        converted = image.convert(mode)
+        seen = open_image(tiff(converted))[:, :, ::-1].astype(int)
+        assert np.abs(seen - np.asarray(converted.convert("RGB"))).max() <= 2, mode
+    paged = check_image(tiff(image, save_all=True, append_images=[image]), 100)
+    assert isinstance(paged, ImageFacts) and paged.pages == 2
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".ppm", ".jpg", ".webp"])
+def test_cut_pictures_are_refused_with_a_reason(suffix):
+    data = encoded(COLOUR, suffix)
+    for part in (1, 12, len(data) // 3, len(data) * 9 // 10):
+        problem = check_image(data[:part], 100)
+        assert isinstance(problem, Problem) and problem.reason in ("truncated", "unreadable", "wrong_type"), part
+    rng = np.random.default_rng(1)
+    for _ in range(20):  # damage anywhere: opened or refused, never another error
+        broken = bytearray(data)
+        for k in rng.integers(0, len(data), 8):
+            broken[k] = int(rng.integers(256))
+        assert isinstance(check_image(bytes(broken), 100), ImageFacts | Problem)
+
+
+def test_a_jpeg_that_opencv_would_fill_with_grey_is_cut(monkeypatch):
+    data = encoded(COLOUR, ".jpg")
+    monkeypatch.setattr(images.cv2, "imdecode", lambda *_: COLOUR)  # as OpenCV 4 does, with a warning that nobody sees
+    assert open_image(data).shape == (40, 56, 3)
+    with pytest.raises(BadImage, match="truncated"):
+        open_image(data[: len(data) // 2])
+
+
+def test_exif_turns_a_picture_for_both():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(COLOUR).save(buffer, "JPEG", exif=exif)
+    facts = check_image(buffer.getvalue(), 100)
+    assert isinstance(facts, ImageFacts) and (facts.width, facts.height) == (40, 56)
+    assert open_image(buffer.getvalue()).shape == (56, 40, 3)
+
+
+def test_a_strip_is_within_all_limits_and_a_bomb_is_not():
+    strip = np.zeros((50_000, 4096), np.uint8)  # 205 million pixels: beyond Pillow's limit
+    strip[::9] = 80
+    facts = check_image(encoded(strip, ".bmp"), Data().max_side)
+    assert isinstance(facts, ImageFacts) and (facts.width, facts.height) == (4096, 50_000)
+    head = bytearray(encoded(np.zeros((8, 8), np.uint8), ".bmp"))
+    head[18:26] = (60_000).to_bytes(4, "little") * 2  # 3.6 billion pixels, as its header says; nothing is decoded
+    problem = check_image(bytes(head), Data().max_side)
+    assert isinstance(problem, Problem) and problem.reason == "absurd_size"
+
+
+def test_the_white_level_of_a_set_is_found_said_and_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(20):
+        put(
+            tmp_path / "d" / "images" / f"{k}.png",
+            encoded(rng.integers(0, 4096 if k else 300, (40, 56), np.uint16), ".png"),
+        )
+        put(tmp_path / "d" / "labels" / f"{k}.txt", f"{k % 2} .5 .5 .2 .2")
+    put(tmp_path / "d" / "classes.txt", "a\nb\n")
+    store = Storage(str(tmp_path / "out"))
+    summary = prepare(Data(data=str(tmp_path / "d")), 0, store)
+    assert any("4095 becomes white" in note and "16 grey levels" in note for note in summary["notes"])
+    assert {r.white for r in read_manifest(store).rows} == {4095.0}  # also that of the dark picture
+    store = Storage(str(tmp_path / "given"))
+    prepare(Data(data=str(tmp_path / "d"), white_level=2047), 0, store)
+    assert {r.white for r in read_manifest(store).rows} == {2047.0}
+
+
+def test_a_share_never_looks_equal_to_its_limit():
+    assert _percent(0.0104, 0.01) == "1.04 %" and _percent(0.0101, 0.01) == "1.01 %" and _percent(0.2, 0.01) == "20.0 %"
+
+
+def test_not_one_usable_picture_is_said_in_words(tmp_path):
+    put(tmp_path / "d" / "images" / "a.png", b"")
+    put(tmp_path / "d" / "labels" / "a.txt", "")
+    put(tmp_path / "d" / "classes.txt", "x")
+    with pytest.raises(DfssdError, match="not one usable image") as caught:
+        prepare(Data(data=str(tmp_path / "d")), 0, Storage(str(tmp_path / "o")))
+    assert "zero_bytes" in caught.value.todo and "(" not in caught.value.todo.split("zero_bytes")[0]

@@ -1,0 +1,253 @@
+"""The table of stages: order, what counts, what is asked before anything is begun or deleted, and the dry run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from small import give_teacher_and_candidates, tiny_config
+
+from dfssd.config import SECTIONS, Config, Section
+from dfssd.errors import DfssdError
+from dfssd.pipeline import stages
+from dfssd.pipeline.context import Context
+from dfssd.pipeline.dry_run import dry_run
+from dfssd.pipeline.run import run_stage, run_stages
+from dfssd.pipeline.settings import FREE
+from dfssd.pipeline.stages import ROWS, STAGES, make_stage, markdown, plan, resolve, settings_of, wanted
+from dfssd.pipeline.training import train_job
+from dfssd.runtime.artefact_names import (
+    DATASET,
+    LABEL_ONLY,
+    MEAN_TEACHER,
+    PSEUDO,
+    REPORT,
+    STUDENT,
+    TEACHER,
+    ArtefactName,
+)
+from dfssd.runtime.storage import Storage
+from dfssd.train.in_process import train_in_process
+
+ROOT = Path(__file__).parents[1]
+KEYS = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
+NAMES = [*(ArtefactName(row.role) for row in STAGES), *(ArtefactName(r.role, 2) for r in STAGES if r.in_rounds)]
+
+
+def changed(config: Config, key: str) -> Config:
+    """The config with another value of one setting, unchecked: only what counts is asked."""
+    name, field = key.split(".")
+    section = getattr(config, name)
+    value = getattr(section, field)
+    more = "x" if "str" in str(SECTIONS[name].model_fields[field].annotation) else 7
+    other = {bool: lambda: not value, tuple: lambda: (*value, more)}.get(type(value), lambda: value * 2 + 1)
+    new = f"{value}x" if isinstance(value, str) else other()
+    return config.model_copy(update={name: section.model_copy(update={field: new})})
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+@pytest.mark.parametrize("name", NAMES, ids=str)
+def test_what_counts_is_what_a_stage_reads_but_for_what_only_changes_speed(name, monkeypatch):
+    monkeypatch.setattr("dfssd.pipeline.settings.given_weights", lambda spec: spec.encode())
+    monkeypatch.setattr("dfssd.pipeline.data.content", lambda config: config.data.data)
+    steps = {"train": {"teacher_steps": 5}, "mean_teacher": {"mean_teacher_steps": 5}}  # given, and so not --steps
+    config = Config.model_validate(steps)
+    row = ROWS[name.role]
+    before = settings_of(config, name)
+    counts = {key for key in KEYS if settings_of(changed(config, key), name) != before}
+    assert counts == set(row.reads_in(name.round)) - FREE - set(row.free)
+
+
+# Settings of terms that need a teacher in the loop: a teacher of a later round asks for them, and has none.
+_NEED_A_TEACHER = {
+    "lambda_p",
+    "lambda_l",
+    "lambda_f",
+    "share_p",
+    "share_f",
+    "teacher_mode",
+    "teacher_amp",
+    "prediction",
+}
+IDLE = {f"distill.{k}" for k in (*_NEED_A_TEACHER, "teacher_lr_factor", "divergence", "taps", "teacher_taps")}
+IDLE |= {
+    f"distill.{k}" for k in ("feature_tau", "feature_schedule", "off_last", "loc_tau", "loc_top", "distill_teacher")
+}
+SET_BY_MEAN_TEACHER = {"train.lr", "train.ema_decay"} | {
+    f"distill.{k}" for k in ("score_power", "lambda_u", "agreement_min")
+}  # from settings of its own
+
+
+@pytest.mark.parametrize("name", [TEACHER, TEACHER.of_round(2), MEAN_TEACHER, LABEL_ONLY, STUDENT], ids=str)
+def test_a_training_reads_no_setting_that_its_row_does_not_name(name, prepared, monkeypatch):
+    """Every read of a setting is recorded while the stage trains: what a result depends on is in its key."""
+    give_teacher_and_candidates(prepared)
+    config = tiny_config(prepared, steps=2, val_every=2)
+    inputs = {STUDENT: {"teacher": TEACHER, "pseudo": PSEUDO}, TEACHER.of_round(2): {"pseudo": PSEUDO}}.get(name, {})
+    run = Storage(str(prepared / "r"))
+    job, read = train_job(config, run, name, **inputs), set()
+    if job.labels_itself:
+        job.store.write("init.pt", run.read("teacher/best.pt"))
+    sections = {section: key for key, section in SECTIONS.items()}
+
+    def record(self, attribute):
+        key = f"{sections.get(type(self))}.{attribute}"
+        if key in KEYS:
+            read.add(key)
+        return BaseModel.__getattribute__(self, attribute)
+
+    monkeypatch.setattr(Section, "__getattribute__", record, raising=False)
+    train_in_process(job)
+    monkeypatch.undo()
+    assert {"train.lr", "train.imgsz", "run.seed"} <= read
+    idle = set() if name == STUDENT else IDLE
+    if job.labels_itself:
+        idle = IDLE | SET_BY_MEAN_TEACHER
+    assert read <= set(ROWS[name.role].reads_in(name.round)) | idle, read - set(ROWS[name.role].reads_in(name.round))
+
+
+def test_a_later_teacher_depends_on_the_balance_of_its_pseudo_label_loss():
+    later, config = TEACHER.of_round(2), Config()
+    for key in ("distill.balance", "distill.share_u"):
+        assert settings_of(changed(config, key), later) != settings_of(config, later)
+        assert settings_of(changed(config, key), TEACHER) == settings_of(config, TEACHER)
+
+
+def test_every_row_can_be_run_and_reads_what_comes_before_it(tmp_path):
+    run, config = Storage(str(tmp_path)), Config()
+    seen = []
+    for name in plan(config, wanted(config)):
+        row = ROWS[name.role]
+        assert callable(resolve(row.body)) and (not row.needs or callable(resolve(row.needs)))
+        assert set(row.reads) <= set(KEYS) and set(make_stage(config, run, name).inputs) <= set(seen)
+        seen.append(name)
+    assert len(ROWS) == len(STAGES)
+
+
+def test_later_rounds_come_after_the_first():
+    config = Config(rounds=2, baseline=False)
+    order = "dataset teacher mean_teacher pseudo quality teacher_2 pseudo_2 quality_2 student report export"
+    assert " ".join(map(str, plan(config, wanted(config)))) == order
+    assert list(plan(config, [STUDENT])) == [STUDENT]
+
+
+def test_the_better_teacher_on_val_labels_and_teaches(tmp_path, monkeypatch):
+    """A second row that leaves a teacher: its labels are used where it is better, and it teaches the student."""
+    import dataclasses
+
+    other = ArtefactName("other")
+    rows = (*STAGES, dataclasses.replace(ROWS["teacher"], role="other"))
+    monkeypatch.setattr(stages, "STAGES", rows)
+    run, config = Storage(str(tmp_path)), Config()
+
+    def finish(name, value):
+        run.write_json(f"{name}/stage.json", {"digest": "d", "summary": {"best": {"map50_95": value}}})
+
+    assert make_stage(config, run, PSEUDO).inputs == (DATASET, TEACHER)
+    finish(TEACHER, 0.3)
+    finish(other, 0.3)
+    assert make_stage(config, run, PSEUDO).inputs == (DATASET, TEACHER)
+    finish(other, 0.4)
+    assert make_stage(config, run, PSEUDO).inputs == (DATASET, other)
+    assert make_stage(config, run, STUDENT).inputs == (DATASET, other, PSEUDO)
+    assert stages.finished_models(run) == [TEACHER, other]
+
+
+def run_of(config: Config) -> Storage:
+    return Storage(config.run.storage_path).at(config.run.run_name)
+
+
+def with_run(config: Config, **changes: object) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        (DATASET, {"data": {"data": "/nowhere"}}, "the data is not there"),
+        (TEACHER, {"models": {"teacher": "gone.pt"}}, "could not be fetched"),
+    ],
+    ids=str,
+)
+def test_overwrite_deletes_nothing_before_what_a_stage_needs_is_there(prepared, stage, changes, message):
+    config = with_run(tiny_config(prepared), overwrite=True)
+    run = run_of(config)
+    if stage != DATASET:
+        _finished(run, DATASET)
+    _finished(run, stage, {"old": {"a": 1}})
+    for name, values in changes.items():
+        config = config.model_copy(update={name: getattr(config, name).model_copy(update=values)})
+    before = run.files(str(stage))
+    with pytest.raises(DfssdError, match=message):
+        run_stage(Context(config), stage)
+    assert run.files(str(stage)) == before and f"{stage}/stage.json" in before
+
+
+def test_what_cannot_be_done_is_not_begun(tmp_path):
+    """A stage that is begun remembers its inputs: one that could not work would refuse the next, right command."""
+    config = tiny_config(tmp_path)
+    _finished(run_of(config), DATASET)
+    with pytest.raises(DfssdError, match="no finished model to measure"):
+        run_stages(config, [REPORT])
+    assert not run_of(config).files("report")
+
+
+def _finished(run: Storage, name: ArtefactName, config: dict | None = None) -> None:
+    record = {"config": config or {}, "inputs": {}, "digest": str(name), "outputs": {}}
+    run.write_json(f"{name}/stage.json", {**record, "summary": {"images": 60, "best": {"map50_95": 0.1}}})
+
+
+@pytest.mark.parametrize(
+    ("stage", "there", "message"),
+    [
+        (REPORT, [DATASET], "no finished model to measure"),
+        (REPORT, [], "needs the artefact 'dataset'"),
+        (STUDENT, [DATASET], "needs the artefact 'teacher'"),
+        (PSEUDO, [DATASET], "needs the artefact 'teacher'"),
+        (PSEUDO, [TEACHER], "needs the artefact 'dataset'"),
+    ],
+    ids=str,
+)
+def test_the_dry_run_refuses_what_the_command_refuses(tmp_path, stage, there, message):
+    config = tiny_config(tmp_path)
+    for name in there:
+        _finished(run_of(config), name)
+    for one in (config, with_run(config, dry_run=True)):
+        with pytest.raises(DfssdError, match=message):
+            run_stages(one, [stage])
+
+
+def test_the_dry_run_says_what_will_be_made_again(prepared, capsys, monkeypatch):
+    monkeypatch.setattr("dfssd.pipeline.timing.time_step", lambda *args, **more: ("here", 0.1))
+    config = with_run(tiny_config(prepared), dry_run=True, overwrite=True)
+    run = run_of(config)
+    _finished(run, DATASET)
+    for name in (TEACHER, PSEUDO):
+        _finished(run, name, {"old": {"a": 1}})
+    dry_run(Context(config), [TEACHER, PSEUDO])
+    said = capsys.readouterr().out
+    assert re.search(r"teacher\W+overwritten", said) and re.search(r"pseudo\W+overwritten", said)
+    assert run.exists("teacher/stage.json")
+
+
+def test_a_published_label_only_student_is_not_measured_twice(prepared):
+    from dfssd.config import Evaluate
+    from dfssd.evaluate.gate import publish_best
+    from dfssd.evaluate.measure import measure
+    from dfssd.models.detector import build_detector, detector_bytes
+
+    config = tiny_config(prepared).model_copy(update={"evaluate": Evaluate(latency_repeats=3, sample_images=0)})
+    run = run_of(config)
+    for name, spec in ((LABEL_ONLY, "yolov8n.yaml"), (STUDENT, "yolo11n.yaml")):
+        run.write(f"{name}/best.pt", detector_bytes(build_detector(spec, ["a", "b", "c"], 64), {}))
+        _finished(run, name)
+    before = measure(config, run.uri, ["label_only", "student"], 1)
+    run.write_json("report/metrics.json", {"gate": {"map50_95": {"difference": -0.1}}})
+    assert "now the label-only student" in publish_best(run)
+    assert run.read("student/best.pt") == run.read("label_only/best.pt")
+    after = measure(config, run.uri, ["label_only", "student"], 1)
+    assert after["student"]["params"] == before["student"]["params"] != after["label_only"]["params"]
+
+
+def test_the_documented_list_of_stages_is_the_table():
+    assert markdown() in (ROOT / "docs" / "design.md").read_text()
