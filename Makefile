@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check test test-slow format clean-demo
+.PHONY: install demo check test test-slow faults format clean-demo
 
 install: $(STAMP)
 
@@ -28,7 +28,10 @@ test: install
 	$(BIN)/pytest -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not faults"
+
+faults: install
+	$(BIN)/pytest tests/faults tests/test_tracking.py tests/test_properties.py tests/distributed
 
 format: install
 	$(BIN)/ruff format .
