@@ -28,7 +28,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         from dfssd.runtime.cluster import connect, task_resources
 
         connect()
-        task_resources(context.config.run)
+        task_resources(context.config.run, context.config.run.gpu)
     return []
 
 
@@ -41,8 +41,8 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     models = list(map(str, finished_models(context.run)))
     connect()
     run = context.config.run
-    resources = task_resources(run)
-    task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
+    resources = task_resources(run, run.gpu)
+    task = ray.remote(measure).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=2)
     ref = task.remote(context.config, context.run.uri, models, resources.threads)
     results = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")
     stage.store.write_json("metrics.json", results)
