@@ -1,0 +1,129 @@
+"""Measure model files (.pt, .onnx, OpenVINO) on a split of a run or on any folder with labels.
+
+All of them see the same square letterbox, as at a line, whatever `yolo val` would do with a .pt: rows are comparable.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfssd.config import Config
+from dfssd.data.manifest import Manifest, Row, read_manifest
+from dfssd.data.prepare import prepare
+from dfssd.errors import DfssdError, nearest
+from dfssd.evaluate.escapes import Pictures, operating_point
+from dfssd.evaluate.latency import measure_latency
+from dfssd.evaluate.measure import LATENCY_CONF, measure_split, thresholds_of
+from dfssd.evaluate.squares import SquareDetect, collect_squares, exported, network
+from dfssd.line.detector import LineDetector
+from dfssd.models.detector import load_detector
+from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
+from dfssd.runtime.storage import Storage
+
+SPLITS = ("val", "test")
+
+
+def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, Any]:
+    """Numbers of each file, by its path: those of `measure.measure_split`, operating_point, latency_ms, latency_p95_ms.
+
+    Args:
+        on: "val" or "test" of the run in `config`, or a folder with labels in any format that `prepare` reads.
+
+    Raises:
+        DfssdError: a file or folder is not there, no class of a model is among the labels, or nothing is labelled.
+    """
+    manifest, rows, val = _pictures(config, on)
+    torch.set_num_threads(max(1, config.run.cpus_per_worker))
+    results: dict[str, Any] = {}
+    networks = {}
+    for file in files:
+        detect, own, imgsz, point, networks[file] = _open(file, config)
+        known = _known(own, manifest.names, file)
+        records = collect_squares(detect, rows, imgsz, known)
+        if point is None:
+            where = "val" if val else "these pictures themselves (so escapes flatter)"
+            chosen = collect_squares(detect, val, imgsz, known) if val else records
+            point = operating_point(
+                Pictures.of(chosen, len(manifest.names)), manifest.names, config.evaluate.max_escape
+            )
+            point = {**point, "chosen_on": where}
+        numbers = measure_split(records, manifest.names, thresholds_of(point, manifest.names))
+        results[file] = {**numbers, "operating_point": point, "imgsz": imgsz}
+    sizes = {one["imgsz"] for one in results.values()}
+    for imgsz in sorted(sizes):
+        group = {f: networks[f] for f in results if results[f]["imgsz"] == imgsz}
+        image = torch.rand(1, 3, imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+        latency = measure_latency(group, image, repeats=config.evaluate.latency_repeats)
+        for file, timing in latency.timings.items():
+            results[file] |= {
+                "latency_ms": timing.p50_ms,
+                "latency_p95_ms": timing.p95_ms,
+                "latency_note": latency.note,
+            }
+    return results
+
+
+def _pictures(config: Config, on: str) -> tuple[Manifest, list[Row], list[Row]]:
+    """Manifest, labelled pictures to measure on, and the val pictures that choose an operating point (or none)."""
+    run = Storage(config.run.storage_path).at(config.run.run_name)
+    if on in SPLITS:
+        if not run.exists("dataset/stage.json"):
+            raise DfssdError(
+                f"--on {on} names a split, but this run has no data set",
+                where=run.uri,
+                todo="give --storage-path and --run-name of a run, or a folder with labels",
+            )
+        manifest = read_manifest(run.at("dataset"))
+        val = [r for r in manifest.of_split("val") if r.boxes is not None]
+        return manifest, [r for r in manifest.of_split(on) if r.boxes is not None], val
+    if "://" not in on and not Path(on).exists():
+        raise DfssdError(
+            f"no split and no folder: {on}{nearest(on, SPLITS)}", todo="give val, test or a folder with labels"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        store = Storage(folder)
+        data = config.data.model_copy(
+            update={"data": on, "label_fraction": 1.0, "labels_per_class": 0, "labelled_list": ""}
+        )
+        prepare(data, config.run.seed, store)
+        manifest = read_manifest(store)
+    rows = [r for r in manifest.rows if r.boxes is not None]
+    if not rows:
+        raise DfssdError("no picture there is labelled", where=on, todo="a clean picture needs an empty label file")
+    return manifest, rows, []
+
+
+def _open(file: str, config: Config) -> tuple[SquareDetect, list[str], int, dict[str, Any] | None, Any]:
+    """Detector, its class names, input side, its operating point if it carries one, and what is timed."""
+    path = Path(file)
+    if not path.exists():
+        raise DfssdError("there is no such model", where=file, todo="give a .pt, an .onnx file or an OpenVINO folder")
+    if path.suffix == ".pt":
+        model = load_detector(path.read_bytes(), file, config.train.imgsz).fuse(verbose=False)
+        names = [model.names[k] for k in sorted(model.names)]
+        timed = lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)  # noqa: E731
+        return network(model), names, config.train.imgsz, None, timed
+    try:
+        line = LineDetector(path, 1)
+    except (ValueError, RuntimeError, StopIteration) as error:
+        raise DfssdError(str(error).splitlines()[0], where=file, todo="write it with dfssd export") from error
+    point = line.metadata["operating_point"]
+    return exported(line), line.names, line.imgsz, point, lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF)
+
+
+def _known(own: Sequence[str], names: Sequence[str], file: str) -> np.ndarray:
+    """(own classes,) id among the labels' classes by name, -1 for a class that they do not have."""
+    known = np.array([names.index(n) if n in names else -1 for n in own])
+    if (known < 0).all():
+        raise DfssdError(
+            f"no class of the model is among the labels: {', '.join(own[:5])} against {', '.join(names[:5])}",
+            where=file,
+            todo="classes are matched by name: rename them in data.yaml, or give --names",
+        )
+    return known
