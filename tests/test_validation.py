@@ -176,10 +176,11 @@ def test_what_a_user_sees_last(measured, capsys):
                   f"conf={results['student']['operating_point']['score']}", "source='/a b/data'"):  # fmt: skip
         assert words in text, words
     assert "…" not in text
+    kept = run.read("student/best.pt")
     run.at("student").delete("best.pt")
-    del results["student"], results["gate"]
-    run.write_json("report/metrics.json", results)
+    run.write_json("report/metrics.json", {k: v for k, v in results.items() if k not in ("student", "gate")})
     print_results(config)
+    run.write("student/best.pt", kept)
     text = capsys.readouterr().out
     assert "label_only/best.pt" in text and "student/best.pt" not in text
 
@@ -216,8 +217,6 @@ def page(measured):
     from dfssd.report.pictures import write_detection_sheet
 
     config, run, results = measured
-    if "student" not in results:  # another test takes it away
-        pytest.skip("the student was taken away")
     write_detection_sheet(config, run, results, {"student": "student"})
     return render(config, run, results)
 
@@ -273,7 +272,7 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     from dfssd.export.onnx_model import onnx_bytes
     from dfssd.report.terminal import print_files
 
-    config, run, results = measured
+    config, _, results = measured
     storage, _ = trained
     weights = storage / "r" / "label_only" / "best.pt"
     net = load_detector(weights.read_bytes(), "best.pt", 64).fuse(verbose=False)
@@ -285,7 +284,6 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     one, two = found.values()
     assert one["map50_95"] == pytest.approx(two["map50_95"], abs=1e-3)
     assert two["operating_point"] == point and one["operating_point"]["chosen_on"] == "val"
-    assert one["map50"] == pytest.approx(results["label_only"]["test"]["map50"], abs=0.05)  # square, not rectangular
     everything = measure_files(config, [str(file)], str(strip))[str(file)]
     assert sum(c["boxes"] for c in everything["by_class"].values()) > sum(c["boxes"] for c in two["by_class"].values())
     print_files(found, "test")
