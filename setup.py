@@ -5,5 +5,4 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["dfssd*"]), "dfssd.tune_spaces"],
     package_dir={"dfssd.tune_spaces": "tune_spaces"},
-    package_data={"dfssd": ["py.typed"]},
 )

@@ -32,15 +32,16 @@ from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withheld
 from dfssd.data.prepare import prepare
 from dfssd.data.synthetic import make_dataset
-from dfssd.evaluate.validation import _match, summarise
+from dfssd.evaluate.validation import record, summarise
 from dfssd.models.detector import build_detector, detector_bytes, resolve_weights
 from dfssd.models.precision import autocast_dtype
+from dfssd.pipeline.training import train_job
 from dfssd.pseudo.shards import fuse_and_write, shards
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.report.tables import render
+from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
-from dfssd.train.job import TrainJob
-from dfssd.train.worker import train_in_process
+from dfssd.train.in_process import train_in_process
 
 FORMS = (("fp32", "none"), ("bf16", "none"), ("fp32", "flips"), ("bf16", "flips"))  # of ours: precision, views
 
@@ -55,6 +56,7 @@ class Settings:
     """Images of a turn."""
     turns: int = 3
     model: str = "yolov8s.yaml"
+    """The teacher's network; a .pt begins with its weights."""
     train_steps: int = 150
     """Steps on images of 128 px that make the teacher; 0: an untrained one, for a look at the speed alone."""
     weights: str = ""
@@ -77,11 +79,16 @@ def make_teacher(s: Settings, folder: Path) -> bytes:
     config = Config(
         run=Run(storage_path=str(folder), run_name="teacher", gpu="never"),
         models=Models(teacher=s.model),
-        train=Train(imgsz=128, batch=8, steps=s.train_steps, val_every=s.train_steps, loader_workers=0, mosaic=0.5),
+        train=Train(
+            imgsz=128, batch=8, steps=s.train_steps, val_every=s.train_steps, loader_workers=0, mosaic=0.5, lr=0.001
+        ),
     )
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    train_in_process(TrainJob("teacher", run.uri, config))
-    return run.read("teacher/best.pt")
+    weights = resolve_weights(s.model)[1]
+    if weights is not None:
+        run.write(f"{TEACHER}/init.pt", weights)
+    train_in_process(train_job(config, run, TEACHER))
+    return run.read(f"{TEACHER}/best.pt")
 
 
 def label_all(config: Config, run: Storage, folder: str, manifest: Manifest, teachers: Any) -> None:
@@ -102,7 +109,7 @@ def map50_95(run: Storage, folder: str, manifest: Manifest) -> float:
         boxes = np.concatenate([corners(own) * size, own[:, 5:6], own[:, :1]], 1)
         targets = torch.from_numpy((corners(truth) * size).astype(np.float32))
         classes = torch.from_numpy(truth[:, 0].astype(np.float32))
-        stats.append(_match(torch.from_numpy(boxes.astype(np.float32)), classes, targets, row.uri))
+        stats.append(record(torch.from_numpy(boxes.astype(np.float32)), classes, targets, row.uri))
     return float(summarise(stats, dict(enumerate(manifest.names)))["map50_95"])
 
 

@@ -1,12 +1,12 @@
-"""How long a step waits for images that lie in an object store, and what side-by-side requests and the caches change.
+"""How long a step waits for images that lie in an object store, and what the caches change.
 
     python benchmarks/object_store.py --latency-ms 20
 
 An S3 server on loopback that answers each request late stands for a store across a network. The full distillation step of
-`benchmarks/step.py` trains from it with its loader running. `one at a time` asks as a plain dataset would; `cold` asks as
-dfssd does, with nothing kept, so that each step fetches all of its images anew (a mosaic is made of four); the other rows
-keep them, and have seen all images before. The server takes its share of the same cores, which a real store does not.
-It knows what reading needs and no more: that dfssd works with S3 is shown by the tests, with a whole server.
+`benchmarks/step.py` trains from it with its loader running. `cold` asks as dfssd does, with nothing kept, so that each step
+fetches all of its images anew (a mosaic is made of four); the other rows keep them, and have seen all images before. The
+server takes its share of the same cores, which a real store does not. It knows what reading needs and no more: that dfssd
+works with S3 is shown by the tests, with a whole server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ import tyro
 from step import FULL, Bench, data_wait
 from step import Settings as StepSettings
 
-from dfssd.data import dataset
 from dfssd.data.manifest import read_manifest, write_manifest
 from dfssd.report.tables import render
 
@@ -108,11 +106,6 @@ def move(bench: Bench) -> None:
     bench.manifest = read_manifest(bench.run.at("dataset"))
 
 
-def one_at_a_time(work: Any, items: Any, remote: bool, threads: int = 1) -> Iterator[Any]:
-    """As a plain dataset would ask; takes the place of `side_by_side`."""
-    return map(work, items)
-
-
 def main() -> None:
     s = tyro.cli(Settings, description=__doc__)
     threads = os.cpu_count() or 1
@@ -131,9 +124,7 @@ def main() -> None:
             move(bench)
             found["store, cold"] = wait(cache_gib=0.0)
             found["store, --cache-dir"] = wait(warm=12, cache_gib=0.0, cache_dir=f"{folder}/cache")
-            found["store, cache in memory"] = wait(warm=12)
-            dataset.side_by_side = one_at_a_time  # type: ignore[assignment]
-            found["store, cold, one at a time"] = wait(cache_gib=0.0)
+            found["store, pixels kept"] = wait(warm=12)
         finally:
             server.terminate()
     rows = [[name, f"{100 * wait:.0f} %", f"{speed:.0f}"] for name, (wait, speed) in found.items()]

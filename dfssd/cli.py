@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dfssd import __version__
 from dfssd.errors import find_user_error, nearest
+from dfssd.version import __version__
 
 
 class Command(NamedTuple):
@@ -22,9 +24,11 @@ COMMANDS = {
     "pipeline": Command("all stages in order: from images to a measured student", "dfssd.jobs.pipeline:job"),
     "prepare": Command("check images and labels, split, choose the labelled subset", "dfssd.jobs.prepare:job"),
     "teacher": Command("train on labels alone: the teacher, or the label-only student", "dfssd.jobs.teacher:job"),
+    "mean_teacher": Command("let the teacher go on with the unlabelled images too", "dfssd.jobs.mean_teacher:job"),
     "pseudo_label": Command("label the unlabelled images, and measure the labels", "dfssd.jobs.pseudo_label:job"),
     "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
     "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
+    "track": Command("deliver to MLflow what it missed while it was down", "dfssd.jobs.track:job"),
     "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
     "predict": Command("label pictures with an exported model, or a folder as they arrive", "dfssd.jobs.predict:job"),
     "sweep": Command("many runs with Ray Tune, and a table of what came of them", "dfssd.jobs.sweep:job"),
@@ -72,11 +76,22 @@ def run(name: str, words: Sequence[str] | None = None) -> None:
     main(lambda: getattr(importlib.import_module(module), function)(words))
 
 
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM is an orderly end, as Ctrl-C is: leases are given back and the user is told how to go on."""
+    raise KeyboardInterrupt
+
+
 def main(job: Callable[[], None]) -> None:
-    """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C with 130 and how to go on."""
+    """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C and SIGTERM with 130 and how to go on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         job()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if (
+            isinstance(error, SystemExit) and error.code != signal.SIGTERM
+        ):  # Ray's handler ends with the signal's number
+            raise
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

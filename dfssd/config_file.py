@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from pydantic import ValidationError
 from dfssd.config import SECTIONS, Config, all_keys
 from dfssd.errors import DfssdError, nearest
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+# A stage's record knows these by their content: what they were called says nothing about its result.
+_BY_CONTENT = ("data.data", "data.unlabelled", "pseudo.label_teachers", "distill.distill_teacher")
 
 
 def read_config(path: str, base: Config | None = None) -> Config:
@@ -85,8 +85,16 @@ def _read(path: str) -> dict[str, Any]:
         raise DfssdError(
             "the file holds no settings", where=path, todo="write sections with fields, see --print-config"
         )
-    record = {"config", "inputs"} <= set(found)
-    return dict(found["config"]) if record else {str(k): v for k, v in found.items()}
+    if not {"config", "inputs"} <= set(found):
+        return {str(k): v for k, v in found.items()}
+    record = {name: dict(v) if isinstance(v, dict) else v for name, v in found["config"].items()}
+    for name, _, field in (key.partition(".") for key in _BY_CONTENT):
+        if record.get(name, {}).pop(field, None):
+            print(
+                f"WARNING: {path} knows {name}.{field} by its content alone: give --{field.replace('_', '-')}",
+                flush=True,
+            )
+    return record
 
 
 def _flat(tree: dict[str, Any], path: str) -> dict[str, Any]:
@@ -102,9 +110,5 @@ def _flat(tree: dict[str, Any], path: str) -> dict[str, Any]:
                     where=path,
                     todo="--print-config shows all settings of a command",
                 )
-            if any(_DIGEST.fullmatch(str(v)) for v in (setting if isinstance(setting, list) else [setting])):
-                flag = key.rsplit(".", 1)[-1].replace("_", "-")
-                print(f"WARNING: {path} knows {key} by its content alone: give --{flag} FILE", flush=True)
-                continue
             flat[key] = setting
     return flat

@@ -11,10 +11,10 @@ import tyro
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from dfssd import __version__
 from dfssd.choices import Choice
 from dfssd.config import SECTIONS, Config, section
 from dfssd.config_file import checked, read_config, to_yaml
+from dfssd.version import __version__
 
 _Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 COMMON: dict[str, Any] = {

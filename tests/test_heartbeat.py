@@ -29,10 +29,12 @@ class Driver:
         self.watch = Watch(store, "student", "2 workers", lambda: "1 CPU", lambda: self.now, self.lines.append)
         self.counts = {}
 
-    def beat(self, rank, steps, pid=0, place="train/loop.py:9 train"):
+    def beat(self, rank, steps, pid=0, place="train/loop.py:9 train", ended=False):
         self.counts[rank] = self.counts.get(rank, 0) + 1
         beat = {"size": self.size, "node": f"n{rank}", "ip": f"10.0.0.{rank}", "pid": pid or 100 + rank, "steps": steps}
-        self.store.put(f"rank{rank}", json.dumps({**beat, "count": self.counts[rank], "where": place}).encode())
+        self.store.put(
+            f"rank{rank}", json.dumps({**beat, "count": self.counts[rank], "where": place, "ended": ended}).encode()
+        )
 
     def pass_time(self, seconds, beating=(), steps=0):
         for _ in range(seconds):
@@ -87,6 +89,13 @@ def test_a_group_that_works_or_starts_again_is_left_in_peace(store):
     assert driver.lines == []
 
 
+def test_a_rank_that_has_ended_is_not_waited_for(store):
+    driver = Driver(store)
+    driver.beat(1, 9, ended=True)
+    driver.pass_time(40, beating=(0,), steps=9)
+    assert driver.lines == []
+
+
 def test_a_heart_counts_steps_and_knows_where_its_worker_is(store, monkeypatch):
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
     parameter = torch.nn.Parameter(torch.ones(1))
@@ -100,9 +109,10 @@ def test_a_heart_counts_steps_and_knows_where_its_worker_is(store, monkeypatch):
             time.sleep(0.02)
         beat = json.loads(store.get("rank0"))
     assert beat["steps"] == 3 and beat["count"] > 2 and beat["where"] == "outside"
-    count = json.loads(store.get("rank0"))["count"]
+    last = json.loads(store.get("rank0"))
+    assert last["ended"] and not beat["ended"]
     time.sleep(0.2)
-    assert json.loads(store.get("rank0"))["count"] <= count + 1  # it has ended
+    assert json.loads(store.get("rank0")) == last
     optimiser.step()
     assert json.loads(store.get("rank0"))["steps"] == 3
 

@@ -93,6 +93,32 @@ def test_the_optimiser_keeps_the_runs_own_settings(prepared):
     assert {g["weight_decay"] for g in two.optimiser.param_groups} == {0.0, 0.03}
 
 
+@pytest.mark.parametrize(
+    ("swept", "good", "own", "seen"),
+    [
+        ("tau", 0.3, 0.8, lambda s: s.policy.thresholds().tolist()[0]),
+        ("tau_min", 0.3, 0.8, lambda s: s.policy.thresholds().tolist()[0]),
+        ("ema_decay", 0.9, 0.99, lambda s: s.ema.decay(10**9)),
+        ("weight_decay", 0.01, 0.03, lambda s: max(g["weight_decay"] for g in s.optimiser.param_groups)),
+        ("share_f", 0.5, 0.25, lambda s: s.criterion.balance.factors["feat"] * 4),
+    ],
+)
+def test_what_a_space_sweeps_is_not_taken_from_the_origins_checkpoint(prepared, swept, good, own, seen):
+    give_teacher_and_candidates(prepared)
+    policy = {"threshold_policy": "fixed" if swept == "tau" else "ema"}
+    one, two = (
+        build_session(
+            make_job("student", str(prepared / "r"), tiny_config(prepared, **policy, **{swept: value})),
+            WorkerGroup(),
+            torch.device("cpu"),
+        )
+        for value in (good, own)
+    )
+    one.criterion.balance.factors = {"pred": 3.0, "feat": 0.125}  # as measured with the origin's shares
+    two.load_state(one.state())
+    assert seen(two) == pytest.approx(own if swept != "share_f" else 0.25)
+
+
 SPACE = """
 from ray import tune
 BASE = {"train.imgsz": 64, "train.batch": 4, "train.steps": 12, "train.teacher_steps": 4, "train.val_every": 2,

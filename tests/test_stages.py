@@ -49,6 +49,7 @@ def changed(config: Config, key: str) -> Config:
 @pytest.mark.parametrize("name", NAMES, ids=str)
 def test_what_counts_is_what_a_stage_reads_but_for_what_only_changes_speed(name, monkeypatch):
     monkeypatch.setattr("dfssd.pipeline.settings.given_weights", lambda spec: spec.encode())
+    monkeypatch.setattr("dfssd.pipeline.data.content", lambda config: config.data.data)
     steps = {"train": {"teacher_steps": 5}, "mean_teacher": {"mean_teacher_steps": 5}}  # given, and so not --steps
     config = Config.model_validate(steps)
     row = ROWS[name.role]

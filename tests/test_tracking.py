@@ -1,14 +1,44 @@
-"""MLflow gets what happens, and can never stop it."""
+"""MLflow gets what happens, each number once, and can never stop or slow it."""
 
 import http.server
 import json
+import shutil
+import socket
 import threading
 import time
 
 import pytest
 
+from dfssd.errors import DfssdError
+from dfssd.pipeline import replay as replay_module
+from dfssd.pipeline.replay import deliver, deliver_later, replay
+from dfssd.runtime import outbox as outbox_module
+from dfssd.runtime import tracker as tracker_module
+from dfssd.runtime.artefact import Stage
+from dfssd.runtime.artefact_names import ArtefactName
+from dfssd.runtime.outbox import Outbox, connect
 from dfssd.runtime.storage import Storage
-from dfssd.runtime.tracking import Runs, Tracker, _metric_name, tracking_uri
+from dfssd.runtime.tracker import Tracker, _metric_name
+from dfssd.runtime.tracking import Runs, tracking_uri
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """An empty mlflow.db: MLflow needs seconds to make its tables."""
+    folder = tmp_path_factory.mktemp("tables")
+    connect(f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def storage(tmp_path, tables):
+    shutil.copy(tables, tmp_path / "mlflow.db")
+    return Storage(str(tmp_path))
+
+
+@pytest.fixture
+def mlflow(storage):
+    return connect(f"sqlite:///{storage.root}/mlflow.db")
 
 
 @pytest.fixture
@@ -31,82 +61,308 @@ def broken_server():
     server.shutdown()
 
 
-def test_stages_are_nested_and_metrics_arrive(tmp_path):
-    from mlflow import MlflowClient
+@pytest.fixture
+def hanging_server():
+    """Accepts, and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
-    storage = Storage(str(tmp_path))
+
+class Switch:
+    """The client of a real store behind a switch: what happens while it is off fails as a dead server's calls do."""
+
+    def __init__(self, monkeypatch, slow_s=0.0):
+        self.on, self.calls, self.slow_s = True, 0, slow_s
+        real = outbox_module.connect
+
+        def open_client(uri):
+            inner, switch = real(uri), self
+
+            class Client:
+                def __getattr__(self, name):
+                    call = getattr(inner, name)
+
+                    def checked(*args, **kwargs):
+                        switch.calls += 1
+                        time.sleep(switch.slow_s)
+                        if not switch.on:
+                            raise ConnectionError("http://user:URIPASS@host does not answer")
+                        return call(*args, **kwargs)
+
+                    return checked
+
+            return Client()
+
+        for module in (outbox_module, tracker_module):
+            monkeypatch.setattr(module, "connect", open_client)
+            monkeypatch.setattr(module, "RETRY_S", 0.2)
+
+
+def _finish(run, name="label_only", steps=6):
+    """A finished training stage without MLflow: a history, a summary, files."""
+    stage = Stage(run, ArtefactName(name), {"lr": 0.1})
+    stage.begin(False)
+    history = [{"step": k, "loss/total": 1.0 / k, "lr": 0.1} for k in range(1, steps + 1)] + [
+        {"step": 3, "val/map50": 0.5}
+    ]
+    stage.store.write_json("history.json", history)
+    stage.store.write("best.pt", b"weights")
+    stage.finish(["history.json", "best.pt"], {"best": {"map50": 0.5}})
+    return stage
+
+
+def _steps(mlflow, run_id, name):
+    return sorted(row.step for row in mlflow.get_metric_history(run_id, name))
+
+
+def test_stages_are_nested_and_metrics_arrive(storage, mlflow, tmp_path):
     runs = Runs(storage, "exp", "my-run")
     run_id = runs.stage("teacher", None, {f"k{k}": k for k in range(130)})
     tracker = Tracker(runs.uri, run_id)
     for step in range(50):
         tracker.log({"loss/sup/box": 1.0 / (step + 1), "time/step (s)": 0.5, "bad": float("nan")}, step)
-    tracker.close()
+    tracker.close(60)
     runs.artefact(run_id, "weights/best.pt", b"weights")
     runs.dataset(run_id, "uri", "0123456789abcdef", {"images": 3})
     runs.end(run_id, "FINISHED")
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    run = client.get_run(run_id)
+    assert runs.close(60)
+    run = mlflow.get_run(run_id)
     assert run.info.status == "FINISHED" and len(run.data.params) == 130
     assert run.data.tags["mlflow.parentRunId"] == runs.parent() == storage.read_json("my-run/run.json")["mlflow_run_id"]
-    history = client.get_metric_history(run_id, "loss/sup/box")
-    assert (
-        [h.step for h in history] == list(range(50))
-        and "time/step s" in run.data.metrics
-        and "bad" not in run.data.metrics
-    )
+    assert _steps(mlflow, run_id, "loss/sup/box") == list(range(50))
+    assert "time/step s" in run.data.metrics and "bad" not in run.data.metrics
     assert run.inputs.dataset_inputs[0].dataset.digest == "0123456789abcdef"
-    assert (tmp_path / "mlartifacts").exists() and client.list_artifacts(run_id)[0].path == "weights"
+    assert (tmp_path / "mlartifacts").exists() and mlflow.list_artifacts(run_id)[0].path == "weights"
 
 
-def test_a_resumed_stage_goes_on_in_its_run(tmp_path):
-    storage = Storage(str(tmp_path))
+def test_a_resumed_stage_goes_on_in_its_run(storage):
     first = Runs(storage, "exp", "r").stage("student", None, {"a": 1})
     again = Runs(storage, "exp", "r")
     assert again.stage("student", first, {"a": 1}) == first
     assert again.stage("student", "0" * 32, {"a": 1}) not in ("", first)  # its run was deleted: a new one
 
 
-@pytest.mark.parametrize("kind", ["500", "refused"])
-def test_a_broken_server_stops_nothing(tmp_path, monkeypatch, broken_server, kind, capsys):
-    uri = broken_server if kind == "500" else "http://127.0.0.1:1"
+@pytest.mark.parametrize("kind", ["500", "refused", "hangs"])
+def test_a_broken_server_stops_nothing_and_costs_seconds_once(
+    tmp_path, monkeypatch, broken_server, hanging_server, kind, capsys
+):
+    uri = {"500": broken_server, "refused": "http://127.0.0.1:1", "hangs": hanging_server}[kind]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    runs = Runs(Storage(str(tmp_path)), "exp", "r")
-    assert runs.uri == uri
-    assert runs.stage("teacher", None, {"a": 1}) == ""
-    runs.metrics("x", {"a": 1.0})
-    assert "not reachable" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setattr(outbox_module, "ANSWER_S", 0.5)
+    import mlflow  # noqa: F401  (its import is not what is timed)
+
+    Outbox(uri).ask(lambda c: None, None)  # the first call loads more of it
+    runs, begun = Runs(Storage(str(tmp_path)), "exp", "r"), time.monotonic()
+    for stage in ("dataset", "teacher", "label_only", "pseudo", "quality", "student", "report"):
+        assert runs.stage(stage, None, {"a": 1}) == ""
+        runs.metrics("x", {"a": 1.0})
+        runs.artefact("x", "best.pt", b"weights")
+        runs.end("x", "FINISHED")
+    assert runs.stage("student", "known", {"a": 1}) == "known"  # never replaced by nothing
+    runs.end_parent("FINISHED")
+    assert not runs.close()
+    assert time.monotonic() - begun < 3, "seven stages wait for it once"
+    said = capsys.readouterr().out
+    assert "not reachable" in said or kind == "hangs"
+    assert "dfssd track replay" in said
     tracker = Tracker(uri, "x" * 32)
     begun = time.monotonic()
     for step in range(200):
         tracker.log({"loss": 1.0}, step)
     assert time.monotonic() - begun < 0.5  # logging is a put into a queue
-    tracker.close(patience_s=20)
-    assert len(tracker.undelivered) == 200  # none lost silently
+    tracker.close(patience_s=3)
+    assert time.monotonic() - begun < 5 and len(tracker.undelivered) == 200  # none lost silently
     assert "did not reach MLflow" in capsys.readouterr().out
 
 
-def test_numbers_are_delivered_once_the_server_is_back(tmp_path, monkeypatch):
-    runs = Runs(Storage(str(tmp_path)), "exp", "r")
+def test_numbers_are_delivered_once_the_server_is_back(storage, mlflow, monkeypatch):
+    runs = Runs(storage, "exp", "r")
     run_id = runs.stage("teacher", None, {})
     tracker = Tracker(runs.uri, run_id)
-    deliver, failures = tracker._deliver, []
+    deliver_rows, failures = tracker._deliver, []
 
     def flaky(client):
         if len(failures) < 3:
             failures.append(1)
             raise ConnectionError("down")
-        deliver(client)
+        deliver_rows(client)
 
     monkeypatch.setattr(tracker, "_deliver", flaky)
     for step in range(20):
         tracker.log({"loss": float(step)}, step)
         time.sleep(0.02)
-    tracker.close()
-    from mlflow import MlflowClient
-
+    tracker.close(60)
     assert failures and not tracker.undelivered
-    assert len(MlflowClient(runs.uri).get_metric_history(run_id, "loss")) == 20
+    assert _steps(mlflow, run_id, "loss") == list(range(20))
+
+
+def test_a_worker_that_was_started_again_logs_no_step_twice(storage, mlflow):
+    runs = Runs(storage, "exp", "r")
+    run_id = runs.stage("teacher", None, {})
+    for steps in (range(1, 9), range(5, 13)):  # killed at 8, resumed from the checkpoint of 4
+        tracker = Tracker(runs.uri, run_id)
+        for step in steps:
+            tracker.log({"loss": float(step), "lr": 0.1}, step)
+        tracker.close(60)
+    assert _steps(mlflow, run_id, "loss") == _steps(mlflow, run_id, "lr") == list(range(1, 13))
+
+
+def test_what_was_missed_is_delivered_when_the_stage_is_skipped(storage, mlflow, monkeypatch):
+    """Down from the beginning to the end; the same command later delivers all, once, and ends the run."""
+    switch, run = Switch(monkeypatch), storage.at("r")
+    switch.on = False
+    runs = Runs(storage, "exp", "r")
+    stage = _finish(run)
+    assert runs.stage("label_only", None, {"lr": 0.1}, keep=stage.record_run_id) == ""
+    deliver_later(runs, run, "label_only")
+    runs.close(1)
+    switch.on = True
+    for _ in range(2):  # and once more: nothing is there twice
+        run.delete(replay_module.MARKS)
+        again = Runs(storage, "exp", "r")
+        deliver_later(again, run, "label_only")
+        assert again.close(60)
+    run_id = stage.recorded_run_id()
+    found = mlflow.get_run(run_id)
+    assert (
+        found.info.status == "FINISHED"
+        and found.data.params == {"lr": "0.1"}
+        and found.data.tags["stage"] == "label_only"
+    )
+    assert _steps(mlflow, run_id, "loss/total") == [1, 2, 3, 4, 5, 6] and _steps(mlflow, run_id, "val/map50") == [3]
+    assert _steps(mlflow, run_id, "summary/best.map50") == [0]
+    assert {a.path for a in mlflow.list_artifacts(run_id)} == {"stage.json", "weights"}
+    experiment = mlflow.get_experiment_by_name("exp").experiment_id
+    assert len(mlflow.search_runs([experiment])) == 2, "one run of the stage, one of the pipeline"
+    calls = switch.calls
+    deliver_later(Runs(storage, "exp", "r"), run, "label_only")
+    assert switch.calls == calls, "what is marked as delivered asks nobody"
+
+
+def test_a_hole_in_the_middle_is_filled(storage, mlflow):
+    run, runs = storage.at("r"), Runs(storage, "exp", "r")
+    stage = _finish(run)
+    run_id = runs.stage("label_only", None, {}, keep=stage.record_run_id)
+    tracker = Tracker(runs.uri, run_id)
+    for step in (1, 2, 5):
+        tracker.log({"loss/total": 1.0 / step}, step)
+    tracker.close(60)
+    done = deliver(mlflow, runs, run, "label_only")
+    assert done.run_id == run_id and done.numbers == 3 + 6 + 1 + 1
+    assert _steps(mlflow, run_id, "loss/total") == [1, 2, 3, 4, 5, 6]
+    assert deliver(mlflow, runs, run, "label_only").numbers == 0
+
+
+def test_killed_resumed_while_mlflow_is_down_and_resumed_again_is_one_run(storage, mlflow, monkeypatch):
+    switch, run = Switch(monkeypatch), storage.at("r")
+    first = Runs(storage, "exp", "r")
+    stage = Stage(run, ArtefactName("label_only"), {"lr": 0.1})
+    stage.begin(False)
+    run_id = first.stage("label_only", None, {"lr": 0.1}, keep=stage.record_run_id)
+    assert first.close(60) and stage.recorded_run_id() == run_id
+    switch.on = False
+    second = Runs(storage, "exp", "r")
+    assert second.stage("label_only", stage.recorded_run_id(), {}, keep=stage.record_run_id) == run_id
+    stage.record_run_id("")
+    assert stage.recorded_run_id() == run_id and not second.close(0.5)
+    switch.on = True
+    third = Runs(storage, "exp", "r")
+    assert third.stage("label_only", stage.recorded_run_id(), {}, keep=stage.record_run_id) == run_id
+    _finish(run)
+    deliver_later(third, run, "label_only")
+    assert third.close(60) and _steps(mlflow, run_id, "loss/total") == [1, 2, 3, 4, 5, 6]
+    assert len(mlflow.search_runs([mlflow.get_experiment_by_name("exp").experiment_id])) == 2
+
+
+def test_an_id_that_comes_late_reaches_the_worker(storage, mlflow, monkeypatch):
+    """A slow server: the stage does not wait for it, and its numbers arrive all the same."""
+    monkeypatch.setattr(outbox_module, "SQLITE_S", 0.2)
+    monkeypatch.setattr(tracker_module, "LOOK_S", 0.1)
+    Switch(monkeypatch, slow_s=0.3)
+    run = storage.at("r")
+    stage = Stage(run, ArtefactName("label_only"), {"lr": 0.1})
+    stage.begin(False)
+    runs, begun = Runs(storage, "exp", "r"), time.monotonic()
+    assert runs.stage("label_only", None, {"lr": 0.1}, keep=stage.record_run_id) == ""
+    assert time.monotonic() - begun < 1
+    tracker = Tracker(runs.uri, "", stage.store)
+    for step in range(1, 7):
+        tracker.log({"loss/total": 1.0}, step)
+    deadline = time.monotonic() + 30
+    while not stage.recorded_run_id() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)
+    tracker.close(30)
+    assert not tracker.undelivered and _steps(mlflow, stage.recorded_run_id(), "loss/total") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_create_whose_answer_was_lost_is_not_made_twice(storage, mlflow, monkeypatch):
+    made = []
+
+    class Lossy:
+        def __getattr__(self, name):
+            def call(*args, **kwargs):
+                value = getattr(mlflow, name)(*args, **kwargs)
+                if name == "create_run" and not made:
+                    made.append(value.info.run_id)
+                    raise TimeoutError("read timed out")
+                return value
+
+            return call
+
+    monkeypatch.setattr(outbox_module, "RETRY_S", 0.1)
+    box = Outbox("sqlite:///x", lambda uri: Lossy())
+    runs = Runs(storage, "exp", "r")
+    box.post(lambda c: made.append(runs._open(c, "", "name", dict, {"a": 1}, "once")))
+    deadline = time.monotonic() + 20
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert made[0] == made[1] and mlflow.get_run(made[0]).data.params == {"a": "1"}
+
+
+def test_replay_by_hand(storage, mlflow, monkeypatch):
+    _finish(storage.at("r"))
+    done = replay(str(storage.root), "r", "exp")
+    assert [d.stage for d in done] == ["label_only"] and done[0].numbers == 14 and done[0].files == 2
+    assert replay(str(storage.root), "r", "exp")[0].numbers == 0
+    parent = mlflow.get_run(done[0].run_id).data.tags["mlflow.parentRunId"]
+    assert mlflow.get_run(parent).info.status == "FINISHED"
+    with pytest.raises(DfssdError, match="no finished stage"):
+        replay(str(storage.root), "nothing")
+    switch = Switch(monkeypatch)
+    switch.on = False
+    monkeypatch.setattr("dfssd.runtime.outbox.connect", outbox_module.connect)
+    with pytest.raises(DfssdError, match="does not answer"):
+        replay(str(storage.root), "r", "exp")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b'{"mlflow_run_id"'])
+def test_a_damaged_run_json_is_a_user_error(tmp_path, content):
+    storage = Storage(str(tmp_path))
+    storage.write("r/run.json", content)
+    with pytest.raises(DfssdError) as caught:
+        Runs(storage, "exp", "r").parent()
+    assert "r/run.json" in caught.value.where and "delete the file" in caught.value.todo
+
+
+def test_no_secret_is_printed_or_logged(storage, mlflow, monkeypatch, capsys):
+    switch = Switch(monkeypatch)
+    runs = Runs(storage, "exp", "r", tags={"data": "s3://KEY:STOREPASS@b/x"})
+    params = {"run.storage_path": "s3://KEY:STOREPASS@b/x?secret_key=QUERYPASS&region=eu"}
+    run_id = runs.stage("teacher", None, params)
+    runs.dataset(run_id, "s3://KEY:STOREPASS@b/x", "0123456789abcdef", {})
+    assert runs.close(60)
+    run = mlflow.get_run(run_id)
+    assert run.data.params["run.storage_path"] == "s3://***@b/x?secret_key=***&region=eu"
+    assert "PASS" not in str(run.data.tags) + str(run.inputs.dataset_inputs[0].dataset.source)
+    switch.on = False
+    assert Runs(storage, "exp", "other").stage("teacher", None, {}) == ""
+    said = capsys.readouterr().out
+    assert "not reachable" in said and "URIPASS" not in said and "//***@host" in said
+    assert "PASS" not in str(DfssdError("x", where="http://user:URIPASS@h/x", todo="see s3://b?access_key=URIPASS"))
+    assert "PASS" not in str(Storage("file:///tmp/x?secret_key=PASS"))
 
 
 def test_where_runs_go(tmp_path, monkeypatch, capsys):

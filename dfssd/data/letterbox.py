@@ -34,15 +34,16 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
     images = np.full((n, imgsz, imgsz, 3), 114, np.uint8)
     geometry, sizes = np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32)
 
-    def load(place: tuple[str, float]) -> tuple[np.ndarray, Fit] | None:
+    def load(place: tuple[str, float, str]) -> tuple[np.ndarray, Fit] | None:
         try:
-            full = decode(place[0], cache, place[1])
+            full = decode(place[0], cache, place[1], place[2])
         except DfssdError:
             return None  # becomes a row without boxes, and so a row of bad_files.parquet
         return into(full, (imgsz, imgsz))
 
     uris = [str(uri) for uri in row["uris"]]
-    places = list(zip(uris, map(float, row.get("whites", np.zeros(n))), strict=True))
+    ids = [str(i) for i in row.get("ids", [""] * n)]
+    places = list(zip(uris, map(float, row.get("whites", np.zeros(n))), ids, strict=True))
     for k, found in enumerate(side_by_side(load, places, any(map(is_remote, uris)))):
         if found is None:
             continue

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dfssd.data.shared_table import read_tables
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 
@@ -191,11 +192,9 @@ def pseudo_table(image_ids: list[str], teacher: str, boxes: list[Boxes | None]) 
 
 def read_pseudo(store: Storage) -> dict[str, Boxes]:
     """All candidates by image_id, as (n,7) arrays [cls, cx, cy, w, h, score, agreement]."""
-    found: dict[str, Boxes] = {}
-    for name in store.files():
-        if name.startswith("shard-"):
-            table = read_table(store, name)
-            boxes = boxes_from_arrow(table["boxes"])
-            pairs = zip(table["image_id"].to_pylist(), boxes, strict=True)
-            found.update((i, b) for i, b in pairs if b is not None)
-    return found
+    names = [name for name in store.files() if name.startswith("shard-")]
+    if not names:
+        return {}
+    table = read_tables(store, names)
+    pairs = zip(table["image_id"].to_pylist(), boxes_from_arrow(table["boxes"]), strict=True)
+    return {i: b for i, b in pairs if b is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:  # what a loading process does not need, it does not import
 
 cv2.setNumThreads(0)  # loaders are many; each has one core
 
+ID_DIGITS = 16  # of an image_id: the first ones of the file's sha256
+_REPLACED = (
+    "put the old file back, or run prepare again under a new --run-name: its boxes are not those of this picture"
+)
 _MOVED = "it was fine when prepare ran: bring it back, or run prepare again under a new --run-name"
 
 
@@ -29,17 +34,21 @@ def disk_cache(train: Train) -> DiskCache | None:
     return DiskCache(train.cache_dir, train.cache_dir_gib) if train.cache_dir else None
 
 
-def decode(uri: str, cache: DiskCache | None = None, white: float = 0.0) -> np.ndarray:
+def decode(uri: str, cache: DiskCache | None = None, white: float = 0.0, image_id: str = "") -> np.ndarray:
     """(H,W,3) uint8 BGR, turned as its EXIF data says.
 
     Args:
         white: of the manifest's row.
+        image_id: of the manifest's row, which is a digest of the file; '' does not look whether it is still that file.
 
     Raises:
-        DfssdError: the image was there when `prepare` looked, and is not readable now.
+        DfssdError: the image was there when `prepare` looked, and is not readable now, or another one lies in its place.
     """
     try:
-        return open_image(cache.read(uri) if cache else read_uri(uri), white)
+        data = cache.read(uri) if cache else read_uri(uri)
+        if len(image_id) == ID_DIGITS and hashlib.sha256(data).hexdigest()[:ID_DIGITS] != image_id:
+            raise DfssdError("another image lies where this one was when prepare ran", where=uri, todo=_REPLACED)
+        return open_image(data, white)
     except OSError as error:
         raise DfssdError(f"image cannot be read: {error}", where=uri, todo=_MOVED) from error
     except BadImage as error:
@@ -87,6 +96,8 @@ class Images:
         self, rows: Sequence[Row], imgsz: int, files: DiskCache | None = None, decoded: DecodedCache | None = None
     ) -> None:
         self.imgsz, self._files, self._decoded = imgsz, files, decoded
+        self._ids = Texts([row.image_id for row in rows])
+        self._checked = np.zeros(len(rows), bool)  # whose digest this process has compared
         self._uris = Texts([row.uri for row in rows])
         self._keys = Texts([key_of(row) for row in rows])
         self._whites = torch.tensor([row.white for row in rows], dtype=torch.float32)
@@ -109,7 +120,7 @@ class Images:
         """(h,w,3) uint8 RGB or, of a grey image, (h,w); not to be written to.
 
         Raises:
-            DfssdError: it is not readable, or has another size than when `prepare` looked.
+            DfssdError: it is not readable, or is not the file that `prepare` looked at.
         """
         found = self._fetched.get(i)
         if found is None and self._decoded:
@@ -118,7 +129,8 @@ class Images:
 
     def _load_anew(self, i: int) -> np.ndarray:
         uri = self.uri(i)
-        full = decode(uri, self._files, float(self._whites[i]))
+        full = decode(uri, self._files, float(self._whites[i]), "" if self._checked[i] else self._ids[i])
+        self._checked[i] = True
         width, height = self.sizes_wh[i].tolist()
         if full.shape[:2] != (height, width):
             raise DfssdError(

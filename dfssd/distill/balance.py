@@ -76,10 +76,14 @@ class Balance:
             self.factors[name] = min(max(factor, 1 / limit), limit)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factors": dict(self.factors), "calls": self.calls}
+        return {"factors": dict(self.factors), "calls": self.calls, "shares": dict(self.shares)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.factors, self.calls = dict(state["factors"]), int(state["calls"])
+        """Go on from measured factors, brought to the shares of this run: another trial's may have been others."""
+        before = state.get("shares", self.shares)
+        known = [k for k in state["factors"] if k in self.shares and before.get(k)]
+        self.factors = {k: state["factors"][k] * (self.shares[k] / before[k]) for k in known}
+        self.calls = int(state["calls"])
 
 
 def _square(term: Tensor, neck: list[Tensor], scale: float) -> Tensor:

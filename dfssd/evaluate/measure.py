@@ -45,6 +45,7 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
         where both students are there; and `environment`.
     """
     torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.run.gpu != "never" else "cpu")
     run = Storage(run_uri)
     manifest = read_manifest(run.at("dataset"))
     splits = {name: images_of(manifest, name, config.train.imgsz) for name in ("val", "test")}
@@ -57,9 +58,10 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
         data = run.read(file)
         model = load_detector(data, run.path(file), config.train.imgsz)
         parameters = count_parameters(model)
-        model = model.fuse(verbose=False)
+        model = model.fuse(verbose=False).to(device)
         names = [model.names[k] for k in sorted(model.names)]
-        numbers, own = measure_detector(detecting(model), names, splits, config.evaluate.max_escape)
+        numbers, own = measure_detector(detecting(model), names, splits, config.evaluate.max_escape, device)
+        model.to("cpu")  # latency is that of a CPU
         results[name] = {**numbers, "params": parameters, "weights_bytes": len(data)}
         records |= {(name, split): found for split, found in own.items()}
         networks[name] = lambda image, model=model: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)
@@ -81,7 +83,11 @@ def weights_file(run: Storage, name: str) -> str:
 
 
 def measure_detector(
-    detect: Detect, names: Sequence[str], splits: Mapping[str, ManifestDataset], max_escape: float
+    detect: Detect,
+    names: Sequence[str],
+    splits: Mapping[str, ManifestDataset],
+    max_escape: float,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Numbers and records of one detector on val and test; its operating point is chosen on val.
 
@@ -89,8 +95,9 @@ def measure_detector(
         names: its classes, which are those of the splits.
         splits: "val" and "test".
         max_escape: share of defective pictures (0..1) that may pass.
+        device: that it computes on; default the CPU.
     """
-    records = {s: collect(detect, images, WorkerGroup(), torch.device("cpu")) for s, images in splits.items()}
+    records = {s: collect(detect, images, WorkerGroup(), device or torch.device("cpu")) for s, images in splits.items()}
     point = operating_point(Pictures.of(records["val"], len(names)), names, max_escape)
     tau_c = thresholds_of(point, names)
     numbers = {split: measure_split(found, names, tau_c) for split, found in records.items()}

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 MEASURE = "map50_95"
 REQUIREMENTS = ("mlflow", "onnxruntime", "opencv-python-headless", "numpy", "pandas")
 CHAMPION = "champion"
+PATIENCE_S = 60.0  # that a person who asked for a registered model waits for it
 
 
 def log_model(
@@ -54,10 +55,12 @@ def log_model(
     tags = {"dataset": dataset_digest, "model": model, "score": str(done["operating_point"]["score"])}
     name = model.replace("/", "_")
     uri = runs.attempt(
-        lambda client: _log(runs.uri, run_id, name, store.read(f"{model}.onnx"), done, metrics, tags), ""
+        lambda client: _log(runs.uri, run_id, name, store.read(f"{model}.onnx"), done, metrics, tags), "", PATIENCE_S
     )
     if uri and register:
-        said = runs.attempt(lambda client: _register(client, runs.uri, uri, register, metrics, dataset_digest), "")
+        said = runs.attempt(
+            lambda client: _register(client, runs.uri, uri, register, metrics, dataset_digest), "", PATIENCE_S
+        )
         print(said or f"WARNING: {register} was not registered", flush=True)
     return uri
 

@@ -20,11 +20,11 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_load
 
-from dfssd import __version__
 from dfssd.errors import DfssdError
 from dfssd.models.head import HeadOutput, branches
 from dfssd.models.layout import refuse_code, require_safe_loader
 from dfssd.models.taps import Taps
+from dfssd.version import __version__
 
 LOSS_EPOCHS = 100  # E2ELoss decays by epochs; one of ours is a hundredth of the training
 

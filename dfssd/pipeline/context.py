@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config
 from dfssd.runtime.artefact import flatten
-from dfssd.runtime.artefact_names import DATASET
+from dfssd.runtime.artefact_names import DATASET, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 
 if TYPE_CHECKING:
     from dfssd.train.job import TrainJob
+
+Planned = Collection[ArtefactName]
+"""Stages that are planned before one, in a dry run."""
 
 Result = tuple[dict[str, Any], list[str]]
 """What a body returns: the summary, and the names of the files it has left."""

@@ -12,8 +12,7 @@ from dfssd.data.source import Item, Source, unlabelled_items
 from dfssd.data.unpack import resolve_zip
 from dfssd.data.versions import as_previous, changes, content_digest, keep_version, listing_digest
 from dfssd.errors import DfssdError
-from dfssd.pipeline.context import Context, Result
-from dfssd.pipeline.stages import Planned
+from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.report.tables import split_table
 from dfssd.runtime.artefact import Stage, differences
 from dfssd.runtime.artefact_names import DATASET, is_finished

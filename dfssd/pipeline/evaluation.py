@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dfssd.errors import DfssdError
 from dfssd.evaluate.measure import measure
-from dfssd.pipeline.context import Context, Result
-from dfssd.pipeline.stages import Planned, finished_models, row_of
+from dfssd.pipeline.context import Context, Planned, Result
+from dfssd.pipeline.stages import finished_models, row_of
 from dfssd.report.html import write_report
 from dfssd.report.tables import tracked
 from dfssd.runtime.artefact import Stage
@@ -28,7 +28,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         from dfssd.runtime.cluster import connect, task_resources
 
         connect()
-        task_resources(context.config.run)
+        task_resources(context.config.run, context.config.run.gpu)
     return []
 
 
@@ -41,8 +41,8 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     models = list(map(str, finished_models(context.run)))
     connect()
     run = context.config.run
-    resources = task_resources(run)
-    task = ray.remote(measure).options(num_cpus=resources.cpus, max_retries=2)
+    resources = task_resources(run, run.gpu)
+    task = ray.remote(measure).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=2)
     ref = task.remote(context.config, context.run.uri, models, resources.threads)
     results = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")
     stage.store.write_json("metrics.json", results)

@@ -8,8 +8,8 @@ from dfssd.errors import DfssdError
 from dfssd.export.formats import check_formats
 from dfssd.export.write import export_model
 from dfssd.line.registry import log_model
-from dfssd.pipeline.context import Context, Result
-from dfssd.pipeline.stages import Planned, exported_model
+from dfssd.pipeline.context import Context, Planned, Result
+from dfssd.pipeline.stages import exported_model
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import DATASET, REPORT
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dfssd.data.manifest import read_manifest
-from dfssd.pipeline.context import Context, Result
+from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
-from dfssd.pipeline.stages import Planned, row_of
+from dfssd.pipeline.stages import row_of
 from dfssd.pseudo.quality import measure
 from dfssd.report import quality as report
 from dfssd.runtime.artefact import Stage
@@ -41,7 +41,7 @@ def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
     manifest = read_manifest(context.run.at(str(DATASET)))
     if not manifest.unlabelled_rows():
         print(f"{stage.name}: there is no unlabelled image", flush=True)
-    tracker = Tracker(context.runs.uri, run_id)
+    tracker = Tracker(context.runs.uri, run_id, stage.store)
     try:
         summary = label(context.config, context.run, str(stage.name), manifest, weights, tracker.log)
     finally:

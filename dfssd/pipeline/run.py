@@ -8,6 +8,7 @@ from typing import Any
 from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.pipeline.context import Context
+from dfssd.pipeline.replay import deliver_later
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
@@ -81,11 +82,11 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
     if state == "finished":
         record = stage.store.read_json("stage.json")
         print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)
+        deliver_later(context.runs, context.run, str(name))  # what MLflow missed while it was down
         return dict(record["summary"])
     print(f"{name}: {'goes on' if state == 'interrupted' else 'starts'}", flush=True)
     params = context.runs.params if context.tags else flatten(stage.config)
-    run_id = context.runs.stage(str(name), stage.recorded_run_id(), params, context.title)
-    stage.record_run_id(run_id)
+    run_id = context.runs.stage(str(name), stage.recorded_run_id(), params, context.title, keep=stage.record_run_id)
     status = "FAILED"
     try:
         summary, outputs = resolve(row.body)(context, stage, run_id)
@@ -99,5 +100,6 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
     numbers = {k: v for k, v in flatten(summary).items() if isinstance(v, int | float) and not isinstance(v, bool)}
     context.runs.metrics(run_id, {f"summary/{k}": float(v) for k, v in numbers.items()})
     context.runs.artefact(run_id, "stage.json", stage.store.read("stage.json"))
+    deliver_later(context.runs, context.run, str(name))
     print(f"{name}: finished in {record['duration_s']:.0f} s", flush=True)
     return dict(summary)

@@ -7,7 +7,7 @@ a stage, add a row, a body (a function in a file of this folder) and a job; docs
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -299,6 +299,3 @@ def markdown(rows: Iterable[Row] = STAGES) -> str:
     """The list of stages for the documentation."""
     lines = ["| stage | what it does | in every round |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| `{r.role}` | {r.does} | {'yes' if r.in_rounds else ''} |" for r in rows)])
-
-
-Planned = Collection[ArtefactName]

@@ -8,9 +8,9 @@ from typing import Any
 from dfssd.config import Config
 from dfssd.config_checks import check_weights
 from dfssd.models.detector import resolve_weights
-from dfssd.pipeline.context import Context, Result
+from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
-from dfssd.pipeline.stages import Planned, row_of, settings_of
+from dfssd.pipeline.stages import row_of, settings_of
 from dfssd.report.plots import training_curves
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import PSEUDO, ArtefactName

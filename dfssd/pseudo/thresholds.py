@@ -91,7 +91,7 @@ class FixedThreshold:
         return {"tau": self._tau}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._tau = state["tau"]
+        """Nothing: they follow from the settings and the candidates, and a population's trial has settings of its own."""
 
 
 class EmaThreshold:

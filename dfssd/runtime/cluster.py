@@ -20,6 +20,7 @@ from dfssd.runtime.placement import (
     Actors,
     Ask,
     CannotPlace,
+    Gpu,
     Node,
     Resources,
     auto_workers,
@@ -212,9 +213,13 @@ def worker_resources(run: Run) -> Resources:
     return wait_for_room(run, lambda nodes: place_workers(nodes, ask), _bundle(run), ask.low)
 
 
-def task_resources(run: Run) -> Resources:
-    """What the one task of a stage gets: all CPUs of the node that has most of them free, as `--cpus-per-worker` allows."""
-    ask = Ask(1, 1, run.cpus_per_worker, "never", "task")
+def task_resources(run: Run, gpu: Gpu = "never") -> Resources:
+    """What the one task of a stage gets: all CPUs of the node that has most of them free, as `--cpus-per-worker` allows.
+
+    Args:
+        gpu: as the setting of that name, for a task that computes on one.
+    """
+    ask = Ask(1, 1, run.cpus_per_worker, gpu, "task")
     return wait_for_room(run, lambda nodes: place_workers(nodes, ask), {"CPU": max(1.0, ask.cpus)})
 
 

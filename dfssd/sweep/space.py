@@ -74,9 +74,7 @@ class Space:
 
 def find_space(name: str) -> str:
     """Path of a space: a file, or the name of one that comes with the package."""
-    import dfssd
-
-    package = Path(dfssd.__file__).parent
+    package = Path(__file__).parents[1]
     file = f"{Path(name).stem}.py"
     ours = [folder / file for folder in (package / "tune_spaces", package.parent / "tune_spaces")]
     found = next((place for place in ours if place.is_file()), None)

@@ -128,6 +128,7 @@ def run(trial: Trial, plan: Plan, order: int) -> dict[str, Any]:
     store.write_json("report/metrics.json", results)
     write_detection_sheet(trial.config, store, results, {str(trial.stage): trial.row})
     context.runs.artefact(run_id, "detections.png", store.read("report/detections.png"))
+    context.runs.close()  # Ray Tune may end this process at the report that follows
     store.write_json("result.json", {**record, "mlflow_run_id": run_id})
     tune.report({**record["result"], CLOCK: 0})
     return record

@@ -83,29 +83,31 @@ class Heart:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         self._hook = register_optimizer_step_post_hook(self._stepped)
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end.set()
+        self._end.set()  # the thread leaves a last beat, which says that this rank has ended
         self._hook.remove()
+        self._thread.join(10)
 
     def _stepped(self, *_: Any) -> None:
         self.steps += 1
 
     def _beat(self) -> None:
         who = {"size": self.size, "node": socket.gethostname(), "ip": _address(), "pid": os.getpid()}
-        while True:
+        ended = False
+        while not ended:
+            ended = self.count > 0 and self._end.wait(BEAT_S)
             self.count += 1
-            now = {"count": self.count, "steps": self.steps, "where": where(self._works)}
+            now = {"count": self.count, "steps": self.steps, "ended": ended, "where": where(self._works)}
             try:
                 self.store.put(f"rank{self.rank}", json.dumps({**who, **now}).encode())
                 if self.on_beat:
                     self.on_beat()
             except Exception as error:  # the control service is away: training goes on, and may outlive that
                 print(f"rank {self.rank}: no heartbeat: {error}", file=sys.stderr, flush=True)
-            if self._end.wait(BEAT_S):
-                return
 
 
 def _address() -> str:
@@ -184,11 +186,13 @@ class Watch:
                     "start", f"no worker has started in {waited}; {self.asked} are asked for, {self.free()} free"
                 )
             return
+        ended = {r for r, seen in self.ranks.items() if seen.beat.get("ended")}
         silent = [r for r in range(size) if r not in self.ranks or now - self.ranks[r].beat_at > SILENT_S]
+        silent = [r for r in silent if r not in ended]
         for rank in silent:
             self._tell(f"rank{rank}", self._silence(rank, now))
         since = max(seen.step_at for seen in self.ranks.values())
-        if not silent and now - since > STUCK_S:
+        if not silent and now - since > STUCK_S and not all(r in ended for r in range(size)):
             places = "; ".join(f"rank {r} is at {self.ranks[r].beat['where']}" for r in sorted(self.ranks) if r < size)
             self._tell("stuck", f"no step for {clock(now - since)}: {places}")
 

@@ -6,12 +6,13 @@ import logging
 import math
 import signal
 import threading
-import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -19,10 +20,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from dfssd.errors import DfssdError, find_user_error
 from dfssd.runtime.cluster import Resources, check_gpu, free
+from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Tracker
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train import checkpoint
+from dfssd.train import checkpoint, ending
 from dfssd.train.heartbeat import Heart, Store, Watch
+from dfssd.train.interrupt import Interrupt
 from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 
@@ -48,20 +51,40 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
         check_gpu(job.config.run)
     store = Store(f"{job.store.uri}/{uuid.uuid4().hex}")
     asked = resources.describe(job.config.run.num_workers)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Watch(store, str(job.stage), asked, free):
+        with Watch(store, str(job.stage), asked, free), _stop_at_sigterm(store):
             outcome = _until_no_progress(job, resources, callbacks, store)
     except SystemExit as error:  # Ray answers Ctrl-C with exit code 0, which would read as success
         raise KeyboardInterrupt from error
     finally:
         store.clear()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
+            for number, handler in handlers.items():  # Ray leaves its own behind
+                signal.signal(number, handler)
     if isinstance(outcome, DfssdError):
         raise outcome
     assert isinstance(outcome, dict), "rank 0 returns the loop's result"
     return outcome
+
+
+@contextmanager
+def _stop_at_sigterm(store: Store) -> Iterator[None]:
+    """SIGTERM (`ray job stop`, a deleted pod) asks the workers to store a checkpoint and end; a second one does as before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handler(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        threading.Thread(target=store.put, args=("stop", b"1"), daemon=True).start()  # a handler must not wait
+
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[Any], store: Store) -> Any:
@@ -93,7 +116,7 @@ def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[
 def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], store: Store) -> TorchTrainer:
     run = job.config.run
     starts = 3 + math.ceil(run.wait_min)  # each waits a minute for its nodes
-    return TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={"job": job, "threads": resources.threads, "key": store.key},
         scaling_config=ScalingConfig(
@@ -111,67 +134,64 @@ def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], stor
             callbacks=list(callbacks) or None,
         ),
     )
+    trainer.artefact = job.store
+    return trainer
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer; Ctrl-C and SIGTERM leave a checkpoint before they end it."""
+
+    artefact: Storage
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        ending.take_over_signals(self.artefact)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     """What each worker runs.
 
-    A user error is returned and not raised, on all workers: a restart would only meet it again. The one that has met it tells
-    the others and leaves the group, which ends whatever they wait for.
+    A user error is returned and not raised where nobody waits for this worker: a restart would only meet it again. Where
+    others wait for it in a collective it is left for the next group, which this failure starts and which returns it at once.
     """
     context = ray.train.get_context()
     world = WorkerGroup(context.get_world_rank(), context.get_world_size())
     store = Store(settings["key"])
-    met = store.error()  # by a group before this one, which could not end in order
+    met = store.error()
     if met is not None:
         return met
+    job: TrainJob = settings["job"]
+    interrupt = Interrupt(60 * job.config.train.checkpoint_min)
     try:
-        with Heart(store, world.rank, world.size, lambda: _leave_where_another_has_failed(store, world)):
-            return _train(settings["job"], world, settings["threads"])
+        with Heart(store, world.rank, world.size, Notices(store, world.rank, interrupt)):
+            return _train(job, world, settings["threads"], interrupt)
     except DfssdError as error:
+        if world.size == 1:
+            return error
         store.leave_error(error)
-        _leave_group()
-        return error
-    except Exception:
-        met = _told(store) if world.size > 1 else None
-        if met is None:
-            raise
-        return met
+        raise
 
 
-def _told(store: Store) -> DfssdError | None:
-    """The user error of another worker, which may be about to tell it: its leaving the group comes first."""
-    for _ in range(20):
-        met = store.error()
-        if met is not None:
-            return met
-        time.sleep(0.25)
-    return None
+class Notices:
+    """What a worker is told from outside, looked for at each of its beats: that its node is about to go, and that the driver
+    was asked to end. The loop stores a checkpoint after its present step, on all workers alike."""
+
+    def __init__(self, store: Store, rank: int, interrupt: Interrupt) -> None:
+        self.store, self.rank, self.interrupt = store, rank, interrupt
+        self.node, self.told = ray.get_runtime_context().get_node_id(), False
+
+    def __call__(self) -> None:
+        if self.store.get("stop"):
+            self.interrupt.ask(stop=True)
+        if not self.told and self.node in draining():
+            self.told = True
+            print(f"rank {self.rank}: its node is about to go, a checkpoint is stored", flush=True)
+            self.interrupt.ask()
 
 
-def _leave_where_another_has_failed(store: Store, world: WorkerGroup) -> None:
-    """NCCL does not notice that another rank has left: end this one's collectives."""
-    if (
-        world.size > 1
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_backend() == "nccl"
-        and store.error()
-    ):
-        _leave_group()
-
-
-def _leave_group() -> None:
-    """Close this worker's connections, so that whoever waits for it in a collective gets an error."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    try:
-        if distributed.get_backend() == "nccl":
-            distributed.distributed_c10d._abort_process_group()
-        else:
-            distributed.destroy_process_group()
-    except (RuntimeError, ValueError) as error:
-        print(f"the worker group could not be left: {error}", flush=True)
+def draining() -> set[str]:
+    """Ids of nodes that the cluster is about to take away: a spot instance's notice, `ray drain-node`, an autoscaler."""
+    return set(ray._private.state.state.get_draining_nodes() or {})
 
 
 def _shorten_timeout(world: WorkerGroup) -> None:
@@ -180,13 +200,13 @@ def _shorten_timeout(world: WorkerGroup) -> None:
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), torch.distributed.group.WORLD)
 
 
-def _train(job: TrainJob, world: WorkerGroup, threads: int) -> dict[str, Any]:
+def _train(job: TrainJob, world: WorkerGroup, threads: int, interrupt: Interrupt) -> dict[str, Any]:
     """The loop, with its metrics and checkpoints handed on."""
     from dfssd.train.loop import train  # imports Ultralytics, which must happen in the worker
 
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray's session logs every report through the root logger
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id) if world.rank == 0 else None
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store) if world.rank == 0 else None
     stepped = False
 
     def log(metrics: dict[str, float], step: int) -> None:
@@ -202,11 +222,17 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int) -> dict[str, Any]:
         worker killed on the way would leave a checkpoint that only looks like one."""
         if world.rank == 0:
             checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
+        if watch:
+            watch.stored(session.step)
         if metrics:  # none: somebody asked for a checkpoint between validations
             ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
+    interrupt = Interrupt(60 * job.config.train.checkpoint_min)
+    watch = ending.Watch(job.store, interrupt.ask) if world.rank == 0 else None
     try:
-        return train(job, world, get_device(), log, save)
+        return train(job, world, get_device(), log, save, interrupt)
     finally:
+        if watch:
+            watch.close()
         if tracker:
             tracker.close()

@@ -17,7 +17,7 @@ from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, load_detector, resolve_weights
 from dfssd.models.layout import refuse_code, require_safe_loader
 from dfssd.pipeline.settings import given_weights
-from dfssd.pseudo.teachers import TeacherActor
+from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.session import build_session
@@ -84,7 +84,7 @@ def test_in_the_folder_of_a_run(prepared, ran, kind):
         load_detector(evil, "teacher", 64)
     run.write("pseudo/teachers/0.pt", evil)
     with pytest.raises(DfssdError):
-        TeacherActor(run.uri, "pseudo", tiny_config(prepared), ("pseudo/teachers/0.pt",), tuple(names), 1)
+        load_teachers(tiny_config(prepared), run, ["pseudo/teachers/0.pt"], names, torch.device("cpu"))
     for name, mode in (("teacher/best.pt", "frozen"), ("student/teacher.pt", "online"), ("student/init.pt", "frozen")):
         run.write(name, evil)
         job = make_job("student", run.uri, tiny_config(prepared, teacher_mode=mode))

@@ -1,19 +1,29 @@
 """Interrupt, break and resume the loop itself, in one process."""
 
+import os
+import shutil
+import signal
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.manifest import read_manifest
+from dfssd.data.reading import decode
 from dfssd.errors import DfssdError
 from dfssd.models.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train import guards, loop
+from dfssd.train import checkpoint, ending, guards, loop
+from dfssd.train.ending import REQUEST, Watch, ask_for_checkpoint
 from dfssd.train.in_process import train_in_process
+from dfssd.train.interrupt import Interrupt
 from dfssd.train.session import build_session
 
 
@@ -46,8 +56,6 @@ def _run(storage, stage, stop_at=None, monkeypatch=None, begun=0.0, **changes):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     prepared, tmp_path_factory, monkeypatch, stage, stop_at, changes
 ):
-    import shutil
-
     if stage == "student":
         give_teacher_and_candidates(prepared)
     other = tmp_path_factory.mktemp("other")
@@ -86,8 +94,6 @@ def test_every_part_of_the_state_matters(prepared):
     job = make_job("student", str(prepared / "r"), tiny_config(prepared, steps=3))
     fresh = build_session(job, WorkerGroup(), torch.device("cpu")).state()
     train_in_process(job)
-    from dfssd.train import checkpoint
-
     trained = checkpoint.load_newest(job.store.at("train"), job.fingerprint())
     assert set(fresh) == set(trained)
     for part in ("student", "ema"):
@@ -180,5 +186,80 @@ def test_a_vanished_image_is_a_user_error(prepared, tmp_path):
         row.uri = row.uri.replace(".png", ".gone")
     write_manifest(Storage(str(prepared / "r" / "dataset")), manifest)
     with pytest.raises(DfssdError, match="cannot be read"):
-        _run(prepared, "label_only")
+        _run(prepared, "label_only", cache_gib=0)  # what is kept decoded needs no file
     assert guards.REMEDY
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_an_image_that_was_replaced_is_a_user_error(prepared, loaders):
+    """Another picture of the same size under the old name would be trained on with the old boxes."""
+    rows = read_manifest(Storage(str(prepared / "r" / "dataset"))).labelled_rows()
+    kept = {row.uri: Path(row.uri).read_bytes() for row in rows}
+    try:
+        for row in rows:
+            cv2.imwrite(row.uri, np.full((row.height, row.width, 3), 255, np.uint8))
+        with pytest.raises(DfssdError, match="another image lies where this one was") as caught:
+            _run(prepared, "label_only", loader_workers=loaders, cache_gib=0)
+        assert any(uri in str(caught.value) for uri in kept) and "prepare again" in str(caught.value)
+    finally:
+        for uri, data in kept.items():
+            Path(uri).write_bytes(data)
+    Path(rows[0].uri).write_bytes(kept[rows[0].uri])
+    assert decode(rows[0].uri, image_id=rows[0].image_id).shape[:2] == (rows[0].height, rows[0].width)
+
+
+def test_asked_to_end_between_two_validations_it_leaves_a_checkpoint_and_loses_nothing(
+    prepared, tmp_path_factory, monkeypatch
+):
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(prepared / "r", other / "r")
+    few = {"val_every": 6, "log_every": 1}
+    _, whole = _run(prepared, "label_only", **few)
+    job = make_job("label_only", str(other / "r"), tiny_config(other, **few))
+    interrupt = Interrupt()
+    watch, asked = Watch(job.store, interrupt.ask), threading.Thread(target=ask_for_checkpoint, args=(job.store,))
+    lr = loop.learning_rate
+
+    def deadly(config, step, steps):
+        if step == 2:
+            asked.start()
+            assert watch.asked.wait(20)
+        if step == 5:
+            raise Killed
+        return lr(config, step, steps)
+
+    def save(metrics, s):
+        checkpoint.store_newest(job.store.at("train"), s.step, s.state(), 2)
+        watch.stored(s.step)
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(loop, "learning_rate", deadly)
+        loop.train(job, WorkerGroup(), torch.device("cpu"), lambda m, s: None, save, interrupt)
+    watch.close()
+    asked.join(20)
+    assert not job.store.exists(REQUEST) and job.store.folders("train")[0] in ("step_0000003", "step_0000004")
+    train_in_process(job)
+    a, b = (read_detector(j.store.read("last.pt"), "x").state_dict() for j in (whole, job))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_signal_asks_for_a_checkpoint_and_then_does_what_it_did(tmp_path, monkeypatch, answers):
+    store, done, saved = Storage(str(tmp_path)), threading.Event(), []
+    monkeypatch.setattr(ending, "SEEN_S", 0.5 if not answers else 20.0)
+    monkeypatch.setattr(ending, "LOOK_S", 0.05)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, lambda number, frame: done.set())
+        ending.take_over_signals(store)
+        watch = Watch(store, lambda: saved.append(done.is_set())) if answers else None
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not done.is_set() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if watch:
+                watch.stored(7)
+        assert done.is_set() and saved == ([False] if answers else []) and not store.exists(REQUEST)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
