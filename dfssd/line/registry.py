@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 MEASURE = "map50_95"
 REQUIREMENTS = ("mlflow", "onnxruntime", "opencv-python-headless", "numpy", "pandas")
 CHAMPION = "champion"
+PATIENCE_S = 180.0  # a model is megabytes, and its registration needs its address
 PATIENCE_S = 60.0  # that a person who asked for a registered model waits for it
 
 
@@ -54,9 +55,8 @@ def log_model(
     metrics = {f"{split}/{k}": float(numbers[split][k]) for split in ("val", "test") for k in ("map50", MEASURE)}
     tags = {"dataset": dataset_digest, "model": model, "score": str(done["operating_point"]["score"])}
     name = model.replace("/", "_")
-    uri = runs.attempt(
-        lambda client: _log(runs.uri, run_id, name, store.read(f"{model}.onnx"), done, metrics, tags), "", PATIENCE_S
-    )
+    onnx = store.read(f"{model}.onnx")
+    uri = runs.attempt(lambda client: _log(runs.uri, run_id, name, onnx, done, metrics, tags), "", PATIENCE_S)
     if uri and register:
         said = runs.attempt(
             lambda client: _register(client, runs.uri, uri, register, metrics, dataset_digest), "", PATIENCE_S
