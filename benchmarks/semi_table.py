@@ -109,12 +109,14 @@ def _gain(entry: dict[str, Any], key: str) -> str:
 def labels_table(setting: Path) -> str:
     """What the pseudo-labels of each teacher are worth against the withheld boxes."""
     lines = [
-        "| labels of | seed | candidates' AP50 | silent images | gmm: P, R | match: P, R | fixed: P, R |",
+        "| labels of | seed | candidates' AP50 | silent images | gmm: P, R | match: P, R | fixed: P, R | precision: P, R |",
         "|---|---|---|---|---|---|---|",
     ]
     for file in sorted(setting.glob("seed*/labels*/result.json")):
         r = json.loads(file.read_text())
-        cells = [f"{r[p]['precision'][-1]:.2f}, {r[p]['recall'][-1]:.2f}" for p in ("gmm", "match", "fixed")]
+        cells = [
+            f"{r[p]['precision'][-1]:.2f}, {r[p]['recall'][-1]:.2f}" for p in ("gmm", "match", "fixed", "precision")
+        ]
         lines.append(
             f"| {r['row'].partition('@')[2]} | {r['seed']} | {100 * r['ap50']:.1f} | {r['silent']} | {' | '.join(cells)} |"
         )

@@ -71,6 +71,7 @@ POLICIES = {
     "match": ThresholdPolicy(
         "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2))
     ),
+    "precision": ThresholdPolicy("right as often as --precision asks, by val", frozenset({"precision"}), "-"),
 }
 
 

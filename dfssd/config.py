@@ -234,6 +234,12 @@ class Thresholds(Section):
     tau: float = Field(
         0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
     )
+    precision: float = Field(
+        0.7,
+        gt=0,
+        lt=1,
+        description="Share of right pseudo-labels that 'precision' asks of each class, with 95 % confidence, on val.",
+    )
     tau_min: float = Field(
         0.0, ge=0, lt=1, description=f"Lowest threshold of a policy that sets them itself; 0: {floors()}."
     )

@@ -2,9 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
+from small import give_teacher_and_candidates, make_job, tiny_config
 
+from dfssd.data.manifest import pseudo_table, read_manifest, write_table
 from dfssd.pseudo.calibration import FEWEST, NEVER, calibrate, isotonic, wilson_lower
+from dfssd.pseudo.quality import measure
 from dfssd.pseudo.thresholds import BINS, ScoreCounts
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.session import build_session
 
 
 def _plain_isotonic(hits, found):
@@ -68,3 +75,34 @@ def test_few_candidates_promise_nothing():
     assert calibrate(found, hits).thresholds(scores, 0.5)[0] == NEVER
     found, hits = _val([lambda s: 1.0], per_class=10 * FEWEST)
     assert calibrate(found, hits).thresholds(scores, 0.5)[0] < 0.2
+
+
+def test_precision_is_a_policy_of_the_student_and_of_the_report(prepared):
+    """Thresholds come from val; a class that val does not vouch for gets no boxes, only the teacher's soft scores."""
+    run = Storage(str(prepared / "r"))
+    manifest = read_manifest(run.at("dataset"))
+    give_teacher_and_candidates(prepared)
+    shown = [
+        np.repeat(r.boxes, FEWEST, 0) if r.boxes is not None else np.zeros((0, 5)) for r in manifest.of_split("val")
+    ]
+    val = [np.concatenate([b, np.full((len(b), 1), 0.8), np.ones((len(b), 1))], 1).astype(np.float32) for b in shown]
+    for boxes in val:
+        boxes[:, 1:5] += 1e-4 * np.arange(len(boxes))[:, None]
+        boxes[1::FEWEST, 5] = 0.9
+    ids = [r.image_id for r in manifest.of_split("val")]
+    write_table(run.at("pseudo"), "val-00000.parquet", pseudo_table(ids, "t", val))
+    config = tiny_config(prepared, threshold_policy="precision", precision=0.6)
+    s = build_session(make_job("student", str(prepared / "r"), config), WorkerGroup(), torch.device("cpu"))
+    tau = s.policy.thresholds()
+    untrusted = tau >= NEVER - 1e-6  # most of their candidates on val are doubles of a box that another has hit
+    assert untrusted.any()
+    labelled = config.train.batch
+    boxes = s.targets(next(iter(s.loader())), labelled).boxes
+    pseudo = boxes.cls[labelled:][boxes.valid[labelled:]]
+    assert not untrusted[pseudo].any()
+    easy = tiny_config(prepared, threshold_policy="precision", precision=0.01)
+    s = build_session(make_job("student", str(prepared / "r"), easy), WorkerGroup(), torch.device("cpu"))
+    assert (s.policy.thresholds() < NEVER - 1e-6).sum() > (~untrusted).sum()
+    quality = measure(easy, run, "pseudo")
+    assert quality.chosen == "precision" and quality.tau["precision"] == pytest.approx(s.policy.thresholds().numpy())
+    assert any("gets no pseudo-labels" in w for w in measure(config, run, "pseudo").numbers()["warnings"])

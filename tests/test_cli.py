@@ -96,6 +96,7 @@ FLAGS = [
     "off-last",
     "overwrite",
     "parity-pictures",
+    "precision",
     "prediction",
     "profile-steps",
     "print-config",

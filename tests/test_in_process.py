@@ -17,6 +17,7 @@ from dfssd.models.detector import build_detector, detector_bytes
 from dfssd.pseudo import shards
 from dfssd.pseudo.in_process import label_in_process, stream
 from dfssd.pseudo.teachers import Teachers
+from dfssd.runtime.progress import Silence
 from dfssd.runtime.storage import Storage
 
 
@@ -161,3 +162,17 @@ def test_it_needs_neither_ray_nor_mlflow():
             assert not {n.split(".")[0] for n in names} & {"ray", "mlflow"}, name
             todo += names
     assert "dfssd.pseudo.teachers" in seen and "dfssd.runtime.storage" in seen
+
+
+def test_silence_is_broken(capsys):
+    with Silence(lambda waited: f"no shard for {waited}", after_s=0.1) as silence:
+        for _ in range(6):
+            silence.heard()
+            time.sleep(0.03)
+        assert capsys.readouterr().out == ""
+        deadline = time.monotonic() + 10
+        out = ""
+        while out.count("no shard for 0:00") < 2 and time.monotonic() < deadline:
+            out += capsys.readouterr().out
+            time.sleep(0.02)
+    assert out.count("no shard for 0:00") >= 2

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dfssd.pseudo.thresholds import BINS, ScoreCounts
+from dfssd.pseudo.thresholds import BINS, NEVER, ScoreCounts
 
 FEWEST = 20  # candidates of a class on val from which its calibration is believed
 ONE_SIDED_95 = 1.645  # standard normal quantile of the lower confidence bound
-NEVER = 1.01  # a threshold that no score reaches: soft scores only, no boxes
 
 
 @dataclass(frozen=True)

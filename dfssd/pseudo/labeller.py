@@ -21,7 +21,8 @@ from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest
 from dfssd.pseudo.shards import Log, Shard, Tally, decoded_bytes, fuse_and_write, summarise, unfinished
 from dfssd.pseudo.teachers import TeacherActor, check_teachers
-from dfssd.runtime.cluster import actor_resources
+from dfssd.runtime.cluster import actor_resources, free
+from dfssd.runtime.progress import Silence
 from dfssd.runtime.storage import Storage
 
 DECODE_CPUS = 0.25  # several decode tasks share a core, so that they also start where an actor holds the other one
@@ -85,5 +86,10 @@ def _stream(
     store_bytes = float(ray.cluster_resources().get("object_store_memory", 2**30)) * STORE_SHARE
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=store_bytes)
     dataset.context.execution_options.resource_limits = limits
-    for row in dataset.iter_rows():
-        tally.add(row)
+    asked = f"{actors.count} actor(s) with {actors.cpus:g} CPUs" + (
+        f" and {actors.gpus:g} GPU(s)" if actors.gpus else ""
+    )
+    with Silence(lambda waited: f"{folder}: no shard for {waited}; {asked} are asked for, {free()} free") as silence:
+        for row in dataset.iter_rows():
+            silence.heard()
+            tally.add(row)

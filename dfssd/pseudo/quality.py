@@ -17,9 +17,10 @@ import numpy as np
 from dfssd.choices import POLICIES
 from dfssd.config import Config
 from dfssd.data.boxes import corners, iou
-from dfssd.data.manifest import Boxes, read_manifest, read_withheld
+from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_withheld
+from dfssd.pseudo.calibration import calibrate
 from dfssd.pseudo.shards import read_shards
-from dfssd.pseudo.thresholds import BINS, ScoreCounts, labelled_rates, policy_thresholds, score_bin
+from dfssd.pseudo.thresholds import BINS, NEVER, ScoreCounts, labelled_rates, policy_thresholds, score_bin
 from dfssd.runtime.storage import Storage
 
 HIT_IOU = 0.5
@@ -150,6 +151,17 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 4)
 
 
+def val_evidence(store: Storage, manifest: Manifest) -> Evidence:
+    """Candidates on the val split, as a labelling stage left them, against its labels."""
+    evidence = Evidence.empty(len(manifest.names))
+    val = {r.image_id: r.boxes for r in manifest.of_split("val")}
+    for image_id, boxes in read_shards(store, "val"):
+        truth = val.get(image_id)
+        if boxes is not None and truth is not None:
+            evidence.add(boxes, truth)
+    return evidence
+
+
 def measure(config: Config, run: Storage, folder: str) -> Quality:
     """Compare the candidates of a labelling stage with everything that is known.
 
@@ -158,12 +170,7 @@ def measure(config: Config, run: Storage, folder: str) -> Quality:
     """
     manifest, store = read_manifest(run.at("dataset")), run.at(folder)
     classes, withheld = len(manifest.names), read_withheld(run.at("dataset"))
-    scores, evidence = ScoreCounts.empty(classes), {"val": Evidence.empty(classes)}
-    val = {r.image_id: r.boxes for r in manifest.of_split("val")}
-    for image_id, boxes in read_shards(store, "val"):
-        truth = val.get(image_id)
-        if boxes is not None and truth is not None:
-            evidence["val"].add(boxes, truth)
+    scores, evidence = ScoreCounts.empty(classes), {"val": val_evidence(store, manifest)}
     hidden = Evidence.empty(classes)
     for image_id, boxes in read_shards(store, "shard"):
         if boxes is None:
@@ -173,6 +180,7 @@ def measure(config: Config, run: Storage, folder: str) -> Quality:
             hidden.add(boxes, withheld[image_id])
     if hidden.images:
         evidence["withheld"] = hidden
+    scores.calibration = calibrate(evidence["val"].found, evidence["val"].hits)
     rate = labelled_rates(manifest.labelled_rows(), classes)
     tau = {p: policy_thresholds(config.thresholds, p, scores, rate, config.train.steps) for p in POLICIES}
     quality = Quality(manifest.names, scores, rate, config.thresholds.threshold_policy, tau, evidence)
@@ -204,7 +212,13 @@ def warnings(quality: Quality) -> list[str]:
     for c, name in enumerate(quality.names):
         own, usual = rate[c], quality.rate_c[c]
         numbers = f"{own:.3f} pseudo-labels an image at threshold {tau[c]:.2f}; labelled images have {usual:.3f}"
-        if usual == 0:
+        if tau[c] >= NEVER:
+            held = int(quality.evidence["val"].found[c].sum())
+            notes.append(
+                f"class '{name}' gets no pseudo-labels: its {held} candidates on val do not show the precision asked for; "
+                "the teacher's soft scores still teach it"
+            )
+        elif usual == 0:
             notes.append(f"class '{name}' has no labelled box: its pseudo-labels cannot be trusted")
         elif own < FEW * usual:
             notes.append(f"class '{name}' gets almost no pseudo-labels ({numbers}); lower --tau or --tau-min")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ from dfssd.choices import POLICIES
 from dfssd.config import Thresholds
 from dfssd.data.manifest import Boxes, Row
 
+if TYPE_CHECKING:
+    from dfssd.pseudo.calibration import Calibration
+
 BINS = 1000  # of a score histogram; thresholds are exact to a thousandth
 FEWEST = 20  # candidates of a class from which a mixture is fitted
+NEVER = 1.01  # a threshold that no score reaches: the class gets soft scores only, no boxes
 
 
 @dataclass
@@ -31,10 +35,12 @@ class ScoreCounts:
     Args:
         counts: (C, BINS) candidates with a score in [k/BINS, (k+1)/BINS).
         images: unlabelled images looked at.
+        calibration: what scores are worth by the val split, for the policy 'precision'.
     """
 
     counts: np.ndarray
     images: int = 0
+    calibration: Calibration | None = None
 
     @classmethod
     def empty(cls, classes: int) -> ScoreCounts:
@@ -203,6 +209,9 @@ THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.nd
     "ema": lambda config, scores, rate_c, steps: scores.mean() * (1 - config.tau_decay**steps),
     "gmm": lambda config, scores, rate_c, steps: np.array([gmm_threshold(row, config.tau) for row in scores.counts]),
     "match": lambda config, scores, rate_c, steps: match_thresholds(scores, rate_c),
+    "precision": lambda config, scores, rate_c, steps: (
+        scores.calibration.thresholds(scores, config.precision) if scores.calibration else np.full(len(rate_c), NEVER)
+    ),
 }
 
 

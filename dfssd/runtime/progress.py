@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
 
 class Progress:
@@ -44,3 +46,35 @@ def clock(seconds: float) -> str:
     whole = int(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+class Silence:
+    """Says what is waited for while nothing comes; a context.
+
+    Args:
+        text: what to say, made when it is said: (how long nothing came, as m:ss) -> line.
+        after_s: silence after which a line is printed, and between two (s).
+    """
+
+    def __init__(self, text: Callable[[str], str], after_s: float = 45.0) -> None:
+        self.text, self.after_s, self.since = text, after_s, time.monotonic()
+        self._end = threading.Event()
+
+    def heard(self) -> None:
+        """Something came."""
+        self.since = time.monotonic()
+
+    def __enter__(self) -> Silence:
+        threading.Thread(target=self._watch, name="silence", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+
+    def _watch(self) -> None:
+        said = 0.0
+        while not self._end.wait(min(1.0, self.after_s / 4)):
+            now = time.monotonic()
+            if now - max(self.since, said) >= self.after_s:
+                said = now
+                print(self.text(clock(now - self.since)), flush=True)

@@ -28,6 +28,8 @@ from dfssd.models.detection_loss import DetectionLoss
 from dfssd.models.detector import Teacher, build_detector
 from dfssd.models.ghost_norm import GhostNorm
 from dfssd.models.precision import autocast_dtype
+from dfssd.pseudo.calibration import calibrate
+from dfssd.pseudo.quality import val_evidence
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import Rules, StepTargets, or_no_candidate, targets_of
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
@@ -263,7 +265,11 @@ def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> 
     thresholds, classes = job.config.thresholds, len(manifest.names)
     if job.labels_itself:
         return RunningThresholds(classes, thresholds, job.config.mean_teacher.mean_teacher_policy)
-    return make_policy(thresholds, *_scores(manifest, candidates))
+    scores, rate = _scores(manifest, candidates)
+    if thresholds.threshold_policy == "precision":
+        val = val_evidence(Storage(job.run_uri).at(str(job.pseudo)), manifest)
+        scores.calibration = calibrate(val.found, val.hits)
+    return make_policy(thresholds, scores, rate)
 
 
 def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill) -> Student:
