@@ -24,7 +24,6 @@ FLAGS = [
     "balance",
     "baseline",
     "batch",
-    "batch-norm",
     "box-loss",
     "cache-dir",
     "cache-dir-gib",

@@ -125,14 +125,14 @@ def _tracking(uri: str) -> Iterator[None]:
     """MLflow's fluent interface on a store, and back."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    given = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
         mlflow.end_run(status="RUNNING")  # where one was opened; its stage ends it
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(given or None)  # type: ignore[arg-type]  # it sets the environment
 
 
 def _example() -> Any:
