@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
-from dfssd.models.batch_norm import GlobalBatchNorm
-from step import FULL, Bench, our_step
+from step import FULL, Bench
 from step import Settings as StepSettings
 
 from dfssd.config import Config, Distill, Models, Run, Train
@@ -29,7 +28,9 @@ from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.loop import clip, update
 from dfssd.train.session import build_session
+from dfssd.train.step import accumulate
 
 
 @dataclass
@@ -45,15 +46,21 @@ class Settings:
     amp: str = "auto"
 
 
-def session(s: Settings, folder: str, world: WorkerGroup, batch_norm: str) -> Any:
+def session(s: Settings, folder: str, world: WorkerGroup, micro_batches: int) -> Any:
     config = Config(
-        run=Run(storage_path=folder, run_name="r"),
+        run=Run(storage_path=folder, run_name="r", num_workers=str(micro_batches)),
         models=Models(teacher="yolov8s.yaml", student="yolov8n.yaml"),
-        train=Train(imgsz=s.imgsz, batch=s.batch // 2, amp=s.amp, steps=10**5, batch_norm=batch_norm),  # type: ignore[arg-type]
+        train=Train(imgsz=s.imgsz, batch=s.batch // 2, amp=s.amp, steps=10**5),  # type: ignore[arg-type]
         distill=Distill(**FULL),  # type: ignore[arg-type]
     )
     job = train_job(config, Storage(f"{folder}/r"), STUDENT, teacher=TEACHER, pseudo=PSEUDO)
     return build_session(job, world, torch.device("cpu"))
+
+
+def step(s: Any, batches: Any) -> None:
+    """One step over this worker's micro-batches."""
+    accumulate(s, batches, 0.0, False, None)
+    update(s, clip(s)[1])
 
 
 def seconds(work: Any, times: int) -> float:
@@ -67,12 +74,11 @@ def rank(index: int, s: Settings, folder: str) -> None:
     """One of two processes; process 0 also runs the single worker's blocks, while the other waits."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
-    sessions = {k: session(s, folder, WorkerGroup(index, 2), k) for k in ("local", "global")}
-    batches = {k: next(iter(one.loader())) for k, one in sessions.items()}
-    alone = session(s, folder, WorkerGroup(), "local") if index == 0 else None
-    whole = next(iter(alone.loader())) if alone else None
-    gradient = torch.zeros(sum(p.numel() for p in sessions["local"].student.parameters() if p.requires_grad))
-    moments = torch.zeros(3, 64, dtype=torch.float64)
+    both = session(s, folder, WorkerGroup(index, 2), 2)
+    mine = both.feed().take()
+    alone = {k: session(s, folder, WorkerGroup(), k) for k in (1, 2)} if index == 0 else {}
+    whole = {k: one.feed().take() for k, one in alone.items()}
+    gradient = torch.zeros(sum(p.numel() for p in both.student.parameters() if p.requires_grad))
     found: dict[str, list[float]] = {}
 
     def block(name: str, work: Any, times: int) -> None:
@@ -81,20 +87,17 @@ def rank(index: int, s: Settings, folder: str) -> None:
         found.setdefault(name, []).append(took)
 
     for repeat in range(s.blocks + 1):
-        if alone:
-            found.setdefault("1 worker", []).append(seconds(lambda: our_step(alone, whole), s.steps))
-        for kind, one in sessions.items():
-            block(f"2 workers, {kind} batch norm", lambda one=one, kind=kind: our_step(one, batches[kind]), s.steps)
+        for count, one in alone.items():
+            name = "1 worker" if count == 1 else "1 worker, 2 micro-batches"
+            took = seconds(lambda one=one, count=count: step(one, whole[count]), s.steps)
+            found.setdefault(name, []).append(took)
+        block("2 workers", lambda: step(both, mine), s.steps)
         block("all-reduce of the gradient", lambda: dist.all_reduce(gradient), 5)
-        block("exchange of one batch norm", lambda: dist.all_reduce(moments), 50)
         if repeat == 0:
             found.clear()  # to warm up
     if index == 0:
-        norms = sum(isinstance(m, GlobalBatchNorm) for m in sessions["global"].student.modules())
         result = {"medians": {k: statistics.median(v) for k, v in found.items()}}
-        Path(folder, "result.json").write_text(
-            json.dumps({**result, "gradient_bytes": 4 * gradient.numel(), "norms": norms})
-        )
+        Path(folder, "result.json").write_text(json.dumps({**result, "gradient_bytes": 4 * gradient.numel()}))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -116,7 +119,7 @@ def main() -> None:
     print(
         render(f"{s.batch} images of {s.imgsz} px a step, one thread a worker", ["", "ms", "images/s", "times"], rows)
     )
-    print(f"gradient: {found['gradient_bytes'] / 2**20:.1f} MiB a step; {found['norms']} batch norms")
+    print(f"gradient: {found['gradient_bytes'] / 2**20:.1f} MiB a step")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ COMMANDS = {
     "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
     "track": Command("deliver to MLflow what it missed while it was down", "dfssd.jobs.track:job"),
     "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
+    "suggest": Command("the unlabelled images most worth a label", "dfssd.jobs.suggest:job"),
+    "review": Command("labels out to Label Studio, CVAT, COCO or YOLO, and back", "dfssd.jobs.review:job"),
     "predict": Command("label pictures with an exported model, or a folder as they arrive", "dfssd.jobs.predict:job"),
     "sweep": Command("many runs with Ray Tune, and a table of what came of them", "dfssd.jobs.sweep:job"),
 }

@@ -135,6 +135,28 @@ held.release()
         assert _same(own, other) and own["im_file"] == other["im_file"]
 
 
+def test_a_training_process_that_is_killed_leaves_no_loading_process(prepared, tmp_path):
+    dataset, _ = _dataset(prepared)
+    with (tmp_path / "job").open("wb") as file:
+        pickle.dump((Streams({"labelled": dataset}), [[Draw("labelled", 0, k, True)] for k in range(1000)]), file)
+    code = f"""
+import os, pickle, signal, torch
+from dfssd.data.loaders import training_loader
+streams, batches = pickle.load(open({str(tmp_path / "job")!r}, "rb"))
+batches = iter(training_loader(streams, batches, 2, torch.device("cpu"), 10**5))
+next(batches)
+print(*(w.pid for w in batches._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2
+    until = time.monotonic() + 30
+    while time.monotonic() < until and any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_how_many_processes_load(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert loaders.processes(torch.device("cuda"), False) == 15 and loaders.processes(CPU, False) == 1

@@ -67,7 +67,7 @@ def test_a_chain_is_cut_until_groups_are_small():
     rest = _thumbs(300, seed=5)
     groups, pairs = grouping.group_images(np.concatenate([chain, rest]), 0.93, 0.1)
     assert np.bincount(groups).max() <= 50
-    i, j = pairs
+    i, j, _ = pairs
     assert (groups[i] != groups[j]).any()  # what the cut left apart is still reported
     uncut, _ = grouping.group_images(np.concatenate([chain, rest]), 0.93, 1.0)
     assert np.bincount(uncut).max() == 200  # without the limit it is one group

@@ -16,9 +16,10 @@ from dfssd.runtime import outbox as outbox_module
 from dfssd.runtime import tracker as tracker_module
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import ArtefactName
+from dfssd.runtime.metric_names import metric_name
 from dfssd.runtime.outbox import Outbox, connect
 from dfssd.runtime.storage import Storage
-from dfssd.runtime.tracker import Tracker, _metric_name
+from dfssd.runtime.tracker import Tracker
 from dfssd.runtime.tracking import Runs, tracking_uri
 
 
@@ -369,4 +370,4 @@ def test_where_runs_go(tmp_path, monkeypatch, capsys):
     assert tracking_uri(Storage(str(tmp_path))) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking_uri(Storage(str(tmp_path))) == "http://127.0.0.1:5000"
-    assert _metric_name("time/data wait (s)") == "time/data wait s" and json.dumps(_metric_name("a%b"))
+    assert metric_name("time/data wait (s)") == "time/data wait s" and json.dumps(metric_name("a%b"))

@@ -17,7 +17,7 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 
 HELD_OUT = ("val", "test")
-Pairs = tuple[np.ndarray, np.ndarray]
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # i, j, correlation
 
 
 def split_images(
@@ -118,7 +118,7 @@ def _given(images: list[Checked], pairs: Pairs, config: Data, source: Source) ->
         if image.boxes is None and image.given_split in HELD_OUT:
             names[row] = LEFT_OUT
     held_out = np.array([n in HELD_OUT for n in names])
-    i, j = pairs
+    i, j, _ = pairs
     for row in {*i[held_out[j]].tolist(), *j[held_out[i]].tolist()}:
         if not held_out[row]:
             names[row] = LEFT_OUT

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 from scipy.fft import dctn
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from dfssd.data.checks import THUMB_SIDE
 
@@ -61,24 +63,16 @@ def near_pairs(hashes_n: np.ndarray, threshold: float) -> Iterator[tuple[np.ndar
 
 def components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Connected components of n nodes with edges (i, j); labels are the smallest member's index."""
-    parent = np.arange(n)
-
-    def root(k: int) -> int:
-        while parent[k] != k:
-            parent[k] = parent[parent[k]]
-            k = int(parent[k])
-        return k
-
-    for a, b in zip(i.tolist(), j.tolist(), strict=True):
-        ra, rb = root(a), root(b)
-        if ra != rb:
-            parent[max(ra, rb)] = min(ra, rb)
-    return np.array([root(k) for k in range(n)], dtype=np.int64)
+    graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n))
+    _, labels = connected_components(graph, directed=False)
+    first = np.full(labels.max(initial=0) + 1, n)
+    np.minimum.at(first, labels, np.arange(n))
+    return np.asarray(first[labels], np.int64)
 
 
 def group_images(
     thumbs_nhw: np.ndarray, threshold: float, max_share: float
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Group near-duplicates.
 
     Pairs above `threshold` are linked. A chain of links can tie thousands of merely similar images together, so a group
@@ -91,8 +85,8 @@ def group_images(
 
     Returns:
         groups: (n,) int32, numbered from 0 in order of first member.
-        pairs: (i, j), all near-duplicate pairs, also those that a cut separated: what is left of them across splits is
-            the leak that the report states.
+        pairs: (i, j, correlation), all near-duplicate pairs, also those that a cut separated: what is left of them across
+            splits is the leak that the report states.
     """
     n = len(thumbs_nhw)
     blocks = list(near_pairs(hashes(thumbs_nhw), threshold)) or [(np.zeros(0, np.int32),) * 2 + (np.zeros(0),)]
@@ -107,4 +101,4 @@ def group_images(
         keep &= (value >= level) | ~np.isin(labels[i], large)
         labels = components(n, i[keep], j[keep])
     _, groups = np.unique(labels, return_inverse=True)
-    return groups.astype(np.int32), (i, j)
+    return groups.astype(np.int32), (i, j, value)

@@ -8,7 +8,9 @@ needs once, so that each process is there within a few hundredths of a second.)
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
+import os
 import shutil
 import sys
 import threading
@@ -83,6 +85,7 @@ class Loader:
             pin_memory=device.type == "cuda",
             prefetch_factor=AHEAD if workers else None,
             multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_end_with_parent if workers else None,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -105,6 +108,21 @@ def validation_batches(
     if on.type != "cpu" and len(batches) >= WORTH_STARTING:
         workers = min(processes(on, dataset.images.remote), len(batches) // 2, _that_fit(largest))
     yield from Loader(dataset, batches, workers, on)
+
+
+def _end_with_parent(_: int) -> None:
+    """A loading process ends when the process that asked for it is gone, however that ended.
+
+    PyTorch's own watch sees the server die, and the server waits for its last child.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a loading process"
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _context() -> Any:

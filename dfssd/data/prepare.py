@@ -8,14 +8,16 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from dfssd.config import Data
 from dfssd.data import grouping
-from dfssd.data.assignment import choose_labelled, make_rows, split_images
+from dfssd.data.assignment import Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.bad_files import write_bad
 from dfssd.data.checking import Checked, check_all, drop_duplicates, set_white_levels, stop_if_too_bad
+from dfssd.data.corrections import lay_over, read_corrections, write_provenance
 from dfssd.data.formats import read_source
-from dfssd.data.manifest import Manifest, write_manifest, write_withheld
+from dfssd.data.manifest import Manifest, write_manifest, write_table, write_withheld
 from dfssd.data.summary import contact_sheet, statements, summarise
 from dfssd.data.unpack import resolve_zip
 from dfssd.data.versions import read_previous
@@ -28,13 +30,16 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     Raises:
         DfssdError: unknown layout, too many bad files, or too few images for the splits asked for.
     """
-    data = resolve_zip(config.data, Storage(store.uri.rpartition("/")[0]))
+    run = Storage(store.uri.rpartition("/")[0])
+    data = resolve_zip(config.data, run)
     source = read_source(data, config.format, config.names)
     classes = len(source.names)
     print(
         f"data: {len(source.items)} images as {source.format}, {classes} classes: {', '.join(source.names)}", flush=True
     )
     good, bad = check_all(source, config)
+    corrections = read_corrections(run)
+    corrected = lay_over(good, source.names, corrections)
     stop_if_too_bad(bad, len(good) + len(bad), config, store)
     images, duplicates, conflicts = drop_duplicates(good)
     bad += duplicates
@@ -44,21 +49,37 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     previous = read_previous(store)
     split_names = split_images(images, groups, pairs, config, seed, source, previous)
     labelled, hidden = choose_labelled(images, split_names, config, seed, classes, previous)
+    # What a person labelled for this run is never hidden from it.
+    labelled |= {
+        i.image_id for i, s in zip(images, split_names, strict=True) if s == "train" and i.image_id in corrections
+    }
     rows, withheld = make_rows(images, split_names, labelled, groups, levels)
     meta = {"format": source.format, "seed": seed, "label_fraction": config.label_fraction, "split": config.split}
     meta["grey"] = all(i.facts.grey for i in images)
     meta["version"] = previous.version + 1 if previous else 1
     write_manifest(store, Manifest(rows, source.names, meta))
     write_withheld(store, withheld)
+    write_provenance(store, corrections, {r.image_id for r in rows})
     write_bad(store, bad)
+    write_pairs(store, [i.image_id for i in images], pairs)
     write_split_list(store, images, split_names, labelled)
     store.write("groups.png", contact_sheet([i.facts.thumb_hw for i in images], groups))
     summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
     summary["duplicates_with_other_labels"] = conflicts
     summary["version"] = meta["version"]
-    summary["notes"] = source.notes + level_notes + statements(source, summary, hidden)
+    summary["corrected_images"] = corrected
+    summary["data_settings"] = config.model_dump(mode="json")
+    own = [f"{corrected} images have corrected labels"] if corrected else []
+    summary["notes"] = own + source.notes + level_notes + statements(source, summary, hidden)
     store.write_json("summary.json", summary)
     return summary
+
+
+def write_pairs(store: Storage, ids: list[str], pairs: Pairs) -> None:
+    """`near_duplicates.parquet`: image ids of all pairs of near-duplicates, also those that a cut of a group separated."""
+    columns = [pa.array([ids[k] for k in ends.tolist()], pa.string()) for ends in pairs[:2]]
+    table = pa.table([*columns, pa.array(pairs[2], pa.float32())], names=["a", "b", "correlation"])
+    write_table(store, "near_duplicates.parquet", table)
 
 
 def write_split_list(store: Storage, images: list[Checked], split_names: list[str], labelled: set[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dfssd.data.assignment import by_folder
+from dfssd.data.assignment import Pairs, by_folder
 from dfssd.data.checks import THUMB_SIDE
 from dfssd.data.manifest import LEFT_OUT, SPLITS, Boxes, Row
 from dfssd.data.source import COUNTED, Source
@@ -36,7 +36,7 @@ def summarise(
     withheld: dict[str, Boxes],
     bad: Counter[str],
     groups: np.ndarray,
-    pairs: tuple[np.ndarray, np.ndarray],
+    pairs: Pairs,
 ) -> dict[str, Any]:
     """Numbers for stage.json, the terminal and the report."""
     leaks = {name: leaking(rows, pairs, name) for name in ("val", "test")}
@@ -72,11 +72,11 @@ def summarise(
     }
 
 
-def leaking(rows: list[Row], pairs: tuple[np.ndarray, np.ndarray], split: str) -> int:
+def leaking(rows: list[Row], pairs: Pairs, split: str) -> int:
     """Images of a split that have a near-duplicate among all that trains, labelled or not."""
     held = np.array([r.split == split for r in rows], bool)
     trains = np.array([r.split in ("train", "unlabelled-only") for r in rows], bool)
-    i, j = pairs
+    i, j, _ = pairs
     return len({*i[held[i] & trains[j]].tolist(), *j[held[j] & trains[i]].tolist()})
 
 

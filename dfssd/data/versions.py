@@ -15,6 +15,7 @@ import numpy as np
 from pyarrow import fs as pafs
 
 from dfssd.data.checks import Problem, check_label
+from dfssd.data.corrections import Correction, as_boxes
 from dfssd.data.manifest import LEFT_OUT, Boxes, Manifest, Row, read_manifest, read_withheld
 from dfssd.data.source import Item, Source
 from dfssd.runtime.storage import Storage
@@ -147,7 +148,9 @@ class Changes:
         return found + ([self.names] if self.names else [])
 
 
-def changes(previous: Previous, source: Source, extra: list[Item]) -> Changes:
+def changes(
+    previous: Previous, source: Source, extra: list[Item], corrections: dict[str, Correction] | None = None
+) -> Changes:
     """Compare labels without opening an image; images are known by their paths, or, where a folder moved, their ends."""
     items = {item.uri: item for item in [*source.items, *extra]}
     tails = {"/".join(uri.split("/")[-3:]): item for uri, item in items.items()}
@@ -165,6 +168,8 @@ def changes(previous: Previous, source: Source, extra: list[Item]) -> Changes:
         after = check_label(item.label, row.width, row.height, len(source.names)) if item.label is not None else None
         if isinstance(after, Problem):
             after = np.zeros((0, 5), np.float32)
+        if corrections and image_id in corrections:
+            after = as_boxes(corrections[image_id], source.names)
         if before is None or after is None:
             result.labelled += before is None and after is not None
             result.cleared += after is None and before is not None

@@ -135,13 +135,10 @@ def decoded(boxes_bkr: Tensor, points: Tensor, bins: int) -> Tensor:
     distances = boxes_bkr
     if bins > 1:
         size, places, _ = boxes_bkr.shape
-        values = _bin_values(bins, boxes_bkr.device)
+        # A kernel, not a copy that is waited for.
+        values = torch.arange(bins, dtype=boxes_bkr.dtype, device=boxes_bkr.device)
         distances = boxes_bkr.reshape(size, places, 4, bins).softmax(3).matmul(values)
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
-
-
-def _bin_values(bins: int, device: torch.device) -> Tensor:
-    return torch.arange(bins, dtype=torch.float32, device=device)  # a kernel, not a copy
 
 
 def distribution_focal(boxes_bkr: Tensor, distances_bk4: Tensor, bins: int) -> Tensor:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from dfssd.config import Config, Data
+from dfssd.data.corrections import digest_of, read_corrections
 from dfssd.data.formats import read_source
 from dfssd.data.prepare import prepare
 from dfssd.data.source import Item, Source, unlabelled_items
@@ -13,6 +14,7 @@ from dfssd.data.unpack import resolve_zip
 from dfssd.data.versions import as_previous, changes, content_digest, keep_version, listing_digest
 from dfssd.errors import DfssdError
 from dfssd.pipeline.context import Context, Planned, Result
+from dfssd.report.audit_page import write_audit
 from dfssd.report.tables import split_table
 from dfssd.runtime.artefact import Stage, differences
 from dfssd.runtime.artefact_names import DATASET, is_finished
@@ -47,8 +49,11 @@ def content(config: Config) -> str:
     if not config.data.data:
         return ""
     if is_remote(config.data.data) and not config.data.data.endswith((".yaml", ".yml", ".zip")):
-        return listing_digest([config.data.data, *config.data.unlabelled])
-    return content_digest(*_read(config.data, _run_of(config)))
+        digest = listing_digest([config.data.data, *config.data.unlabelled])
+    else:
+        digest = content_digest(*_read(config.data, _run_of(config)))
+    corrected = digest_of(read_corrections(Storage(_run_of(config))))
+    return digest + (f"+{corrected}" if corrected else "")
 
 
 def count_images(config: Config) -> Found:
@@ -87,8 +92,10 @@ def renew(context: Context, stage: Stage) -> None:
         for line in differences({"config": recorded["config"]}, {"config": stage.config})
     ):
         return
-    found = changes(as_previous(stage.store, 0), *_read(context.config.data, _run_of(context.config)))
-    lines = found.lines() or ["files have changed, but no label of an image that was there before"]
+    previous, corrections = as_previous(stage.store, 0), read_corrections(context.run)
+    source, extra = _read(context.config.data, _run_of(context.config))
+    lines = changes(previous, source, extra, corrections).lines()
+    lines = lines or ["files have changed, but no label of an image that was there before"]
     again = [
         folder
         for folder in context.run.folders()
@@ -116,6 +123,9 @@ def prepare_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Check, group, split; leave the manifest."""
     summary = prepare(context.config.data, context.config.run.seed, stage.store)
     print(split_table(summary), flush=True)
-    for name in ("groups.png", "split.csv"):
+    write_audit(stage.store, summary, context.config.train.imgsz)
+    print(f"what to look at before training: {stage.store.path('audit.html')}", flush=True)
+    for name in ("groups.png", "split.csv", "audit.html"):
         context.runs.artefact(run_id, name, stage.store.read(name))
-    return summary, [f for f in stage.store.files() if f != "started.json"]
+    # Pages for people and earlier versions are no part of what later stages depend on.
+    return summary, [f for f in stage.store.files() if f not in ("started.json", "audit.html") and "/" not in f]

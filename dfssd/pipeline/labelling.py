@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dfssd.data.manifest import read_manifest
+from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
 from dfssd.pipeline.stages import row_of
-from dfssd.pseudo.quality import measure
+from dfssd.pseudo.quality import Quality, doubt, measure
 from dfssd.report import quality as report
+from dfssd.report.pictures import draw
+from dfssd.review.exports import Proposal, label_studio
+from dfssd.review.sheets import captioned, table
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import DATASET, PSEUDO
 from dfssd.runtime.tracking import Tracker
@@ -58,8 +61,23 @@ def quality_stage(context: Context, stage: Stage, run_id: str) -> Result:
     stage.store.write_json("quality.json", numbers)
     stage.store.write("quality.csv", report.csv(numbers))
     stage.store.write("quality.png", report.curves(quality))
-    stage.store.write("doubtful.png", report.doubtful_sheet(quality, manifest))
-    outputs = ["quality.json", "quality.csv", "quality.png", "doubtful.png"]
+    outputs = ["quality.json", "quality.csv", "quality.png", *_write_doubtful(stage, quality, manifest)]
     for name in outputs:
         context.runs.artefact(run_id, name, stage.store.read(name))
     return numbers, outputs
+
+
+def _write_doubtful(stage: Stage, quality: Quality, manifest: Manifest) -> list[str]:
+    """The most doubtful images as a sheet with file names, as a table, and as tasks for Label Studio; worst first."""
+    by_id = {r.image_id: r for r in manifest.unlabelled_rows()}
+    tau = quality.tau[quality.chosen]
+    found = [(by_id[image_id], boxes, doubt(boxes, tau)) for image_id, boxes in quality.doubtful if image_id in by_id]
+    names = [row.uri.rsplit("/", 1)[-1] for row, _, _ in found]
+    drawn = [draw(row, boxes, manifest.names, tau) for row, boxes, _ in found]
+    captions = [f"{name}\ndoubt {value:.2f}" for name, (_, _, value) in zip(names, found, strict=True)]
+    lines = [[name, value, row.image_id, row.uri] for name, (row, _, value) in zip(names, found, strict=True)]
+    proposals = [Proposal(row, boxes[boxes[:, 5] >= 0.5 * tau[boxes[:, 0].astype(int)]]) for row, boxes, _ in found]
+    stage.store.write("doubtful.png", captioned(list(zip(drawn, captions, strict=True))))
+    stage.store.write("doubtful.csv", table(["file", "doubt", "image_id", "uri"], lines))
+    stage.store.write("doubtful_tasks.json", label_studio(proposals, manifest.names, str(stage.name), ""))
+    return ["doubtful.png", "doubtful.csv", "doubtful_tasks.json"]

@@ -14,10 +14,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from dfssd.choices import POLICIES
-from dfssd.data.manifest import Manifest
 from dfssd.pseudo.quality import Quality
 from dfssd.pseudo.thresholds import BINS
-from dfssd.report.pictures import draw, sheet
 from dfssd.report.tables import render
 
 
@@ -84,11 +82,3 @@ def curves(quality: Quality) -> bytes:
     figure.savefig(buffer, format="png", dpi=80)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def doubtful_sheet(quality: Quality, manifest: Manifest) -> bytes:
-    """PNG of the most doubtful images, worst first from left to right; candidates below their threshold are grey."""
-    by_id = {r.image_id: r for r in manifest.unlabelled_rows()}
-    tau = quality.tau[quality.chosen]
-    drawn = [draw(by_id[image_id], boxes, manifest.names, tau) for image_id, boxes in quality.doubtful]
-    return sheet({f"most doubtful {k + 1}": drawn[k::6] for k in range(6)})

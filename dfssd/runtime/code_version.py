@@ -13,7 +13,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from dfssd import __version__
+from dfssd.version import __version__
 
 COMMIT = "DFSSD_COMMIT"  # environment: what `git describe --always --dirty=+` said where the job was submitted
 

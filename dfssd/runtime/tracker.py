@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from dfssd.runtime.metric_names import metric_name
 from dfssd.runtime.outbox import RETRY_S, connect, first_line, hopeless
 from dfssd.runtime.storage import Storage
 
@@ -114,7 +115,7 @@ class Tracker:
 def metric_rows(metrics: dict[str, Any], step: int, at_ms: int) -> list[tuple[str, float, int, int]]:
     """(name, value, ms since the epoch, step) of every finite number."""
     numbers = ((k, v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool))
-    return [(_metric_name(k), float(v), at_ms, step) for k, v in numbers if math.isfinite(v)]
+    return [(metric_name(k), float(v), at_ms, step) for k, v in numbers if math.isfinite(v)]
 
 
 def log_rows(client: Any, run_id: str, rows: Iterable[tuple[str, float, int, int]]) -> None:
@@ -128,8 +129,3 @@ def delivered(client: Any, run_id: str) -> set[tuple[str, int]]:
     """(metric, step) of all that MLflow has of a run."""
     names = client.get_run(run_id).data.metrics
     return {(name, row.step) for name in names for row in client.get_metric_history(run_id, name)}
-
-
-def _metric_name(name: str) -> str:
-    """MLflow allows letters, digits, '_', '-', '.', ' ', ':' and '/'; units in brackets lose the brackets."""
-    return "".join(c if c.isalnum() or c in "_-. :/" else " " for c in name).strip().replace("  ", " ")

@@ -32,6 +32,8 @@ from dfssd.train.feed import MicroBatch
 from dfssd.train.guards import check_finite, check_teacher, judge, reach
 from dfssd.train.session import Session
 
+HALF_SCALE = 128.0  # of gradients that are only looked at, in float16: far from both of its ends
+
 # What the teacher, and the student's own average, say of each micro-batch.
 Taught = dict[int, tuple[TeacherOutput | None, TeacherOutput | None]]
 
@@ -77,7 +79,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
     totals, asked_sum = _totals(s, batches, alone, taught, asked)
     if s.criterion.balance:
         _follow_balance(s, batches, alone, taught, totals)
-    scale = s.scaler.get_scale() if s.scaler and log else 1.0
+    scale = HALF_SCALE if s.scaler else 1.0
     shares: list[Terms] = []
     squares: list[Tensor] = []
     for turn, batch in enumerate(batches):
@@ -97,7 +99,10 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         shares.append(terms)
     gradient = Gradient(_summed(shares), asked_sum)
     if log:
-        gradient.norms = judge(gradient.terms, s.world.sum(torch.stack(squares).sum(0)), first_layer is not None)
+        total = s.world.sum(torch.stack(squares).sum(0))
+        if s.scaler and not bool(torch.isfinite(total).all()):  # an overflow, which the scale will meet too
+            return gradient
+        gradient.norms = judge(gradient.terms, total, first_layer is not None)
     return gradient
 
 
@@ -177,7 +182,7 @@ def _follow_balance(
     balance = s.criterion.balance
     assert balance is not None
     if balance.due:
-        scale = s.scaler.get_scale() if s.scaler else 1.0
+        scale = HALF_SCALE if s.scaler else 1.0
         names: list[str] = []
         parts = []
         for batch in batches:

@@ -1,0 +1,40 @@
+"""Which unlabelled images are most worth a label: a table with scores, a contact sheet, and tasks for a labelling program.
+
+Needs the stages dataset, teacher and pseudo; where a student is trained, teacher and student are compared. Leaves
+<run>/suggest. Label these images in the program of your choice, then `dfssd review --corrected FILE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dfssd.errors import DfssdError
+from dfssd.flags import parse
+
+EXAMPLE = "dfssd suggest --k 50 --export labelstudio --storage-path runs --run-name line3"
+READS = ("run.storage_path", "run.run_name", "run.gpu", "run.seed", "train.imgsz", "train.amp", "thresholds")
+
+
+def job(words: Sequence[str]) -> None:
+    extra: dict[str, Any] = {
+        "k": (int, Field(50, description="Images to suggest.")),
+        "export": (
+            Literal["labelstudio", "cvat", "coco", "yolo", "none"],
+            Field("labelstudio", description="Program that the suggested images are written for."),
+        ),
+        "label_studio_root": (str, Field("", description="Folder that Label Studio serves local files from.")),
+    }
+    config, flags = parse(__doc__ or "", READS, words, prog="dfssd suggest", example=EXAMPLE, **extra)
+    if flags.k < 1:
+        raise DfssdError(f"--k {flags.k}: at least one image", todo="give --k 50")
+    from dfssd.review.rounds import suggest_images
+    from dfssd.runtime.storage import Storage
+
+    run = Storage(config.run.storage_path).at(config.run.run_name)
+    fmt = None if flags.export == "none" else flags.export
+    for path in suggest_images(config, run, flags.k, fmt, flags.label_studio_root):
+        print(path)
+    print("label these images, then: dfssd review --corrected FILE with the same --storage-path and --run-name")

@@ -1,0 +1,300 @@
+"""The label loop: what goes out comes back the same, corrections are kept with who and when, and suggestions are sensible."""
+
+import csv
+import io
+import json
+import zipfile
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import pytest
+from small import give_teacher_and_candidates, tiny_config
+
+from dfssd.config import Data
+from dfssd.data.corrections import Correction, read_corrections, write_corrections
+from dfssd.data.manifest import Manifest, Row, read_manifest, read_table
+from dfssd.data.prepare import prepare
+from dfssd.errors import DfssdError
+from dfssd.review import suggest
+from dfssd.review.exports import Proposal, export
+from dfssd.review.incoming import read_corrected
+from dfssd.review.rounds import data_settings, export_images, suggest_images, take_back
+from dfssd.runtime.storage import Storage
+
+NAMES = ["scratch", "划痕 & <pit>"]
+_PERCENT = {"type": "number", "minimum": 0, "maximum": 100}
+_SIDES = ("x", "y", "width", "height")
+_VALUE = {
+    "type": "object",
+    "required": [*_SIDES, "rotation", "rectanglelabels"],
+    "properties": {
+        **dict.fromkeys(_SIDES, _PERCENT),
+        "rectanglelabels": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    },
+}
+_RESULT = {
+    "type": "object",
+    "required": ["id", "type", "from_name", "to_name", "value", "original_width", "original_height"],
+    "properties": {
+        "type": {"const": "rectanglelabels"},
+        "from_name": {"const": "label"},
+        "to_name": {"const": "image"},
+        "value": _VALUE,
+    },
+}
+_PREDICTION = {
+    "type": "object",
+    "required": ["result", "model_version", "score"],
+    "properties": {
+        "score": {"type": "number", "minimum": 0, "maximum": 1},
+        "result": {"type": "array", "items": _RESULT},
+    },
+}
+# Of labelstud.io/guide/predictions: what its importer asks of a task with predictions.
+TASK_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["data", "predictions"],
+        "properties": {
+            "data": {"type": "object", "required": ["image"], "properties": {"image": {"type": "string"}}},
+            "predictions": {"type": "array", "items": _PREDICTION},
+        },
+    },
+}
+
+
+def _manifest(folder="/line", count=6):
+    uris = [f"{folder}/cam {k % 2}/bild {k:03d}.png" for k in range(count)]
+    rows = [Row(f"{k:016x}", u, 640, 480, "unlabelled-only", False, k, None) for k, u in enumerate(uris)]
+    return Manifest(rows, list(NAMES), {})
+
+
+def _proposals(manifest):
+    rng = np.random.default_rng(0)
+    found = []
+    for k, row in enumerate(manifest.rows):
+        n = k % 3
+        columns = [rng.integers(0, 2, (n, 1)), rng.uniform(0.2, 0.8, (n, 2)), rng.uniform(0.05, 0.3, (n, 2))]
+        found.append(Proposal(row, np.concatenate([*columns, rng.uniform(0.3, 1, (n, 1))], 1)))
+    return found
+
+
+def _back(corrections, proposals):
+    """Boxes that came back are those that went out, to a thousandth of a pixel of the format."""
+    by_id = {c.image_id: c for c in corrections}
+    for p in proposals:
+        got = sorted(by_id[p.row.image_id].boxes)
+        want = sorted([NAMES[int(b[0])], *map(float, b[1:5])] for b in p.boxes)
+        assert [b[0] for b in got] == [b[0] for b in want]
+        assert np.allclose([b[1:] for b in got], [b[1:] for b in want], atol=2e-6) if want else got == []
+
+
+def test_label_studio_tasks_fit_its_schema_and_come_back_with_who_and_when(tmp_path):
+    manifest = _manifest()
+    proposals = _proposals(manifest)
+    files = export("labelstudio", proposals, NAMES, "line3/teacher", "/line")
+    tasks = json.loads(files["tasks.json"])
+    jsonschema.validate(tasks, TASK_SCHEMA)
+    assert tasks[1]["data"]["image"] == "/data/local-files/?d=cam 1/bild 001.png"
+    config = ElementTree.fromstring(files["labelling_config.xml"])
+    assert [n.get("value") for n in config.iter("Label")] == NAMES and config.find("Image").get("value") == "$image"
+    assert config.find("RectangleLabels").get("name") == "label" == tasks[1]["predictions"][0]["result"][0]["from_name"]
+    for k, task in enumerate(tasks):  # as Label Studio exports them once somebody has pressed Submit
+        (prediction,) = task.pop("predictions")
+        task |= {"id": k + 1, "predictions": [], "inner_id": k + 1}
+        task["annotations"] = [
+            {
+                "id": k,
+                "completed_by": {"id": 3, "email": f"anna{k}@mill.example"},
+                "result": prediction["result"],
+                "was_cancelled": False,
+                "updated_at": f"2026-11-2{k}T08:00:00Z",
+                "created_at": "2026-11-01T00:00:00Z",
+            }
+        ]
+    tasks[5]["annotations"] = []  # nobody has looked at it yet
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    corrections, bad = read_corrected(str(tmp_path / "export.json"), manifest)
+    assert bad == [] and len(corrections) == 5
+    _back(corrections, proposals[:5])
+    by_id = {c.image_id: c for c in corrections}
+    second = by_id[manifest.rows[1].image_id]
+    assert (second.who, second.when) == ("anna1@mill.example", "2026-11-21T08:00:00Z")
+    assert by_id[manifest.rows[0].image_id].boxes == []  # looked at, and free of defects
+
+
+@pytest.mark.parametrize("fmt", ["cvat", "coco", "yolo"])
+def test_other_formats_come_back_as_they_went(tmp_path, fmt):
+    manifest = _manifest()
+    proposals = _proposals(manifest)
+    files = export(fmt, proposals, NAMES, "x")
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    path = tmp_path / {"cvat": "annotations.xml", "coco": "annotations.json", "yolo": "yolo.zip"}[fmt]
+    corrections, bad = read_corrected(str(path), manifest, "bob")
+    assert bad == [] and len(corrections) == len(proposals) and {c.who for c in corrections} == {"bob"}
+    _back(corrections, proposals)
+    if fmt == "yolo":
+        assert set(zipfile.ZipFile(path).namelist()) >= {"classes.txt", "labels/bild 000.txt"}
+    if fmt == "cvat":
+        root = ElementTree.parse(path).getroot()
+        assert root.findtext("version") == "1.1" and [n.text for n in root.iter("name")] == NAMES
+        task = root.find("meta/task")
+        ElementTree.SubElement(ElementTree.SubElement(task, "assignee"), "username").text = "carla"
+        ElementTree.SubElement(task, "updated").text = "2026-11-20 10:00:00"
+        path.write_bytes(ElementTree.tostring(root))
+        corrections, _ = read_corrected(str(path), manifest)
+        assert {(c.who, c.when) for c in corrections} == {("carla", "2026-11-20 10:00:00")}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"images": [], "annotations": [], "categories": []}, "no corrected label"),
+        ("unknown", "classes that the data has not: 'dent'"),
+        ("other", "no corrected label"),
+    ],
+)
+def test_files_that_say_nothing_of_this_data_are_refused(tmp_path, content, said):
+    sheet = {
+        "images": [{"id": 1, "file_name": "bild 000.png"}],
+        "categories": [{"id": 1, "name": "dent"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}],
+    }
+    if content == "other":
+        sheet["images"][0]["file_name"], sheet["categories"][0]["name"] = "nobody.png", "scratch"
+    (tmp_path / "x.json").write_text(json.dumps(content if isinstance(content, dict) else sheet))
+    with pytest.raises(DfssdError, match=said):
+        read_corrected(str(tmp_path / "x.json"), _manifest())
+
+
+def test_corrections_win_over_the_data_and_later_ones_over_earlier(strip, tmp_path):
+    run = Storage(str(tmp_path / "r"))
+    data = Data(data=str(strip), label_fraction=0.5)
+    prepare(data, 0, run.at("dataset"))
+    manifest = read_manifest(run.at("dataset"))
+    row = manifest.labelled_rows()[0]
+    name = manifest.names[0]
+    write_corrections(run, [Correction(row.image_id, [[name, 0.5, 0.5, 0.1, 0.1]], "anna", "2026-01-01", "a.json")])
+    write_corrections(run, [Correction(row.image_id, [[name, 0.4, 0.4, 0.2, 0.2]], "bob", "2026-02-01", "b.json")])
+    summary = prepare(data, 0, run.at("dataset"))
+    after = {r.image_id: r for r in read_manifest(run.at("dataset")).rows}
+    assert summary["corrected_images"] == 1 and np.allclose(after[row.image_id].boxes, [[0, 0.4, 0.4, 0.2, 0.2]])
+    (kept,) = read_table(run.at("dataset"), "corrections.parquet").to_pylist()
+    assert (kept["who"], kept["when"], kept["source"], kept["boxes"]) == ("bob", "2026-02-01", "b.json", 1)
+    assert len(read_corrections(run)) == 1
+    write_corrections(run, [Correction(row.image_id, [["crack", 0.5, 0.5, 0.1, 0.1]], "eve", "", "c.json")])
+    with pytest.raises(DfssdError, match="'crack'"):
+        prepare(data, 0, run.at("dataset"))
+
+
+@pytest.fixture
+def labelled_run(strip, tmp_path):
+    """A prepared run with a made-up teacher and made-up candidates."""
+    config = tiny_config(tmp_path)
+    run = Storage(str(tmp_path / "r"))
+    data = Data(data=str(strip), label_fraction=0.4)
+    summary = prepare(data, 0, run.at("dataset"))
+    recorded = {"summary": summary, "digest": "d", "config": {"data": {"data": "before"}}, "inputs": {}}
+    run.write_json("dataset/stage.json", recorded)
+    give_teacher_and_candidates(tmp_path)
+    for stage in ("teacher", "pseudo"):
+        run.write_json(f"{stage}/stage.json", {"digest": stage, "summary": {"best": {"map50_95": 0.5}}})
+    return config.model_copy(update={"data": data}), run
+
+
+def test_suggest_leaves_a_table_a_sheet_and_tasks(labelled_run):
+    config, run = labelled_run
+    written = suggest_images(config, run, 5, "labelstudio", "")
+    names = ["suggest.csv", "scores.csv", "suggest.png", "tasks.json", "labelling_config.xml"]
+    assert [p.rsplit("/", 1)[1] for p in written] == names
+    rows = list(csv.DictReader(io.StringIO(run.read("suggest/suggest.csv").decode())))
+    assert [r["rank"] for r in rows] == list("12345") and len({r["group"] for r in rows}) == 5
+    unlabelled = {r.image_id for r in read_manifest(run.at("dataset")).unlabelled_rows()}
+    assert {r["image_id"] for r in rows} <= unlabelled
+    tasks = json.loads(run.read("suggest/tasks.json"))
+    assert [t["data"]["file"] for t in tasks] == [r["file"] for r in rows]
+    jsonschema.validate(tasks, TASK_SCHEMA)
+    run.write("student/best.pt", run.read("teacher/best.pt"))  # a student: teacher and student are compared
+    run.write_json("student/stage.json", {"digest": "s"})
+    suggest_images(config, run, 5, None, "")
+    rows = list(csv.DictReader(io.StringIO(run.read("suggest/scores.csv").decode())))
+    assert len(rows) == len(unlabelled) and max(float(r["disagreement"]) for r in rows) > 0
+    assert export_images(config, run, "doubtful", "cvat", 3, "")[0].endswith("annotations.xml")
+    assert len(ElementTree.fromstring(run.read("review/annotations.xml")).findall("image")) == 3
+
+
+def test_corrected_labels_come_back_into_the_next_version(labelled_run, tmp_path, monkeypatch, capsys):
+    from dfssd.jobs.review import job
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:/nonexistent")
+    config, run = labelled_run
+    (path, *_) = export_images(config, run, "all", "coco", 4, "")
+    sheet = json.loads((tmp_path / path).read_text())
+    ids = {i["dfssd_id"] for i in sheet["images"]}
+    before = {r.image_id: r.split for r in read_manifest(run.at("dataset")).rows}
+    recorded = run.read_json("dataset/stage.json")
+    from dfssd.pipeline.stages import settings_of
+    from dfssd.runtime.artefact_names import DATASET
+
+    run.write_json("dataset/stage.json", {**recorded, "config": settings_of(config, DATASET)})
+    job(["--corrected", path, "--reviewer", "dora", "--storage-path", str(tmp_path), "--run-name", "r"])
+    said = capsys.readouterr().out
+    assert "4 images corrected by dora" in said and "dataset: version 2" in said and "made again" in said
+    after = read_manifest(run.at("dataset"))
+    assert after.meta["version"] == 2 and {r.image_id: r.split for r in after.rows} == before
+    assert ids <= {r.image_id for r in after.labelled_rows()}  # a person labelled them: nothing about them is hidden
+    assert {c["who"] for c in read_table(run.at("dataset"), "corrections.parquet").to_pylist()} == {"dora"}
+    assert data_settings(run).update and take_back(config, run, path, "eve").startswith("4 images corrected by eve")
+
+
+def test_scores_prefer_torn_disputed_and_rare_images():
+    tau = np.array([0.5, 0.5])
+    seen = [np.array([[0 if k else 1, 0.5, 0.5, 0.1, 0.1]], np.float32) for k in range(9)]
+    labelled = [Row(f"{k}", f"/{k}", 10, 10, "train", True, k, b) for k, b in enumerate(seen)]
+    manifest = Manifest(labelled, ["common", "rare"], {})
+
+    def box(c, score, x=0.5):
+        return np.array([[c, x, 0.5, 0.2, 0.2, score, 1.0]], np.float32)
+
+    teacher = [box(0, 0.99), box(0, 0.5), box(1, 0.99), box(0, 0.99)]
+    student = [box(0, 0.9), box(0, 0.5), box(1, 0.9), box(0, 0.9, 0.9)]
+    scores = suggest.score(manifest, teacher, student, tau)
+    assert scores.uncertainty.argmax() == 1 and scores.rare.argmax() == 2 and scores.disagreement.argmax() == 3
+    assert scores.total().argmin() == 0 and suggest.score(manifest, teacher, None, tau).disagreement.max() == 0
+
+
+def test_the_choice_takes_one_of_each_group_and_spreads():
+    rng = np.random.default_rng(0)
+    centres = np.linalg.qr(rng.normal(size=(8, 8)))[0][:4]
+    features = np.repeat(centres, 25, 0) + 0.02 * rng.normal(size=(100, 8))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    total = np.full(100, 0.5)
+    total[:25] = 1.0  # all the best ones are of one kind
+    groups = np.arange(100) // 2
+    chosen, _ = suggest.choose(total, groups, features, centres[:1], 3, set())
+    assert {c // 25 for c in chosen} == {1, 2, 3}  # the kind that is labelled already comes last
+    plain, _ = suggest.choose(total, groups, None, None, 10, set())
+    assert max(plain) < 25 and len({groups[c] for c in plain}) == 10
+    assert suggest.choose(total, groups, None, None, 5, set(range(12)))[0][0] >= 24  # groups that are labelled already
+    assert len(suggest.choose(total, groups, features, None, 80, set())[0]) == 50
+
+
+def test_the_most_doubtful_images_come_with_names_a_table_and_tasks(labelled_run):
+    from dfssd.pipeline.labelling import _write_doubtful
+    from dfssd.pseudo.quality import measure
+    from dfssd.runtime.artefact import Stage
+    from dfssd.runtime.artefact_names import QUALITY
+
+    config, run = labelled_run
+    stage = Stage(run, QUALITY, {})
+    names = _write_doubtful(stage, measure(config, run, "pseudo"), read_manifest(run.at("dataset")))
+    assert names == ["doubtful.png", "doubtful.csv", "doubtful_tasks.json"]
+    rows = list(csv.DictReader(io.StringIO(stage.store.read("doubtful.csv").decode())))
+    tasks = json.loads(stage.store.read("doubtful_tasks.json"))
+    jsonschema.validate(tasks, TASK_SCHEMA)
+    assert rows and [r["file"] for r in rows] == [t["data"]["file"] for t in tasks]
+    doubts = [float(r["doubt"]) for r in rows]
+    assert doubts == sorted(doubts, reverse=True)
