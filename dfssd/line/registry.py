@@ -132,7 +132,7 @@ def _tracking(uri: str) -> Iterator[None]:
         yield
     finally:
         mlflow.end_run(status="RUNNING")  # where one was opened; its stage ends it
-        mlflow.set_tracking_uri(given or None)  # type: ignore[arg-type]  # it sets the environment
+        mlflow.set_tracking_uri(given or None)
 
 
 def _example() -> Any:
