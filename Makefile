@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check docs test test-slow format clean-demo
+.PHONY: install demo check docs test test-slow format clean-demo faults
 
 install: $(STAMP)
 
@@ -32,7 +32,10 @@ test: install
 	$(BIN)/pytest -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not faults"
+
+faults: install
+	$(BIN)/pytest tests/faults tests/test_tracking.py tests/test_properties.py tests/distributed
 
 format: install
 	$(BIN)/ruff format .

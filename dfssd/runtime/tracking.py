@@ -213,13 +213,19 @@ class Runs:
 
 def attach(client: Any, run_id: str, name: str, data: bytes) -> None:
     """Attach a file under this name, which may have folders."""
+    import shutil
     import tempfile
     from pathlib import Path
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name.rsplit("/", 1)[-1]
+    folder = Path(
+        tempfile.mkdtemp()
+    )  # a TemporaryDirectory is removed when the process begins to end, under this thread
+    try:
+        path = folder / name.rsplit("/", 1)[-1]
         path.write_bytes(data)
         client.log_artifact(run_id, str(path), name.rsplit("/", 1)[0] if "/" in name else None)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _log_params(client: Any, run_id: str, params: dict[str, Any]) -> None:

@@ -58,7 +58,8 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
     except SystemExit as error:  # Ray answers Ctrl-C with exit code 0, which would read as success
         raise KeyboardInterrupt from error
     finally:
-        store.clear()
+        if ray.is_initialized():  # it may be gone, and what ended this run is worth more than that
+            store.clear()
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # Ray leaves its own behind
                 signal.signal(number, handler)
