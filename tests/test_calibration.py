@@ -6,9 +6,10 @@ import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
-from dfssd.pseudo.calibration import FEWEST, NEVER, calibrate, isotonic, wilson_lower
+from dfssd.pseudo.calibration import FEWEST, calibrate, isotonic, wilson_lower
 from dfssd.pseudo.quality import measure
-from dfssd.pseudo.thresholds import BINS, ScoreCounts
+from dfssd.pseudo.scores import BINS, NEVER
+from dfssd.pseudo.thresholds import ScoreCounts
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.session import build_session

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dfssd.pseudo.thresholds import BINS, NEVER, ScoreCounts
+from dfssd.pseudo.scores import BINS, NEVER
 
 FEWEST = 20  # candidates of a class on val from which its calibration is believed
 ONE_SIDED_95 = 1.645  # standard normal quantile of the lower confidence bound
@@ -37,31 +37,31 @@ class Calibration:
         """(C,) candidates on val by class."""
         return np.asarray(self.found_cb.sum(1))
 
-    def precision(self, scores: ScoreCounts, tau_c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(C,) expected precision of the candidates in `scores` from tau_c on, and its lower 95 % bound.
+    def precision(self, counts_cb: np.ndarray, tau_c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(C,) expected precision of the candidates counted in `counts_cb` (C, BINS) from tau_c on, and its lower 95 % bound.
 
         NaN where there is no such candidate. The bound is Wilson's, for as many candidates as val has from tau_c on.
         """
-        expected, bound = self._curves(scores)
+        expected, bound = self._curves(counts_cb)
         index = np.minimum((tau_c * BINS + 1e-4).astype(int), BINS)
         padded = [np.pad(x, ((0, 0), (0, 1)), constant_values=np.nan) for x in (expected, bound)]
         return padded[0][np.arange(len(index)), index], padded[1][np.arange(len(index)), index]
 
-    def thresholds(self, scores: ScoreCounts, wanted: float) -> np.ndarray:
-        """(C,) lowest thresholds from which the lower bound of the precision on `scores` reaches `wanted`.
+    def thresholds(self, counts_cb: np.ndarray, wanted: float) -> np.ndarray:
+        """(C,) lowest thresholds from which the lower bound of the precision on `counts_cb` (C, BINS) reaches `wanted`.
 
         A class that never reaches it, or has fewer than FEWEST candidates on val, gets `NEVER`: no boxes.
         """
-        _, bound = self._curves(scores)
+        _, bound = self._curves(counts_cb)
         good = np.nan_to_num(bound, nan=-1.0) >= wanted
         good &= (self.counts >= FEWEST)[:, None]
         first = good.argmax(1)
         return np.asarray(np.where(good.any(1), first / BINS, NEVER))
 
-    def _curves(self, scores: ScoreCounts) -> tuple[np.ndarray, np.ndarray]:
+    def _curves(self, counts_cb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(C, BINS) expected precision at threshold k/BINS and its lower bound; NaN where there is no candidate."""
-        above = scores.counts[:, ::-1].cumsum(1)[:, ::-1].astype(np.float64)
-        right = (scores.counts * self.right_cb)[:, ::-1].cumsum(1)[:, ::-1]
+        above = counts_cb[:, ::-1].cumsum(1)[:, ::-1].astype(np.float64)
+        right = (counts_cb * self.right_cb)[:, ::-1].cumsum(1)[:, ::-1]
         with np.errstate(invalid="ignore", divide="ignore"):
             expected = right / above
         return expected, wilson_lower(expected, self.found_cb[:, ::-1].cumsum(1)[:, ::-1])

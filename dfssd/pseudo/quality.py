@@ -19,8 +19,9 @@ from dfssd.config import Config
 from dfssd.data.boxes import corners, iou
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_withheld
 from dfssd.pseudo.calibration import calibrate
+from dfssd.pseudo.scores import BINS, NEVER, score_bin
 from dfssd.pseudo.shards import read_shards
-from dfssd.pseudo.thresholds import BINS, NEVER, ScoreCounts, labelled_rates, policy_thresholds, score_bin
+from dfssd.pseudo.thresholds import ScoreCounts, labelled_rates, policy_thresholds
 from dfssd.runtime.storage import Storage
 
 HIT_IOU = 0.5

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dfssd.config import Thresholds
-from dfssd.pseudo.thresholds import BINS, ScoreCounts, policy_thresholds, score_bin
+from dfssd.pseudo.scores import BINS, score_bin
+from dfssd.pseudo.thresholds import ScoreCounts, policy_thresholds
 
 HALVED_EVERY = 25  # steps; what was seen 50 steps ago counts a quarter
 

@@ -24,7 +24,8 @@ from dfssd.data.letterbox import out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
 from dfssd.errors import DfssdError, StorageError
 from dfssd.pseudo.fusion import FLIPS, fuse
-from dfssd.pseudo.thresholds import ScoreCounts, score_bin
+from dfssd.pseudo.scores import score_bin
+from dfssd.pseudo.thresholds import ScoreCounts
 from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage
 

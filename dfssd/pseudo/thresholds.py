@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,10 @@ from torch import Tensor
 from dfssd.choices import POLICIES
 from dfssd.config import Thresholds
 from dfssd.data.manifest import Boxes, Row
+from dfssd.pseudo.calibration import Calibration
+from dfssd.pseudo.scores import BINS, NEVER, score_bin
 
-if TYPE_CHECKING:
-    from dfssd.pseudo.calibration import Calibration
-
-BINS = 1000  # of a score histogram; thresholds are exact to a thousandth
 FEWEST = 20  # candidates of a class from which a mixture is fitted
-NEVER = 1.01  # a threshold that no score reaches: the class gets soft scores only, no boxes
 
 
 @dataclass
@@ -60,11 +57,6 @@ class ScoreCounts:
         """(C,) mean score; 0 for a class without a candidate."""
         centres = (np.arange(BINS) + 0.5) / BINS
         return np.asarray(self.counts @ centres / np.maximum(self.counts.sum(1), 1))
-
-
-def score_bin(score: Any) -> Any:
-    """Histogram bin of a score. Half a bin in a million is added, so that 0.3 as a float lands in bin 300."""
-    return np.minimum((np.asarray(score, np.float64) * BINS + 1e-4).astype(int), BINS - 1)
 
 
 def labelled_rates(rows: list[Row], classes: int) -> np.ndarray:
@@ -210,7 +202,9 @@ THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.nd
     "gmm": lambda config, scores, rate_c, steps: np.array([gmm_threshold(row, config.tau) for row in scores.counts]),
     "match": lambda config, scores, rate_c, steps: match_thresholds(scores, rate_c),
     "precision": lambda config, scores, rate_c, steps: (
-        scores.calibration.thresholds(scores, config.precision) if scores.calibration else np.full(len(rate_c), NEVER)
+        scores.calibration.thresholds(scores.counts, config.precision)
+        if scores.calibration
+        else np.full(len(rate_c), NEVER)
     ),
 }
 

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from dfssd.choices import POLICIES
 from dfssd.pseudo.quality import Quality
-from dfssd.pseudo.thresholds import BINS
+from dfssd.pseudo.scores import BINS
 from dfssd.report.tables import render
 
 

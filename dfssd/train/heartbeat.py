@@ -22,7 +22,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import dfssd
 from dfssd.errors import DfssdError
 from dfssd.runtime.progress import clock
 
@@ -118,7 +117,7 @@ def _address() -> str:
 
 def where(thread: int) -> str:
     """The innermost line of this package at which a thread is: 'train/loop.py:86 train'."""
-    root = str(Path(dfssd.__file__).parent) + os.sep
+    root = str(Path(__file__).parents[1]) + os.sep
     frame: FrameType | None = sys._current_frames().get(thread)
     while frame is not None and not frame.f_code.co_filename.startswith(root):
         frame = frame.f_back
