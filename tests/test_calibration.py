@@ -61,21 +61,21 @@ def test_a_class_that_is_rarely_right_gets_no_boxes_and_the_promise_holds_on_new
     calibration = calibrate(*_val(classes))
     found, hits = _val(classes, seed=1, per_class=5000)
     scores = ScoreCounts(found, 5000)
-    tau = calibration.thresholds(scores, 0.7)
+    tau = calibration.thresholds(scores.counts, 0.7)
     assert tau[1] == NEVER and tau[2] < tau[0] < 0.9
     for c in (0, 2):
         kept = slice(int(tau[c] * BINS), None)
         assert hits[c, kept].sum() / found[c, kept].sum() > 0.7
-    expected, bound = calibration.precision(scores, np.minimum(tau, 0.999))
+    expected, bound = calibration.precision(scores.counts, np.minimum(tau, 0.999))
     assert (bound[[0, 2]] >= 0.7 - 1e-9).all() and (expected[[0, 2]] > bound[[0, 2]]).all()
 
 
 def test_few_candidates_promise_nothing():
     found, hits = _val([lambda s: 1.0], per_class=FEWEST - 1)
     scores = ScoreCounts(found * 100, 100)
-    assert calibrate(found, hits).thresholds(scores, 0.5)[0] == NEVER
+    assert calibrate(found, hits).thresholds(scores.counts, 0.5)[0] == NEVER
     found, hits = _val([lambda s: 1.0], per_class=10 * FEWEST)
-    assert calibrate(found, hits).thresholds(scores, 0.5)[0] < 0.2
+    assert calibrate(found, hits).thresholds(scores.counts, 0.5)[0] < 0.2
 
 
 def test_precision_is_a_policy_of_the_student_and_of_the_report(prepared):

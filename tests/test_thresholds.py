@@ -64,10 +64,11 @@ def test_state_survives_a_checkpoint():
         config = Thresholds(threshold_policy=policy)
         one, other = make_policy(config, scores, rate), make_policy(config, scores, rate)
         one.update(torch.ones(4), torch.ones(4))
-        if isinstance(one, FixedThreshold):
-            one = FixedThreshold(torch.tensor([0.1, 0.2, 0.3, 0.4]))
         other.load_state_dict(one.state_dict())
         torch.testing.assert_close(other.thresholds(), one.thresholds())
+    own = FixedThreshold(torch.full((4,), 0.5))
+    own.load_state_dict(FixedThreshold(torch.full((4,), 0.1)).state_dict())
+    assert own.thresholds().eq(0.5).all(), "a trial that goes on from another's checkpoint keeps the thresholds it is about"
     assert isinstance(make_policy(Thresholds(threshold_policy="ema"), scores, rate), EmaThreshold)
 
 
