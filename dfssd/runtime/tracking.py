@@ -7,7 +7,9 @@ delivered from `history.json` and `stage.json` later (`runtime/replay.py`).
 
 from __future__ import annotations
 
+import getpass
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -39,6 +41,14 @@ def tracking_uri(storage: Storage) -> str:
 def client(uri: str) -> Any:
     """A client whose calls fail within seconds."""
     return outbox.connect(uri)
+
+
+def _user() -> str:
+    """Who started this; in a container without a name, its number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 class Runs:
@@ -162,7 +172,12 @@ class Runs:
     def _create(self, client: Any, experiment: str, name: str, tags: dict[str, str]) -> str:
         from dfssd.runtime.code_version import code_version
 
-        tags = {**self.tags, **tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
+        code = code_version()
+        known = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.type": "LOCAL", "code": code}
+        known |= {"mlflow.source.name": sys.argv[0].rsplit("/", 1)[-1] or "python", "run_name": self.run_name}
+        if "+g" in code:
+            known["mlflow.source.git.commit"] = code.split("+g", 1)[1].rstrip("+")
+        tags = {**self.tags, **tags, **known}
         return str(client.create_run(experiment, tags={k: mask(v) for k, v in tags.items()}).info.run_id)
 
     def end_parent(self, status: str) -> None:
