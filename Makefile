@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check test test-slow format clean-demo
+.PHONY: install demo check docs test test-slow format clean-demo faults
 
 install: $(STAMP)
 
@@ -23,12 +23,19 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy dfssd
+	$(MAKE) --no-print-directory docs
+
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: install
 	$(BIN)/pytest -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not faults"
+
+faults: install
+	$(BIN)/pytest tests/faults tests/test_tracking.py tests/test_properties.py tests/distributed
 
 format: install
 	$(BIN)/ruff format .

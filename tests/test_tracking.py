@@ -4,8 +4,11 @@ import http.server
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -371,3 +374,15 @@ def test_where_runs_go(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking_uri(Storage(str(tmp_path))) == "http://127.0.0.1:5000"
     assert metric_name("time/data wait (s)") == "time/data wait s" and json.dumps(metric_name("a%b"))
+
+
+def test_a_process_killed_while_the_tables_are_made_leaves_no_half_file(tmp_path, tables):
+    """A half-made mlflow.db is never opened again: its migration fails for ever."""
+    code = f"from dfssd.runtime.outbox import connect; connect('sqlite:///{tmp_path}/mlflow.db')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 120
+    while not any(f.stat().st_size > 50_000 for f in tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert any(tmp_path.iterdir()) and not (tmp_path / "mlflow.db").exists()

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 MEASURE = "map50_95"
 REQUIREMENTS = ("mlflow", "onnxruntime", "opencv-python-headless", "numpy", "pandas")
 CHAMPION = "champion"
+PATIENCE_S = 180.0  # a model is megabytes, and its registration needs its address
 PATIENCE_S = 60.0  # that a person who asked for a registered model waits for it
 
 
@@ -54,9 +55,8 @@ def log_model(
     metrics = {f"{split}/{k}": float(numbers[split][k]) for split in ("val", "test") for k in ("map50", MEASURE)}
     tags = {"dataset": dataset_digest, "model": model, "score": str(done["operating_point"]["score"])}
     name = model.replace("/", "_")
-    uri = runs.attempt(
-        lambda client: _log(runs.uri, run_id, name, store.read(f"{model}.onnx"), done, metrics, tags), "", PATIENCE_S
-    )
+    onnx = store.read(f"{model}.onnx")
+    uri = runs.attempt(lambda client: _log(runs.uri, run_id, name, onnx, done, metrics, tags), "", PATIENCE_S)
     if uri and register:
         said = runs.attempt(
             lambda client: _register(client, runs.uri, uri, register, metrics, dataset_digest), "", PATIENCE_S
@@ -125,14 +125,14 @@ def _tracking(uri: str) -> Iterator[None]:
     """MLflow's fluent interface on a store, and back."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    given = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
         mlflow.end_run(status="RUNNING")  # where one was opened; its stage ends it
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(given or None)
 
 
 def _example() -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dfssd.errors import mask
@@ -34,7 +37,29 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        _make_tables(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(uri)
+
+
+def _make_tables(place: Path) -> None:
+    """Make MLflow's tables beside the place, and move them there whole.
+
+    A process that is killed while they are made, which takes seconds, would leave a file that no MLflow ever opens again.
+    """
+    from mlflow import MlflowClient
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = place.with_name(f"{place.name}.{uuid.uuid4().hex}.part")
+    try:
+        MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(draft, place)
+    except OSError:
+        if not place.exists():
+            draft.replace(place)  # a filesystem without links
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def hopeless(error: Exception) -> bool:

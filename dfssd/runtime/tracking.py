@@ -7,7 +7,9 @@ delivered from `history.json` and `stage.json` later (`runtime/replay.py`).
 
 from __future__ import annotations
 
+import getpass
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -39,6 +41,14 @@ def tracking_uri(storage: Storage) -> str:
 def client(uri: str) -> Any:
     """A client whose calls fail within seconds."""
     return outbox.connect(uri)
+
+
+def _user() -> str:
+    """Who started this; in a container without a name, its number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 class Runs:
@@ -162,7 +172,12 @@ class Runs:
     def _create(self, client: Any, experiment: str, name: str, tags: dict[str, str]) -> str:
         from dfssd.runtime.code_version import code_version
 
-        tags = {**self.tags, **tags, "mlflow.runName": name, "code": code_version(), "run_name": self.run_name}
+        code = code_version()
+        known = {"mlflow.runName": name, "mlflow.user": _user(), "mlflow.source.type": "LOCAL", "code": code}
+        known |= {"mlflow.source.name": sys.argv[0].rsplit("/", 1)[-1] or "python", "run_name": self.run_name}
+        if "+g" in code:
+            known["mlflow.source.git.commit"] = code.split("+g", 1)[1].rstrip("+")
+        tags = {**self.tags, **tags, **known}
         return str(client.create_run(experiment, tags={k: mask(v) for k, v in tags.items()}).info.run_id)
 
     def end_parent(self, status: str) -> None:
@@ -198,13 +213,19 @@ class Runs:
 
 def attach(client: Any, run_id: str, name: str, data: bytes) -> None:
     """Attach a file under this name, which may have folders."""
+    import shutil
     import tempfile
     from pathlib import Path
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name.rsplit("/", 1)[-1]
+    folder = Path(
+        tempfile.mkdtemp()
+    )  # a TemporaryDirectory is removed when the process begins to end, under this thread
+    try:
+        path = folder / name.rsplit("/", 1)[-1]
         path.write_bytes(data)
         client.log_artifact(run_id, str(path), name.rsplit("/", 1)[0] if "/" in name else None)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _log_params(client: Any, run_id: str, params: dict[str, Any]) -> None:
