@@ -23,6 +23,7 @@ from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_loa
 from dfssd.errors import DfssdError
 from dfssd.models.head import HeadOutput, branches
 from dfssd.models.layout import refuse_code, require_safe_loader
+from dfssd.models.start import Start, detection_layout, take_over
 from dfssd.models.taps import Taps
 from dfssd.version import __version__
 
@@ -73,13 +74,20 @@ def build_detector(spec: str, names: Sequence[str], imgsz: int, weights: bytes |
         spec: yaml name, or the name of the .pt that `weights` came from.
         names: class names.
         imgsz: side of the network input (px).
-        weights: content of a .pt; matching tensors are taken over, the class head only where the names are equal.
+        weights: content of a .pt; matching tensors are taken over, the rows of the class head by the names of the classes.
 
     Raises:
         DfssdError: the model is no YOLO detector with an anchor-free head on strides 8, 16, 32.
     """
+    return started_detector(spec, names, imgsz, weights)[0]
+
+
+def started_detector(
+    spec: str, names: Sequence[str], imgsz: int, weights: bytes | None = None
+) -> tuple[DetectionModel, Start | None]:
+    """`build_detector`, and what it took over from the weights; None without any."""
     source = read_detector(weights, spec) if weights is not None else None
-    layout: Any = source.yaml if source is not None else yaml_model_load(spec)
+    layout, task = detection_layout(source) if source is not None else (yaml_model_load(spec), "")
     refuse_code(layout, spec)
     model = DetectionModel(layout, ch=3, nc=len(names), verbose=False)
     head = model.model[-1]
@@ -88,13 +96,11 @@ def build_detector(spec: str, names: Sequence[str], imgsz: int, weights: bytes |
             f"{spec} is not a detector with strides 8, 16, 32",
             todo="take a YOLOv8, YOLO11, YOLO12 or YOLO26 detection model (no P2/P6, no RT-DETR)",
         )
-    if source is not None:
-        own, given = model.state_dict(), source.float().state_dict()
-        model.load_state_dict({k: v for k, v in given.items() if k in own and own[k].shape == v.shape}, strict=False)
+    start = take_over(model, source, names, task) if source is not None else None
     configure(model, names, imgsz)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".dfl" not in name)  # the DFL kernel is the constant 0..15
-    return model
+    return model, start
 
 
 def configure(model: DetectionModel, names: Sequence[str], imgsz: int) -> None:

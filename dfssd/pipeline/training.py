@@ -7,13 +7,14 @@ from typing import Any
 
 from dfssd.config import Config
 from dfssd.config_checks import check_weights
-from dfssd.models.detector import resolve_weights
+from dfssd.models.detector import resolve_weights, started_detector
+from dfssd.models.start import Start
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
 from dfssd.pipeline.stages import row_of, settings_of
 from dfssd.report.plots import training_curves
 from dfssd.runtime.artefact import Stage
-from dfssd.runtime.artefact_names import PSEUDO, ArtefactName
+from dfssd.runtime.artefact_names import DATASET, PSEUDO, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
 
@@ -56,6 +57,14 @@ def _resources(job: TrainJob) -> tuple[TrainJob, Any]:
     return job, worker_resources(job.config.run)
 
 
+def _start(context: Context, job: TrainJob, weights: bytes) -> Start:
+    """What the network will take over from its start weights."""
+    names = context.run.at(str(DATASET)).read_json("stage.json")["summary"]["names"]
+    start = started_detector(job.model_spec, names, context.config.train.imgsz, weights)[1]
+    assert start is not None, "there are weights"
+    return start
+
+
 def train_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Train on a worker group of Ray Train, or as the context says; leave weights and curves."""
     from dfssd.train.worker import fit
@@ -77,6 +86,8 @@ def train_stage(context: Context, stage: Stage, run_id: str) -> Result:
     if job.labels_itself:  # goes on from the teacher
         weights = context.run.read(f"{teacher[0]}/best.pt")
     if weights is not None and not stage.store.exists("init.pt"):
+        if not job.labels_itself:
+            print(f"{stage.name}: {job.model_spec}: {_start(context, job, weights).said()}", flush=True)
         stage.store.write("init.pt", weights)
     if job.distills and config.distill.distill_teacher and config.distill.uses_teacher:
         stage.store.write("teacher.pt", given_weights(config.distill.distill_teacher))  # workers may be elsewhere
