@@ -40,6 +40,9 @@ def _wait_for(log, process, text, limit_s=240):
     raise AssertionError(f"{text!r} did not come:\n{log.read_text()[-3000:]}")
 
 
+STAGES = ("dataset", "teacher", "mean_teacher", "label_only", "pseudo", "quality", "student", "report", "export")
+
+
 @pytest.fixture(scope="module")
 def finished(strip, tmp_path_factory):
     """A pipeline killed inside the teacher's training, interrupted inside the student's, then finished."""
@@ -82,7 +85,7 @@ def test_finished_stages_are_skipped_and_the_interrupted_one_goes_on(finished):
 def test_every_stage_leaves_its_artefact(finished):
     storage, _ = finished
     run = storage / "p"
-    for stage in ("dataset", "teacher", "label_only", "pseudo", "quality", "student", "report"):
+    for stage in STAGES:
         record = json.loads((run / stage / "stage.json").read_text())
         assert record["outputs"] and record["code_version"] and record["config"]
         for name, entry in record["outputs"].items():
@@ -90,7 +93,7 @@ def test_every_stage_leaves_its_artefact(finished):
     for name in ("manifest.parquet", "withheld.parquet", "bad_files.parquet", "groups.png", "split.csv"):
         assert (run / "dataset" / name).exists()
     page = (run / "report" / "report.html").read_text()
-    assert page.count("data:image/png") >= 5 and "mAP50" in page
+    assert page.count("data:image/") >= 5 and "mAP50" in page
 
 
 def test_metrics_json(finished):
@@ -137,8 +140,8 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     runs = client.search_runs([experiment.experiment_id])
     parent = json.loads((storage / "p" / "run.json").read_text())["mlflow_run_id"]
     children = {r.data.tags["stage"]: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent}
-    assert set(children) == {"dataset", "teacher", "label_only", "pseudo", "quality", "student", "report", "export"}
-    assert len(runs) == 9
+    assert set(children) == set(STAGES)
+    assert len(runs) == len(STAGES) + 1
     assert all(r.info.status == "FINISHED" for r in runs)
     assert client.get_run(parent).data.params["train.imgsz"] == "64"
     student = children["student"]
@@ -152,7 +155,7 @@ def test_again_is_instant_and_other_settings_are_refused(finished, strip):
     storage, _ = finished
     begun = time.monotonic()
     again = subprocess.run(_command(strip, storage), capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert again.returncode == 0 and again.stdout.count("skipped") == 8 and time.monotonic() - begun < 60
+    assert again.returncode == 0 and again.stdout.count("skipped") == len(STAGES) and time.monotonic() - begun < 60
     other = subprocess.run(
         _command(strip, storage, "--lr", "0.01"), capture_output=True, text=True, cwd=ROOT, timeout=120
     )
