@@ -130,6 +130,10 @@ class Data(Section):
         description="Value that becomes white in pictures of more than 8 bits; 0: the smallest of 255, 1023, 4095, 16383 "
         "and 65535 (float: also 1) that none exceeds.",
     )
+    val_from_labels: bool = Field(
+        False,
+        description="Take val out of the labelled images, which are then chosen among train and val: 300 labels are 300.",
+    )
 
 
 class Models(Section):

@@ -141,6 +141,7 @@ FLAGS = [
     "unreadable-limit",
     "update",
     "val-every",
+    "val-from-labels",
     "version",
     "wait-min",
     "warmup-steps",
