@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dfssd.data import grouping
+from dfssd.data import grouping, neighbours
 from dfssd.data.synthetic import make_image
 
 
@@ -71,3 +71,54 @@ def test_a_chain_is_cut_until_groups_are_small():
     assert (groups[i] != groups[j]).any()  # what the cut left apart is still reported
     uncut, _ = grouping.group_images(np.concatenate([chain, rest]), 0.93, 1.0)
     assert np.bincount(uncut).max() == 200  # without the limit it is one group
+
+
+@pytest.fixture(scope="module")
+def many():
+    """2,000 images, and 500 mirrored, noisy or darker copies of some: hashes, and all pairs at 0.93."""
+    rng, base = np.random.default_rng(2), _thumbs(2000, seed=9)
+    copies = base[rng.permutation(2000)[:500]].astype(np.float32)
+    for k in range(4):
+        copies[k::4] = copies[k::4, :: 1 - 2 * (k & 1), :: 1 - (k & 2)]
+    noise = rng.normal(0, 1, copies.shape) * rng.uniform(0, 4, (500, 1, 1))
+    copies = copies * rng.uniform(0.8, 1.1, (500, 1, 1)) + noise
+    h = grouping.hashes(np.concatenate([base, copies.clip(0, 255).astype(np.uint8)]))
+    return h, _set(grouping.find_pairs(h, 0.93))
+
+
+def _set(pairs):
+    found = list(zip(pairs[0].tolist(), pairs[1].tolist(), strict=True))
+    assert len(found) == len(set(found)) and all(i < j for i, j in found)
+    return set(found)
+
+
+def test_cells_find_the_pairs_that_comparing_all_finds(many, monkeypatch):
+    h, want = many
+    assert len(want) >= 400
+    monkeypatch.setattr(grouping, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(neighbours, "BLOCK", 100)  # cells of more than one block, too
+    found = _set(grouping.find_pairs(h, 0.93))
+    assert found <= want, "what is found is compared exactly"
+    assert len(found) >= 0.999 * len(want)
+
+
+def test_too_few_visits_lose_pairs(many, monkeypatch):
+    """Else the test above would say nothing."""
+    h, want = many
+    monkeypatch.setattr(neighbours, "CELL", 16)
+    monkeypatch.setattr(neighbours, "VISITS", 1)
+    pairs = [np.concatenate(parts) for parts in zip(*neighbours.pairs_by_cells(h, 0.93), strict=True)]
+    assert len(_set(pairs)) < 0.999 * len(want)
+
+
+def test_hashes_on_disk_group_as_those_in_memory(many, monkeypatch):
+    h, _ = many
+    order = np.random.default_rng(0).permutation(len(h))
+    on_disk = neighbours.HashFile(len(h))
+    for k in range(0, len(h), 300):
+        on_disk.put(k, h[k : k + 300])
+    for most in (100, 10_000):  # by cells, and all pairs
+        monkeypatch.setattr(grouping, "EXACT_UP_TO", most)
+        a, _ = grouping.group_hashes(h[order], 0.93, 0.1)
+        b, _ = grouping.group_hashes(on_disk.seen_as(order), 0.93, 0.1)
+        np.testing.assert_array_equal(a, b)

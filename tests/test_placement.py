@@ -13,6 +13,7 @@ from dfssd.runtime.placement import (
     auto_workers,
     largest_share,
     place_actors,
+    place_checks,
     place_trials,
     place_workers,
     room,
@@ -203,3 +204,20 @@ def test_shares_are_the_largest_that_fit():
             assert share == 0 or room(nodes, share) >= count
             finer = [n.free_cpus / k for n in nodes for k in range(1, 20) if n.free_cpus]
             assert not [s for s in finer if s > share + 1e-9 and room(nodes, s) >= count]
+
+
+@pytest.mark.parametrize("nodes", CLUSTERS.values(), ids=CLUSTERS)
+def test_tasks_that_check_images_fit_or_it_is_said_why(nodes):
+    try:
+        found = place_checks(nodes)
+    except CannotPlace as error:
+        assert not room([n for n in nodes if n.cpus > 0], 0.5, memory_gib=0.5)
+        assert error.taken == bool(room([n.emptied() for n in nodes if n.cpus > 0], 0.5, memory_gib=0.5))
+        return
+    assert 1 <= found.count == room([n for n in nodes if n.cpus > 0], found.cpus, memory_gib=found.memory_gib)
+    assert found.fits(nodes) >= found.count
+
+
+def test_memory_bounds_the_tasks_that_check_images():
+    assert place_checks([N(8, memory_gib=3), N(8, memory_gib=9)]).count == 3 + 8
+    assert place_checks([N(8, memory_gib=0.7)]).memory_gib == 0.5

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from dfssd.config import Data
+from dfssd.data import check_shards
+from dfssd.data.checks import Problem
 from dfssd.data.manifest import read_manifest, read_table
 from dfssd.data.prepare import prepare
 from dfssd.errors import DfssdError
@@ -117,3 +119,40 @@ def test_cr7_det_as_published(cr7, tmp_path):
     assert 900 < summary["images_with_near_duplicate"] < 1200  # about a quarter
     shares = [summary["splits"][s]["images"] / 4081 for s in ("train", "val", "test")]
     assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("images", "remote", "there"),
+    [(4_140, False, False), (19_999, False, False), (20_000, False, True), (1_999, True, False), (2_000, True, True)],
+)
+def test_where_a_set_is_checked(images, remote, there):
+    place, why = check_shards.on_cluster(images, remote)
+    assert place is there and str(images) in why and ("all nodes" if there else "in this process") in why
+
+
+def test_a_shard_says_what_its_images_are_and_is_made_again_where_it_must(strip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check_shards, "SHARD", 8)
+    folder = tmp_path / "images"
+    shutil.copytree(strip / "images", folder)
+    uris = [str(p) for p in sorted(folder.iterdir())][:20]
+    (folder / "strip_00001.png").write_bytes(b"")
+    store = Storage(str(tmp_path / "o"))
+    shards = check_shards.cut(uris, 4096)
+    assert [len(s.uris) for s in shards] == [8, 8, 4] and shards == check_shards.cut(uris, 4096)
+    assert not {s.file for s in shards} & {s.file for s in check_shards.cut(uris, 64)}, "another limit, other files"
+    assert check_shards.read_if_good(store, shards[0]) is None
+    assert check_shards.check_shard(shards[0], store.uri) == (8, 1)
+    seen, thumbs = check_shards.read_if_good(store, shards[0])
+    assert seen[1] == Problem("zero_bytes") and not thumbs[1].any()
+    for k in (0, 2, 7):
+        want = check_shards.look(uris[k], 4096)
+        np.testing.assert_array_equal(thumbs[k], want.thumb_hw)
+        assert all(getattr(seen[k], f) == getattr(want, f) for f in ("sha256", "width", "height", "grey", "top"))
+    (folder / "strip_00002.png").unlink()  # a network drive that was away for a moment
+    check_shards.check_shard(shards[0], store.uri)
+    assert check_shards.read_if_good(store, shards[0]) is None
+    store.write(shards[1].file, b"PAR1 cut")
+    assert check_shards.read_if_good(store, shards[1]) is None and "is damaged" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    with pytest.raises(DfssdError, match="does not see the data"):
+        check_shards.check_shard(shards[2], store.uri)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from dfssd.config import Data
-from dfssd.data import checks, images
+from dfssd.config import Data, Run
+from dfssd.data import checks, grouping, images
 from dfssd.data.bad_files import Bad, write_bad
+from dfssd.data.check_shards import on_cluster
 from dfssd.data.listing import printable
 from dfssd.data.manifest import Boxes
+from dfssd.data.neighbours import Hashes
 from dfssd.data.source import Item, Source, unlabelled_items
 from dfssd.errors import DfssdError
 from dfssd.runtime.progress import Progress
@@ -24,22 +27,56 @@ LARGE = 50_000_000  # px from which one picture at a time is opened: a strip of 
 _one_large = threading.Lock()
 
 
-@dataclass
+@dataclass(slots=True)
 class Checked:
-    """A usable image and its usable label."""
+    """A usable image and its usable label; `place`: its number among all that were looked at."""
 
     uri: str
     facts: checks.ImageFacts
     boxes: Boxes | None
     given_split: str
+    place: int = -1
 
     @property
     def image_id(self) -> str:
         return self.facts.sha256[:16]
 
 
-def check_all(source: Source, config: Data) -> tuple[list[Checked], list[Bad]]:
+class Thumbnails(Protocol):
+    """Where the thumbnails of checked images are."""
+
+    def hashes_of(self, chosen: Sequence[Checked]) -> Hashes:
+        """(n,4,144), see `grouping.hashes`."""
+
+    def thumb_of(self, image: Checked) -> np.ndarray:
+        """(48,48) uint8."""
+
+    def remove(self) -> None:
+        """They are not needed any more."""
+
+
+class InFacts:
+    """In memory, with each image's facts: of sets that one process checks."""
+
+    def hashes_of(self, chosen: Sequence[Checked]) -> np.ndarray:
+        return grouping.hashes(np.stack([self.thumb_of(image) for image in chosen]))
+
+    def thumb_of(self, image: Checked) -> np.ndarray:
+        assert image.facts.thumb_hw is not None  # `check_image` has made it
+        return image.facts.thumb_hw
+
+    def remove(self) -> None:
+        pass
+
+
+def check_all(
+    source: Source, config: Data, store: Storage, run: Run, cluster: bool | None = None
+) -> tuple[list[Checked], list[Bad], Thumbnails]:
     """Check every image and label; images of --unlabelled folders join without labels.
+
+    Args:
+        store: takes the shards of a set that the cluster checks.
+        cluster: check it there; None: as `on_cluster` says.
 
     Raises:
         DfssdError: not one image is usable.
@@ -48,14 +85,25 @@ def check_all(source: Source, config: Data) -> tuple[list[Checked], list[Bad]]:
     jobs = list({i.uri: i for i in reversed([*source.items, *extra])}.values())[::-1]  # --unlabelled inside --data
     bad: list[Bad] = [*source.bad, *faults]
     good: list[Checked] = []
-    progress = Progress("checking", len(jobs), "img")
-    for result in _parallel(jobs, len(source.names), config):
+    thumbnails: Thumbnails = InFacts()
+    there, why = on_cluster(len(jobs), any(is_remote(item.uri) for item in jobs))
+    print(f"checking: {why if cluster in (None, there) else 'as asked for'}", flush=True)
+    if there if cluster is None else cluster:
+        from dfssd.data.check_cluster import check_on_cluster  # Ray, which a small set does without
+
+        thumbnails = check_on_cluster([item.uri for item in jobs], config.max_side, store, run)
+        results: Iterator[Checked | Bad] = (
+            judge(item, seen, len(source.names), config, place)
+            for place, (item, seen) in enumerate(zip(jobs, thumbnails.taken(), strict=True))
+        )
+    else:
+        results = _in_process(jobs, len(source.names), config)
+    for result in results:
         (good if isinstance(result, Checked) else bad).append(result)  # type: ignore[arg-type]
-        progress.add()
     if not good:
         first = f"{printable(bad[0][0])!r}: {bad[0][1].said()}" if bad else "none"
         raise DfssdError("not one usable image", where=repr(source.root), todo=f"first problem: {first}")
-    return good, bad
+    return good, bad, thumbnails
 
 
 def check_one(item: Item, classes: int, config: Data) -> Checked | Bad:
@@ -64,7 +112,13 @@ def check_one(item: Item, classes: int, config: Data) -> Checked | Bad:
         data = read_uri(item.uri)
     except OSError as error:
         return item.uri, checks.Problem("unreadable", str(error))
-    facts = _facts(data, config.max_side)
+    return judge(item, _facts(data, config.max_side), classes, config)
+
+
+def judge(
+    item: Item, facts: checks.ImageFacts | checks.Problem, classes: int, config: Data, place: int = -1
+) -> Checked | Bad:
+    """An image of which it is known what it is, and its label."""
     if isinstance(facts, checks.Problem):
         return item.uri, facts
     boxes: Boxes | checks.Problem | None = None
@@ -74,7 +128,7 @@ def check_one(item: Item, classes: int, config: Data) -> Checked | Bad:
         boxes = np.zeros((0, 5), np.float32)
     if isinstance(boxes, checks.Problem):
         return item.uri, boxes
-    return Checked(item.uri, facts, boxes, item.split)
+    return Checked(item.uri, facts, boxes, item.split, place)
 
 
 def _facts(data: bytes, max_side: int) -> checks.ImageFacts | checks.Problem:
@@ -88,10 +142,14 @@ def _facts(data: bytes, max_side: int) -> checks.ImageFacts | checks.Problem:
         return checks.check_image(data, max_side)
 
 
-def _parallel(items: list[Item], classes: int, config: Data) -> Iterator[Checked | Bad]:
+def _in_process(items: list[Item], classes: int, config: Data) -> Iterator[Checked | Bad]:
     """Check in threads (decoding frees the interpreter), a bounded number at a time, results in order."""
     remote = any(is_remote(item.uri) for item in items)
-    yield from side_by_side(lambda item: check_one(item, classes, config), items, remote, os.cpu_count() or 1)
+    progress = Progress("checking", len(items), "img")
+    threads = os.cpu_count() or 1
+    for result in side_by_side(lambda item: check_one(item, classes, config), items, remote, threads):
+        yield result
+        progress.add()
 
 
 def stop_if_too_bad(bad: list[Bad], total: int, config: Data, store: Storage) -> None:

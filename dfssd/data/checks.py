@@ -35,7 +35,7 @@ NOT_COUNTED_AS_BAD = ("duplicate",)
 THUMB_SIDE = 48  # px; the resolution near-duplicates are compared at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """Why a file cannot be used; `reason` is a key of REASONS."""
 
@@ -47,14 +47,14 @@ class Problem:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
-@dataclass
+@dataclass(slots=True)
 class ImageFacts:
     """What one pass over an image's bytes yields.
 
     Args:
         sha256: of the file.
         width, height: px, after the EXIF rotation.
-        thumb_hw: (48,48) uint8 grey.
+        thumb_hw: (48,48) uint8 grey; None where it is kept elsewhere (large sets).
         grey: are the three channels the same?
         top: largest value of a picture of more than 8 bits, else 0.
         floating: are its values floats?
@@ -64,7 +64,7 @@ class ImageFacts:
     sha256: str
     width: int
     height: int
-    thumb_hw: np.ndarray
+    thumb_hw: np.ndarray | None
     grey: bool = False
     top: float = 0.0
     floating: bool = False

@@ -6,8 +6,8 @@ normalised hashes is the correlation of the two shading-free thumbnails. A mirro
 coefficients, so one comparison covers an image and its three flips (Zauner 2010 describes DCT hashes; the band-pass and
 the parity trick are ours).
 
-The neighbour search is exact and runs block by block: memory is O(n), never O(n^2). It costs n^2 * 576 multiplications:
-4,000 images take a second, 100,000 some minutes on two cores.
+Up to EXACT_UP_TO images all pairs are compared, block by block: memory is O(n), never O(n^2). That costs n^2 * 576
+multiplications: 4,000 images take half a second, 20,000 four seconds. Above, `neighbours` looks where near-duplicates can be.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from dfssd.data.checks import THUMB_SIDE
+from dfssd.data.neighbours import Hashes, Pairs, pairs_by_cells, similarity
 
 BANDS = 24  # DCT coefficients kept per axis
 SHADING_SIGMA = 3.0  # px of the thumbnail; structure much wider than this is shading
 FLAT_STD = 0.5  # grey levels; below this an image has no structure to be compared by
 BLOCK = 2048
+EXACT_UP_TO = 20_000  # images; fewer need no search
+EXACT_BELOW = 0.85  # correlation below which cells miss too many pairs: all are compared, however many images there are
 
 
 def hashes(thumbs_nhw: np.ndarray) -> np.ndarray:
@@ -40,16 +43,7 @@ def hashes(thumbs_nhw: np.ndarray) -> np.ndarray:
     return np.stack(parts, 1).astype(np.float32)
 
 
-def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Largest correlation over the flips: (n,4,144), (m,4,144) -> (n,m)."""
-    ee, eo, oe, oo = (a[:, k] @ b[:, k].T for k in range(4))
-    best = oe + eo + oo
-    for signs in ((1, -1, -1), (-1, 1, -1), (-1, -1, 1)):
-        np.maximum(best, signs[0] * oe + signs[1] * eo + signs[2] * oo, out=best)
-    return np.asarray(ee + best)
-
-
-def near_pairs(hashes_n: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def near_pairs(hashes_n: Hashes, threshold: float) -> Iterator[Pairs]:
     """Yield blocks of (i, j, correlation) for all pairs i < j that correlate at `threshold` or above."""
     n = len(hashes_n)
     for i in range(0, n, BLOCK):
@@ -70,16 +64,28 @@ def components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     return np.asarray(first[labels], np.int64)
 
 
-def group_images(
-    thumbs_nhw: np.ndarray, threshold: float, max_share: float
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def find_pairs(hashes_n: Hashes, threshold: float) -> Pairs:
+    """(i, j, correlation) of all pairs i < j of near-duplicates."""
+    exact = len(hashes_n) <= EXACT_UP_TO or threshold < EXACT_BELOW
+    blocks = list((near_pairs if exact else pairs_by_cells)(hashes_n, threshold))
+    blocks = blocks or [(np.zeros(0, np.int32),) * 2 + (np.zeros(0),)]
+    i, j, value = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return i, j, value
+
+
+def group_images(thumbs_nhw: np.ndarray, threshold: float, max_share: float) -> tuple[np.ndarray, Pairs]:
+    """`group_hashes` of (n,48,48) uint8 thumbnails."""
+    return group_hashes(hashes(thumbs_nhw), threshold, max_share)
+
+
+def group_hashes(hashes_n: Hashes, threshold: float, max_share: float) -> tuple[np.ndarray, Pairs]:
     """Group near-duplicates.
 
     Pairs above `threshold` are linked. A chain of links can tie thousands of merely similar images together, so a group
     that is larger than `max_share` of all images (and than 20) is cut again with a correlation raised by 0.01 at a time.
 
     Args:
-        thumbs_nhw: (n,48,48) uint8.
+        hashes_n: (n,4,144), in memory or on disk.
         threshold: correlation from which two images are near-duplicates.
         max_share: largest accepted group as a share of n.
 
@@ -88,9 +94,8 @@ def group_images(
         pairs: (i, j, correlation), all near-duplicate pairs, also those that a cut separated: what is left of them across
             splits is the leak that the report states.
     """
-    n = len(thumbs_nhw)
-    blocks = list(near_pairs(hashes(thumbs_nhw), threshold)) or [(np.zeros(0, np.int32),) * 2 + (np.zeros(0),)]
-    i, j, value = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    n = len(hashes_n)
+    i, j, value = find_pairs(hashes_n, threshold)
     labels = components(n, i, j)
     limit, level, keep = max(20, int(max_share * n)), threshold, np.ones(len(i), bool)
     while level < 0.995:

@@ -7,10 +7,9 @@ import io
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from dfssd.config import Data
+from dfssd.config import Data, Run
 from dfssd.data import grouping
 from dfssd.data.assignment import Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.bad_files import write_bad
@@ -25,8 +24,14 @@ from dfssd.data.versions import read_previous
 from dfssd.runtime.storage import Storage
 
 
-def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
+def prepare(
+    config: Data, seed: int, store: Storage, run_settings: Run | None = None, cluster: bool | None = None
+) -> dict[str, Any]:
     """Write `manifest.parquet`, `withheld.parquet`, `bad_files.parquet`, the split and pictures; return a summary.
+
+    Args:
+        run_settings: how long to wait for room on the cluster.
+        cluster: check the images there, or in this process; None: as their number says (`check_shards.on_cluster`).
 
     Raises:
         DfssdError: unknown layout, too many bad files, or too few images for the splits asked for.
@@ -38,15 +43,15 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     print(
         f"data: {len(source.items)} images as {source.format}, {classes} classes: {', '.join(source.names)}", flush=True
     )
-    good, bad = check_all(source, config)
+    good, bad, thumbnails = check_all(source, config, store, run_settings or Run(), cluster)
     corrections = read_corrections(run)
     corrected = lay_over(good, source.names, corrections)
     stop_if_too_bad(bad, len(good) + len(bad), config, store)
     images, duplicates, conflicts = drop_duplicates(good)
     bad += duplicates
     levels, level_notes = set_white_levels(images, config)
-    thumbs = np.stack([i.facts.thumb_hw for i in images])
-    groups, pairs = grouping.group_images(thumbs, config.near_duplicate, config.max_group_share)
+    hashes = thumbnails.hashes_of(images)
+    groups, pairs = grouping.group_hashes(hashes, config.near_duplicate, config.max_group_share)
     previous = read_previous(store)
     split_names = split_images(images, groups, pairs, config, seed, source, previous)
     if config.val_from_labels:
@@ -69,7 +74,7 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     write_bad(store, bad)
     write_pairs(store, [i.image_id for i in images], pairs)
     write_split_list(store, images, split_names, labelled)
-    store.write("groups.png", contact_sheet([i.facts.thumb_hw for i in images], groups))
+    store.write("groups.png", contact_sheet(lambda k: thumbnails.thumb_of(images[k]), groups))
     summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
     summary["duplicates_with_other_labels"] = conflicts
     summary["version"] = meta["version"]
@@ -79,6 +84,7 @@ def prepare(config: Data, seed: int, store: Storage) -> dict[str, Any]:
     summary["notes"] = own + source.notes + level_notes + statements(source, summary, hidden)
     summary["notes"] += [budget(summary, config.val_from_labels)]
     store.write_json("summary.json", summary)
+    thumbnails.remove()
     return summary
 
 

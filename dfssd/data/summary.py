@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,19 @@ from dfssd.data.source import COUNTED, Source
 FEW = 5  # boxes of a class in val or test below which its numbers say little
 
 
-def contact_sheet(thumbs: list[np.ndarray], groups: np.ndarray, rows: int = 10, columns: int = 12) -> bytes:
-    """PNG with the ten largest groups, one a row, up to twelve members spread over the group."""
+def contact_sheet(thumb: Callable[[int], np.ndarray], groups: np.ndarray, rows: int = 10, columns: int = 12) -> bytes:
+    """PNG with the ten largest groups, one a row, up to twelve members spread over the group.
+
+    Args:
+        thumb: (48,48) uint8 of an image.
+        groups: (n,) of all images.
+    """
     cell = THUMB_SIDE + 2
     sheet = np.full((rows * cell, columns * cell), 255, np.uint8)
     for y, (group, _) in enumerate(Counter(groups.tolist()).most_common(rows)):
         members = np.flatnonzero(groups == group)
         for x, k in enumerate(members[np.linspace(0, len(members) - 1, min(columns, len(members))).astype(int)]):
-            sheet[y * cell : y * cell + THUMB_SIDE, x * cell : x * cell + THUMB_SIDE] = thumbs[k]
+            sheet[y * cell : y * cell + THUMB_SIDE, x * cell : x * cell + THUMB_SIDE] = thumb(int(k))
     buffer = io.BytesIO()
     Image.fromarray(sheet).resize((columns * cell * 2, rows * cell * 2), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

@@ -121,7 +121,7 @@ def renew(context: Context, stage: Stage) -> None:
 
 def prepare_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Check, group, split; leave the manifest."""
-    summary = prepare(context.config.data, context.config.run.seed, stage.store)
+    summary = prepare(context.config.data, context.config.run.seed, stage.store, context.config.run)
     print(split_table(summary), flush=True)
     write_audit(stage.store, summary, context.config.train.imgsz)
     print(f"what to look at before training: {stage.store.path('audit.html')}", flush=True)

@@ -17,6 +17,7 @@ LEAST_CPUS = 0.1  # of a worker that shares a core with others; below it more wo
 SIDE_TASKS_CPUS = (
     0.5  # left on a node beside its labelling actors: a task that decodes and one that writes, a quarter each
 )
+CHECK_GIB = 1.0  # of a task that checks images: a process of 0.3 GiB, and one picture of 50 million px with its copies
 CPUS_OF_AN_ACTOR = 8  # CPUs a labelling actor without a GPU uses well
 ROUNDING = 1e-6
 
@@ -265,3 +266,34 @@ def _floor(cpus: float) -> float:
 def task_room(nodes: Sequence[Node], cpus: float = 1.0) -> int:
     """How many tasks with so many CPUs run side by side on the cluster as it is now."""
     return room([n for n in nodes if n.cpus > 0], cpus)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the tasks that check images get: how many run side by side, and what each asks for."""
+
+    count: int
+    cpus: float
+    memory_gib: float
+
+    def fits(self, nodes: Sequence[Node]) -> int:
+        """How many find a place on these nodes, whoever uses them now."""
+        return room([n.emptied() for n in nodes if n.cpus > 0], self.cpus, memory_gib=self.memory_gib)
+
+    def describe(self) -> str:
+        return f"{self.count} task(s) at a time with {self.cpus:g} CPUs and {self.memory_gib:g} GiB each"
+
+
+def place_checks(nodes: Sequence[Node]) -> Checks:
+    """What the tasks that check images get: a CPU and `CHECK_GIB` each, less where no node has so much.
+
+    Raises:
+        CannotPlace: says what is lacking.
+    """
+    usable = [n for n in nodes if n.cpus > 0]
+    for cpus, memory in ((1.0, CHECK_GIB), (1.0, CHECK_GIB / 2), (0.5, CHECK_GIB / 2)):
+        if count := room(usable, cpus, memory_gib=memory):
+            return Checks(count, cpus, memory)
+    empty = Checks(0, 0.5, CHECK_GIB / 2).fits(usable)
+    least = f"0.5 CPUs and {CHECK_GIB / 2:g} GiB"
+    raise CannotPlace(f"no node has {least}{' free' if empty else ''} for a task that checks images", taken=bool(empty))

@@ -1,8 +1,8 @@
 """The gradient of one step: forward and backward passes over this worker's micro-batches.
 
 Every term is divided by a normaliser of the global batch, and the target scores among them are known only after a
-forward pass. A worker with one micro-batch adds its normalisers to those of the others between its forward and its
-backward pass. One with several would have to keep the graphs of all; instead it passes all of them without a graph
+forward pass. Where every worker has one micro-batch, they add up their normalisers between forward and backward pass.
+Where one has several, it would have to keep the graphs of all; instead every worker passes its own without a graph
 first, which gives the exact normalisers for one more forward pass of the student (the teacher's answers are kept), and
 then each with its graph. So memory for activations is that of one micro-batch, and gradients are those of the global
 batch: exactly, whoever computes which.
@@ -75,7 +75,8 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
     """
     progress = s.step / s.job.steps
     taught: Taught = {}
-    alone = _forward(s, batches[0], taught, s.wrapped, 0, 1) if len(batches) == 1 else None
+    # By all workers alike: DDP's own forward pass may exchange something too (buckets), in the order of everybody else.
+    alone = _forward(s, batches[0], taught, s.wrapped, 0, 1) if s.micro_batches == s.world.size else None
     totals, asked_sum = _totals(s, batches, alone, taught, asked)
     if s.criterion.balance:
         _follow_balance(s, batches, alone, taught, totals)

@@ -91,11 +91,10 @@ def test_two_workers_do_what_one_does(run):
 
 
 @pytest.mark.slow
-def test_four_micro_batches_by_one_two_and_four_workers(run):
-    """Three of them too, which compute two, one and one. Rounding grows with the learning rate: an assignment may flip."""
-    one = run(1, 20)
-    for workers in (2, 3, 4):
-        _compare(one, run(workers, 20), 20)
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_four_micro_batches_by_several_workers(run, workers):
+    """Three of them compute two, one and one. Rounding grows with the learning rate: an assignment may flip."""
+    _compare(run(1, 20), run(workers, 20), 20)
 
 
 def test_the_micro_batch_is_what_decides(run):

@@ -1,4 +1,5 @@
-"""The labelling job, broken on purpose: driver killed, actor killed, images lost. Nothing is lost, nothing comes twice."""
+"""Labelling, and `prepare` of large sets, broken on purpose: driver killed, actor killed, images lost. Nothing is lost,
+nothing comes twice."""
 
 import json
 import os
@@ -201,3 +202,69 @@ def test_a_teacher_of_other_classes_ends_the_job_before_an_actor_is_started(run,
     with pytest.raises(DfssdError, match="does not know the classes"):
         labeller.label(config, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
     assert time.monotonic() - begun < 20
+
+
+PREPARE = """
+import os, signal, sys
+from dfssd.config import Data
+from dfssd.data import check_cluster, check_shards
+from dfssd.data.prepare import prepare
+from dfssd.runtime.storage import Storage
+
+check_shards.SHARD = 8
+count = 0
+class Killed(check_cluster.Progress):
+    def add(self, *args):
+        global count
+        count += 1
+        if count == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+check_cluster.Progress = Killed
+prepare(Data(data=sys.argv[1], label_fraction=0.4, bad_limit=0.2), 0, Storage(sys.argv[2]), cluster=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_prepare_on_the_cluster_goes_on_and_finds_what_one_process_finds(
+    tmp_path, local_ray, monkeypatch, capsys
+):
+    import ray
+
+    from dfssd.data import check_shards
+
+    data, here, there = tmp_path / "data", Storage(str(tmp_path / "here")), Storage(str(tmp_path / "there"))
+    make_dataset(data, images=300, side=48, seed=7)
+    pictures = sorted((data / "images").iterdir())
+    pictures[3].write_bytes(b"")
+    pictures[100].write_bytes(pictures[100].read_bytes()[:900])
+    shutil.copy(pictures[5], data / "images" / "copy.png")  # without a label
+    settings = Data(data=str(data), label_fraction=0.4, bad_limit=0.2)
+    prepare(settings, 0, here, cluster=False)
+    monkeypatch.setattr(check_shards, "SHARD", 8)
+    shards = check_shards.cut(sorted(map(str, (data / "images").iterdir())), settings.max_side)
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", PREPARE, str(data), there.uri]
+    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr[-3000:]
+    _wait_for_quiet(there)
+    done = set(there.files("checked"))
+    assert 12 <= len(done) <= 20 < len(shards) and done <= {s.file for s in shards}
+    assert not there.exists("manifest.parquet")
+    for uri in (uri for s in shards if s.file in done for uri in s.uris):
+        Path(uri).write_bytes(b"")  # whoever reads one again finds nothing
+    prepare(settings, 0, there, cluster=True)
+    said = capsys.readouterr().out
+    assert f"resumed, {len(done)} of {len(shards)} shards are there" in said and "img/s" in said and "left" in said
+    for name in ("manifest.parquet", "withheld.parquet", "bad_files.parquet", "near_duplicates.parquet"):
+        assert read_table(there, name).equals(read_table(here, name)), name
+    for name in ("split.csv", "groups.png"):
+        assert there.read(name) == here.read(name), name
+    assert not there.files("checked"), "removed once the manifest is written"
+
+
+def _wait_for_quiet(store):
+    """Tasks of a killed driver may still write for a moment."""
+    before = -1
+    while (count := len(store.files("checked"))) != before:
+        before = count
+        time.sleep(1)
