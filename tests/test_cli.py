@@ -40,6 +40,7 @@ FLAGS = [
     "divergence",
     "dry-run",
     "ema-decay",
+    "epochs-unlabelled",
     "experiment",
     "fade",
     "feature-schedule",
