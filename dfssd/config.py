@@ -130,6 +130,10 @@ class Data(Section):
         description="Value that becomes white in pictures of more than 8 bits; 0: the smallest of 255, 1023, 4095, 16383 "
         "and 65535 (float: also 1) that none exceeds.",
     )
+    val_from_labels: bool = Field(
+        False,
+        description="Take val out of the labelled images, which are then chosen among train and val: 300 labels are 300.",
+    )
 
 
 class Models(Section):
@@ -144,7 +148,12 @@ class Train(Section):
 
     imgsz: int = Field(640, ge=32, multiple_of=32, description="Side of the square network input (px).")
     batch: int = Field(16, ge=1, description="Labelled images in a global batch.")
-    steps: int = Field(1680, ge=1, description="Optimiser steps of the student and of the label-only baseline.")
+    steps: int = Field(
+        1680,
+        ge=0,
+        description="Optimiser steps of the student and of the label-only baseline; 0: from the size of the data, so that "
+        "each unlabelled image is seen 20 times (1000 to 20000 steps), or --epochs-unlabelled times.",
+    )
     teacher_steps: int = Field(0, ge=0, description="Optimiser steps of the teacher; 0: as many as --steps.")
     teacher_patience: int = Field(
         0, ge=0, description="Validations without a better one after which the teacher stops; 0: never."
@@ -204,6 +213,11 @@ class Train(Section):
     )
     profile_steps: int = Field(
         0, ge=0, description="Steps to trace with torch.profiler, into the stage's folder as profile.json; 0: none."
+    )
+    epochs_unlabelled: float = Field(
+        0.0,
+        ge=0,
+        description="Times that each unlabelled image is seen under --steps 0; 0: 20, within 1000 to 20000 steps.",
     )
 
 

@@ -36,7 +36,9 @@ def settings_without_effect(config: Config) -> list[str]:
         notes.append("--publish-best has no effect with --no-baseline: there is nothing to compare with")
     if config.data.labels_per_class and config.data.label_fraction != Data().label_fraction:
         notes.append("--label-fraction has no effect with --labels-per-class")
-    if config.train.steps < 10 * config.train.warmup_steps and config.train.warmup_steps != Train().warmup_steps:
+    if config.train.steps and config.train.epochs_unlabelled:
+        notes.append(f"--epochs-unlabelled has no effect with --steps {config.train.steps}: give --steps 0 as well")
+    if 0 < config.train.steps < 10 * config.train.warmup_steps and config.train.warmup_steps != Train().warmup_steps:
         notes.append("--warmup-steps is cut to a tenth of --steps")
     return notes
 

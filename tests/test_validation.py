@@ -13,7 +13,7 @@ from dfssd.data.manifest import read_manifest
 from dfssd.data.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.evaluate.validation import summarise, validate
-from dfssd.models.detector import load_detector
+from dfssd.models.detector import build_detector, detector_bytes, load_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.in_process import train_in_process
@@ -162,6 +162,34 @@ def test_a_measurement_holds_all_numbers_and_the_boxes_behind_them(measured):
     assert results["student"]["test"]["line"]["escape"]["count"] == escaped
 
 
+def test_last_weights_are_measured_beside_the_best(measured):
+    """What val did not choose: on test anew, on val as the training saw it; where the last step was the best, not again."""
+    from dfssd.evaluate.measure import images_of, last_weights
+    from dfssd.evaluate.verdict import on_test
+
+    config, run, results = measured
+    manifest, best = read_manifest(run.at("dataset")), results["label_only"]
+    kept = run.read("label_only/stage.json") if run.exists("label_only/stage.json") else None
+    test, seen = images_of(manifest, "test", config.train.imgsz), {"map50": 0.25, "map50_95": 0.125, "recall": 0.5}
+    torch.manual_seed(5)
+    run.write("label_only/last.pt", detector_bytes(build_detector("yolov8n.yaml", manifest.names, 96), {}))
+
+    def found(step):
+        run.write_json("label_only/stage.json", {"summary": {"best": {"step": step}, "steps": 40, "last": seen}})
+        return last_weights(config, run, "label_only", best, test, torch.device("cpu"))
+
+    early, same = found(10), found(40)
+    assert same["step"] == 40 and same["test"] == {k: best["test"][k] for k in ("map50", "map50_95")}
+    assert best["test"]["map50"] > 0 and early["test"]["map50"] != best["test"]["map50"]
+    assert early["val"] == {"map50": 0.25, "map50_95": 0.125}
+    run.at("label_only").delete("stage.json")
+    if kept is not None:
+        run.write("label_only/stage.json", kept)
+    two = {"label_only": {**best, "last": early}, "student": {**results["student"], "last": same}}
+    gained = 100 * (best["test"]["map50"] - early["test"]["map50"])
+    assert f"; with the weights of the last step, which nothing chose, mAP50 {gained:+.1f} points" in on_test(two)
+
+
 def test_what_a_user_sees_last(measured, capsys):
     """Verdict on val and test, escapes and rejects, and commands that name only files that are there."""
     from dfssd.report.terminal import print_results
@@ -171,7 +199,9 @@ def test_what_a_user_sees_last(measured, capsys):
     strange = config.model_copy(update={"data": config.data.model_copy(update={"data": "/a b/data"})})
     print_results(strange)
     text = capsys.readouterr().out
-    for words in ("val mAP50", "Val chose weights and scores", "On test, which chose nothing", "defective pictures pass",
+    for words in ("val mAP50", "Val chose weights and scores", "On test, which chose nothing",
+                  "measured on val and test; labels used: ", "Labels used: those of ", "Labels of test only measure",
+                  "defective pictures pass",
                   "clean test picture", "THE MACHINE WAS BUSY" if results["latency"]["busy"] else "interleaved rounds",
                   f"conf={results['student']['operating_point']['score']}", "source='/a b/data'"):  # fmt: skip
         assert words in text, words

@@ -175,7 +175,8 @@ def choose_labelled(
         order = order[: max(1, round(share * len(train)))]
     chosen = {train[row].image_id for row in order}
     if previous:  # what was labelled stays labelled
-        chosen |= {i.image_id for i in train if i.image_id in previous.rows and previous.rows[i.image_id].labelled}
+        kept = {key for key, row in previous.rows.items() if row.labelled or row.split == "val"}
+        chosen |= {i.image_id for i in train} & kept  # of val only under --val-from-labels: else it is not in train
     return chosen, why if len(chosen) < len(train) else ""
 
 

@@ -17,8 +17,9 @@ from dfssd.data.checking import Checked, check_all, drop_duplicates, set_white_l
 from dfssd.data.corrections import lay_over, read_corrections, write_provenance
 from dfssd.data.formats import read_source
 from dfssd.data.manifest import Manifest, write_manifest, write_table, write_withheld
-from dfssd.data.summary import contact_sheet, statements, summarise
+from dfssd.data.summary import budget, contact_sheet, statements, summarise
 from dfssd.data.unpack import resolve_zip
+from dfssd.data.val_from_labels import take_val, without_val
 from dfssd.data.versions import read_previous
 from dfssd.runtime.storage import Storage
 
@@ -53,13 +54,18 @@ def prepare(
     groups, pairs = grouping.group_hashes(hashes, config.near_duplicate, config.max_group_share)
     previous = read_previous(store)
     split_names = split_images(images, groups, pairs, config, seed, source, previous)
+    if config.val_from_labels:
+        split_names = without_val(images, split_names, groups, config)
     labelled, hidden = choose_labelled(images, split_names, config, seed, classes, previous)
     # What a person labelled for this run is never hidden from it.
     labelled |= {
         i.image_id for i, s in zip(images, split_names, strict=True) if s == "train" and i.image_id in corrections
     }
+    if config.val_from_labels:
+        split_names, labelled = take_val(images, split_names, labelled, groups, pairs, config, seed, classes, previous)
     rows, withheld = make_rows(images, split_names, labelled, groups, levels)
     meta = {"format": source.format, "seed": seed, "label_fraction": config.label_fraction, "split": config.split}
+    meta["val_from_labels"] = config.val_from_labels
     meta["grey"] = all(i.facts.grey for i in images)
     meta["version"] = previous.version + 1 if previous else 1
     write_manifest(store, Manifest(rows, source.names, meta))
@@ -76,6 +82,7 @@ def prepare(
     summary["data_settings"] = config.model_dump(mode="json")
     own = [f"{corrected} images have corrected labels"] if corrected else []
     summary["notes"] = own + source.notes + level_notes + statements(source, summary, hidden)
+    summary["notes"] += [budget(summary, config.val_from_labels)]
     store.write_json("summary.json", summary)
     thumbnails.remove()
     return summary

@@ -86,6 +86,15 @@ def leaking(rows: list[Row], pairs: Pairs, split: str) -> int:
     return len({*i[held[i] & trains[j]].tolist(), *j[held[j] & trains[i]].tolist()})
 
 
+def budget(summary: dict[str, Any], from_labels: bool) -> str:
+    """How many images' labels are used, val among them: it chooses weights, teacher and thresholds."""
+    train, val = summary["labelled_images"], summary["splits"]["val"]["images"]
+    how = "val is a part of the labels" if from_labels else "--val-from-labels makes val a part of the labels"
+    return (
+        f"labels used: {train} train + {val} val = {train + val} images, for val chooses weights and thresholds ({how})"
+    )
+
+
 def statements(source: Source, summary: dict[str, Any], hidden: str) -> list[str]:
     """What a user should know before hours of training, in whole sentences.
 

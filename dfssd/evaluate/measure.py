@@ -21,14 +21,16 @@ from dfssd.evaluate.coco import coco_numbers
 from dfssd.evaluate.detections import write_detections
 from dfssd.evaluate.escapes import Pictures, curve, operating_point
 from dfssd.evaluate.escapes import measure as measure_line
-from dfssd.evaluate.gate import compare
+from dfssd.evaluate.gate import MEASURES, compare
 from dfssd.evaluate.latency import measure_latency
 from dfssd.evaluate.validation import Detect, collect, detecting, summarise
 from dfssd.models.detector import count_parameters, load_detector
 from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 
+STUDENTS = (str(LABEL_ONLY), str(STUDENT))
 LATENCY_CONF = 0.25  # a line keeps few boxes: NMS over thousands of scores near zero is not what it waits for
 
 
@@ -41,8 +43,8 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
 
     Returns:
         by model (teacher, teacher_2, label_only, student): val and test (see `measure_split`), operating_point, params,
-        latency_ms (median), latency_p95_ms, weights_bytes; `latency` (how it was measured); `gate` (see `gate.compare`)
-        where both students are there; and `environment`.
+        latency_ms (median), latency_p95_ms, weights_bytes, of a student also last (see `last_weights`); `latency` (how it was
+        measured); `gate` (see `gate.compare`) where both students are there; `labels` (see `labels_used`); `environment`.
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() and config.run.gpu != "never" else "cpu")
@@ -65,6 +67,8 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
         results[name] = {**numbers, "params": parameters, "weights_bytes": len(data)}
         records |= {(name, split): found for split, found in own.items()}
         networks[name] = lambda image, model=model: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)
+        last = last_weights(config, run, name, results[name], splits["test"], device) if name in STUDENTS else None
+        results[name] |= {"last": last} if last else {}
         test = results[name]["test"]
         print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)
     write_detections(run.at("report"), records)
@@ -74,7 +78,47 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
         results[name] |= {"latency_ms": timing.p50_ms, "latency_p95_ms": timing.p95_ms}
     if {"label_only", "student"} <= set(models):
         results["gate"] = compare(records["label_only", "val"], records["student", "val"])
-    return results | {"latency": latency.as_dict(), "environment": environment(config, manifest, threads)}
+    results |= {"latency": latency.as_dict(), "labels": labels_used(manifest)}
+    return results | {"environment": environment(config, manifest, threads)}
+
+
+def last_weights(
+    config: Config,
+    run: Storage,
+    name: str,
+    best: Mapping[str, Any],
+    test: ManifestDataset,
+    device: torch.device,
+) -> dict[str, Any] | None:
+    """The weights of the last step, which val did not choose; None where the run holds none.
+
+    Args:
+        name: of a training's artefact.
+        best: what its best weights measured, which is the answer where the last validation was the best.
+
+    Returns:
+        step; val (as the training's last validation measured it) and test: map50 and map50_95 each.
+    """
+    file = f"{name}/last.pt"
+    if not run.exists(file) or not run.exists(f"{name}/stage.json"):
+        return None
+    summary = run.read_json(f"{name}/stage.json")["summary"]
+    if not summary.get("last"):
+        return None
+    numbers: Mapping[str, Any] = best["test"]
+    if summary["best"]["step"] != summary["steps"]:
+        model = load_detector(run.read(file), run.path(file), config.train.imgsz).fuse(verbose=False).to(device)
+        names = [model.names[k] for k in sorted(model.names)]
+        numbers = summarise(list(collect(detecting(model), test, WorkerGroup(), device)), dict(enumerate(names)))
+    measured = {"val": summary["last"], "test": numbers}
+    return {"step": summary["steps"]} | {k: {m: float(v[m]) for m in MEASURES} for k, v in measured.items()}
+
+
+def labels_used(manifest: Manifest) -> dict[str, Any]:
+    """Images whose labels trained or chose: train, val; and whether val was a part of what may be labelled (from_labels)."""
+    val = sum(r.boxes is not None for r in manifest.of_split("val"))
+    from_labels = bool(manifest.meta.get("val_from_labels", False))
+    return {"train": len(manifest.labelled_rows()), "val": val, "from_labels": from_labels}
 
 
 def weights_file(run: Storage, name: str) -> str:

@@ -61,13 +61,34 @@ def equal_footing(results: dict[str, Any]) -> str:
     )
 
 
+def labels_in_words(results: dict[str, Any]) -> str:
+    """One line: whose labels were used; '' of a measurement that does not say."""
+    labels = results.get("labels")
+    if not labels:
+        return ""
+    train, val = labels["train"], labels["val"]
+    how = "val is a part of the labels" if labels["from_labels"] else "--val-from-labels would make it a part of them"
+    return (
+        f"Labels used: those of {train} train + {val} val images, {train + val} in all: val chose weights and thresholds "
+        f"({how}). Labels of test only measure."
+    )
+
+
 def on_test(results: dict[str, Any]) -> str:
-    """One line: student against label-only student on test, which chose nothing; '' without both."""
+    """One line: student against label-only student on test, which chose nothing, with best and last weights; '' without
+    both."""
     if not {"student", "label_only"} <= set(results):
         return ""
-    own, base = results["student"]["test"], results["label_only"]["test"]
-    points = ", ".join(
+    own, base = results["student"], results["label_only"]
+    text = f"On test, which chose nothing: {_points(own['test'], base['test'])}"
+    if "last" in own and "last" in base:
+        last = _points(own["last"]["test"], base["last"]["test"])
+        text += f"; with the weights of the last step, which nothing chose, {last}"
+    return f"{text}. (Val chose the weights of both, so its differences flatter.)"
+
+
+def _points(own: dict[str, Any], base: dict[str, Any]) -> str:
+    return ", ".join(
         f"{label} {100 * (own[key] - base[key]):+.1f} points"
         for key, label in (("map50", "mAP50"), ("map50_95", "mAP50-95"))
     )
-    return f"On test, which chose nothing: {points}. (Val chose the weights of both, so its differences flatter.)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from dfssd.config import Config
 from dfssd.errors import DfssdError
+from dfssd.pipeline.budget import with_expected_steps, with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.data import count_images
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
@@ -24,9 +26,9 @@ def dry_run(context: Context, stages: Sequence[ArtefactName]) -> None:
     Raises:
         DfssdError: the first thing that would stop the real run.
     """
-    config = context.config
     context.run.check_writable()
     print(f"storage: {context.run.uri} is writable")
+    config = context.config = _with_steps(context, stages)
     names = list(plan(config, stages))
     states = _states(context, names)
     timer, images = step_timer(config), _images(context, names)
@@ -37,6 +39,15 @@ def dry_run(context: Context, stages: Sequence[ArtefactName]) -> None:
         rows.append([str(name), states[name], steps, _clock(times[-1])])
     rows.append(["all", "", "", _clock(None if None in times else sum(t or 0.0 for t in times))])
     print(render(f"plan ({timer.title})", ["stage", "state", "steps", "expected time"], rows))
+
+
+def _with_steps(context: Context, names: Sequence[ArtefactName]) -> Config:
+    """Settings with a number of steps: that of the prepared data set, else what the data's list of images suggests."""
+    config = with_steps(context.config, context.run)
+    if config.train.steps or DATASET not in names:
+        return config
+    found = count_images(config)
+    return with_expected_steps(config, found.images, found.labelled)
 
 
 def _clock(seconds: float | None) -> str:

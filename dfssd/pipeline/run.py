@@ -7,6 +7,7 @@ from typing import Any
 
 from dfssd.config import Config
 from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
+from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.replay import deliver_later
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
@@ -63,6 +64,8 @@ def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:
     Raises:
         DfssdError: a user error, with the stage left so that the same command goes on.
     """
+    if name != DATASET:  # which says how many there are
+        context.config = with_steps(context.config, context.run)
     stage = make_stage(context.config, context.run, name)
     with stage.lease():
         return _run_held(context, stage)

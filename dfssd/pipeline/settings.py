@@ -17,6 +17,7 @@ FREE = frozenset(
         *("data.bad_limit", "data.max_side", "data.update"),
         *("train.log_every", "train.compile", "train.loader_workers", "train.checkpoint_min", "train.profile_steps"),
         *("train.cache_gib", "train.decoded_dir", "train.cache_dir", "train.cache_dir_gib"),
+        "train.epochs_unlabelled",  # what it comes to counts: the steps
         *("pseudo.label_batch", "pseudo.num_actors", "pseudo.unreadable_limit"),
     )
 )

@@ -27,6 +27,7 @@ def train_job(config: Config, run: Storage, name: ArtefactName, **more: Any) -> 
     """
     training = row_of(name).training
     assert training is not None, f"{name} is no training"
+    assert config.train.steps, "their number is settled before (pipeline/budget.py)"
     return TrainJob(name, training, run.uri, config, settings_of(config, name), **more)
 
 

@@ -105,7 +105,7 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
             ("false boxes", f"{line['false_boxes']:.2f}", "a test picture"),
             ("latency", f"{results[best]['latency_ms']:.1f} ms", f"95 %: {results[best]['latency_p95_ms']:.1f} ms"),
         ],
-        "models": _table("Models", tables.model_rows(results)),
+        "models": _table(f"Models, {tables.model_title(results)}", tables.model_rows(results)),
         "chosen": tables.CHOSEN,
         "latency_note": results["latency"]["note"],
         "point_text": _point_text(point, titles[best]),

@@ -41,13 +41,22 @@ def render(title: str, header: list[str], rows: list[list[str]]) -> str:
     return buffer.getvalue().rstrip()
 
 
+def model_title(results: dict[str, Any]) -> str:
+    """What stands above the table of models: whose labels they used."""
+    labels = results.get("labels")
+    used = f"; labels used: {labels['train']} train + {labels['val']} val images" if labels else ""
+    return f"measured on val and test{used}"
+
+
 def model_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one a model; escapes and rejects at its operating point, on test."""
+    """Header and rows: one a model, with its best weights on val, of students also the last ones; escapes and rejects at
+    its operating point, on test."""
     header = [
         "model",
         "val mAP50",
         "test mAP50",
         "test mAP50-95",
+        "last weights: test mAP50, mAP50-95",
         "escapes",
         "rejects",
         "parameters",
@@ -63,6 +72,7 @@ def model_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{one['val']['map50']:.3f}",
                 f"{one['test']['map50']:.3f}",
                 f"{one['test']['map50_95']:.3f}",
+                ", ".join(f"{one['last']['test'][k]:.3f}" for k in ("map50", "map50_95")) if "last" in one else "-",
                 *(f"{r['count']} of {r['pictures']}" for r in (line["escape"], line["overkill"])),
                 f"{one['params'] / 1e6:.2f} M",
                 f"{one['latency_ms']:.1f}, {one['latency_p95_ms']:.1f}",
@@ -106,6 +116,8 @@ def tracked(results: dict[str, Any]) -> dict[str, float]:
             for kind in ("escape", "overkill"):
                 rate = one[split]["line"][kind]["rate"]
                 numbers |= {} if rate is None else {f"{split}/{name}/{kind}": rate}
+        last = one.get("last", {}).get("test", {})
+        numbers |= {f"test/{name}/{k} of last weights": v for k, v in last.items()}
         numbers |= {f"cost/{name}/{k}": float(one[k]) for k in ("latency_ms", "latency_p95_ms", "params")}
     for measure in ("map50", "map50_95") if "gate" in results else ():
         numbers |= {f"gate/{measure}/{k}": results["gate"][measure][k] for k in ("difference", "low", "high")}
@@ -175,6 +187,4 @@ def split_table(summary: dict[str, Any]) -> str:
 
 def result_table(results: dict[str, Any]) -> str:
     """Models side by side, for the terminal."""
-    return (
-        render("measured on val and test", *model_rows(results)) + f"\n{CHOSEN}\nlatency: {results['latency']['note']}"
-    )
+    return render(model_title(results), *model_rows(results)) + f"\n{CHOSEN}\nlatency: {results['latency']['note']}"

@@ -8,7 +8,7 @@ from typing import Any
 from dfssd.config import Config
 from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import publish_best, verdict
-from dfssd.evaluate.verdict import equal_footing, escapes_in_words, on_test
+from dfssd.evaluate.verdict import equal_footing, escapes_in_words, labels_in_words, on_test
 from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import tracking_uri
@@ -60,7 +60,12 @@ def said(results: dict[str, Any]) -> list[str]:
     lines = [
         verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with"
     ]
-    lines += [on_test(results), *escapes_in_words(results, models_in(results)), equal_footing(results)]
+    lines += [
+        labels_in_words(results),
+        on_test(results),
+        *escapes_in_words(results, models_in(results)),
+        equal_footing(results),
+    ]
     return [line for line in lines if line]
 
 

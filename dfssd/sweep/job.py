@@ -80,9 +80,14 @@ def _planned(config: Config, space: Space) -> list[Trial]:
     """All trials, each checked.
 
     Raises:
-        DfssdError: settings that contradict each other.
+        DfssdError: settings that contradict each other, or no number of steps.
     """
     planned = trials(space, config, config.run.run_name)
+    if not all(c.train.steps for c in (config, *(t.config for t in planned))):
+        raise DfssdError(
+            "--steps 0 leaves the number of steps to each run's data, but trials and schedulers compare equal steps",
+            todo="give --steps (a pipeline with --steps 0 --dry-run says how many the data asks for)",
+        )
     for trial in planned:
         if trial.stage == STUDENT:
             try:

@@ -1,0 +1,74 @@
+"""`--steps 0`: how many steps the data asks for, and why.
+
+Published semi-supervised detection sees each unlabelled image some ten to fifty times (Unbiased Teacher, Liu et al., ICLR
+2021; Soft Teacher, Xu et al., ICCV 2021: 180 000 steps on COCO). Those train from ImageNet on 80 classes; 20 is at the lower
+end. The number is a rule of thumb and was not measured here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from dfssd.config import Config
+from dfssd.runtime.artefact_names import DATASET, is_finished
+from dfssd.runtime.storage import Storage
+
+TIMES = 20  # that each unlabelled image is seen
+TIMES_LABELLED = 100  # that each labelled image is seen where there is no unlabelled one
+FEWEST, MOST = 1000, 20000  # steps, unless --epochs-unlabelled says how often
+
+
+def steps_for(config: Config, labelled: int, unlabelled: int) -> tuple[int, str]:
+    """Optimiser steps for that many images, and why, in one line.
+
+    Args:
+        config: with the batch, its ratio of unlabelled images, and `--epochs-unlabelled`.
+        labelled, unlabelled: images that train.
+    """
+    own, batch = config.train.epochs_unlabelled, config.train.batch
+    mixed = config.unlabelled_batch() > 0 and unlabelled > 0
+    images, each, kind = (unlabelled, config.unlabelled_batch(), "un") if mixed else (labelled, batch, "")
+    if own and mixed:
+        steps, limit = max(1, math.ceil(own * images / each)), ""
+    else:
+        asked = math.ceil((TIMES if mixed else TIMES_LABELLED) * images / each)
+        steps = min(max(asked, FEWEST), MOST)
+        limit = (
+            "" if steps == asked else f", the {'fewest' if steps > asked else 'most'} that are chosen without --steps"
+        )
+    why = f"each of {images} {kind}labelled images is seen {_times(steps * each / max(images, 1))}"
+    if mixed:
+        why += f", each of {labelled} labelled ones {_times(steps * batch / max(labelled, 1))}"
+    return steps, f"--steps 0: {steps} steps{limit}: {why}"
+
+
+def _times(count: float) -> str:
+    return f"{count:.0f} times" if count >= 1.5 else "once" if count >= 0.95 else f"with a chance of {count:.0%}"
+
+
+def with_steps(config: Config, run: Storage) -> Config:
+    """Settings with the number of steps that a finished data set asks for, which is said; as they are where it is given.
+
+    The same data and settings always give the same number, so that a run that goes on keeps it.
+    """
+    if config.train.steps or not is_finished(run, DATASET):
+        return config
+    summary = run.read_json(f"{DATASET}/stage.json")["summary"]
+    splits, labelled = summary["splits"], int(summary["labelled_images"])
+    unlabelled = splits["train"]["images"] - labelled + splits["unlabelled-only"]["images"]
+    return _settled(config, labelled, unlabelled)
+
+
+def with_expected_steps(config: Config, images: int, labelled: int) -> Config:
+    """The same for data that is not prepared yet, about: images in all, and those with a label."""
+    if config.train.steps:
+        return config
+    share, own = config.data.split_shares[0], config.data.label_fraction or (1.0 if images > labelled else 0.1)
+    used = round(share * labelled * own)
+    return _settled(config, used, max(0, round(images - (1 - share) * labelled) - used), "about as the data looks, ")
+
+
+def _settled(config: Config, labelled: int, unlabelled: int, said: str = "") -> Config:
+    steps, why = steps_for(config, labelled, unlabelled)
+    print(f"{said}{why}", flush=True)
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})

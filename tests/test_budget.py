@@ -1,0 +1,119 @@
+"""`--steps 0`: the number of steps follows from the data, is said, and is what a stage records."""
+
+import pytest
+
+from dfssd.config import Config, Distill, Run, Train
+from dfssd.config_checks import settings_without_effect
+from dfssd.errors import DfssdError
+from dfssd.pipeline.budget import FEWEST, MOST, steps_for, with_expected_steps, with_steps
+from dfssd.pipeline.context import Context
+from dfssd.pipeline.run import run_stage
+from dfssd.pipeline.stages import STAGES, settings_of
+from dfssd.pipeline.training import train_job
+from dfssd.runtime.artefact_names import LABEL_ONLY, ArtefactName
+from dfssd.runtime.storage import Storage
+from dfssd.sweep import job as sweep_job
+from dfssd.sweep.space import find_space, load_space
+
+
+def _config(storage="runs", steps=0, ratio=1.0, **train):
+    return Config(
+        run=Run(storage_path=str(storage), run_name="r"),
+        train=Train(steps=steps, **train),
+        distill=Distill(unlabelled_ratio=ratio),
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "ratio", "images", "steps", "words"),
+    [
+        (
+            {},
+            1.0,
+            (326, 2937),
+            3672,
+            "each of 2937 unlabelled images is seen 20 times, each of 326 labelled ones 180 times",
+        ),
+        ({}, 2.0, (326, 2937), 1836, "2937 unlabelled images is seen 20 times, each of 326 labelled ones 90 times"),
+        ({"batch": 8}, 1.0, (326, 2937), 7343, "seen 20 times"),
+        ({}, 1.0, (14, 100), FEWEST, "1000 steps, the fewest that are chosen without --steps: each of 100 unlabelled"),
+        (
+            {},
+            1.0,
+            (300, 10**6),
+            MOST,
+            "20000 steps, the most that are chosen without --steps: each of 1000000 unlabelled",
+        ),
+        ({}, 1.0, (3263, 0), 20000, "the most"),
+        ({}, 0.0, (326, 2937), 2038, "each of 326 labelled images is seen 100 times"),
+        ({"epochs_unlabelled": 5}, 1.0, (326, 2937), 918, "seen 5 times"),
+        ({"epochs_unlabelled": 0.1}, 1.0, (10, 2937), 19, "seen with a chance of 10%"),
+    ],
+)
+def test_steps_from_the_size_of_the_data(train, ratio, images, steps, words):
+    got, why = steps_for(_config(ratio=ratio, **train), *images)
+    assert got == steps and words in why and f"{steps} steps" in why, why
+    batch = round(train.get("batch", 16) * ratio)
+    if not train and steps not in (FEWEST, MOST) and batch:
+        assert abs(steps * batch / images[1] - 20) < 0.02
+
+
+def _dataset(run, labelled=326, train=3263, alone=0):
+    splits = {"train": {"images": train}, "unlabelled-only": {"images": alone}}
+    summary = {"names": ["a"], "labelled_images": labelled, "splits": splits}
+    run.write_json("dataset/stage.json", {"digest": "d", "summary": summary, "outputs": {}})
+
+
+def test_the_number_is_settled_once_and_is_what_counts(tmp_path, capsys):
+    config = _config(tmp_path)
+    run = Storage(str(tmp_path)).at("r")
+    assert with_steps(config, run) is config, "before there is a data set"
+    _dataset(run)
+    own = with_steps(config, run)
+    assert own.train.steps == own.teacher_steps() == own.mean_teacher_steps() == 3672
+    assert "--steps 0: 3672 steps: each of 2937 unlabelled images" in capsys.readouterr().out
+    assert with_steps(own, run) is own and not capsys.readouterr().out, "it is said once"
+    by_hand = _config(tmp_path, steps=3672)
+    assert with_steps(by_hand, run) is by_hand, "a number that is given wins"
+    other_way = with_steps(_config(tmp_path, epochs_unlabelled=20), run)
+    for row in STAGES:
+        name = ArtefactName(row.role)
+        assert settings_of(own, name) == settings_of(by_hand, name) == settings_of(other_way, name)
+    _dataset(run, alone=1000)
+    assert with_steps(config, run).train.steps == 4922
+
+
+def test_a_stage_trains_and_records_that_number(tmp_path, monkeypatch, capsys):
+    """As a job runs it; typed again, it goes on, and a smaller data set would not."""
+    run = Storage(str(tmp_path)).at("r")
+    _dataset(run, labelled=20, train=48)
+    monkeypatch.setattr(
+        "dfssd.pipeline.run._run_held",
+        lambda context, stage: {
+            "state": stage.begin(False),
+            "steps": train_job(context.config, context.run, stage.name).steps,
+        },
+    )
+    states = [run_stage(Context(_config(tmp_path)), LABEL_ONLY) for _ in range(2)]
+    assert states == [{"state": "new", "steps": FEWEST}, {"state": "interrupted", "steps": FEWEST}]
+    assert run.read_json("label_only/started.json")["config"]["train"]["steps"] == FEWEST
+    assert capsys.readouterr().out.count("--steps 0: 1000 steps, the fewest") == 2, "once a command"
+    with pytest.raises(DfssdError, match=r"train\.steps: 1000 -> 1680"):
+        run_stage(Context(_config(tmp_path, steps=1680)), LABEL_ONLY)
+
+
+def test_a_dry_run_says_about_how_many(capsys):
+    config = with_expected_steps(_config(), images=4140, labelled=4140)
+    assert config.train.steps == pytest.approx(3672, rel=0.05)
+    assert "about as the data looks, --steps 0: " in capsys.readouterr().out
+    assert with_expected_steps(_config(), images=5000, labelled=400).train.steps == pytest.approx(
+        20 * 4600 / 16, rel=0.02
+    )
+
+
+def test_what_has_no_effect_is_said_and_a_sweep_asks_for_a_number():
+    assert any("give --steps 0 as well" in n for n in settings_without_effect(_config(steps=9, epochs_unlabelled=3)))
+    assert not [n for n in settings_without_effect(_config(epochs_unlabelled=3)) if "steps" in n]
+    space = load_space(find_space("thresholds"))
+    with pytest.raises(DfssdError, match="compare equal steps"):
+        sweep_job._planned(_config(), space)
