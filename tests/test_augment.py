@@ -33,7 +33,7 @@ def _rows(folder, grey=False, count=18):
         own[:, 3:] = (own[:, 3:] * 0.6).clip(0.005)
         own[:, 3:] = np.minimum(own[:, 3:], 2 * np.minimum(own[:, 1:3], 1 - own[:, 1:3]))
         own[:, 0] = rng.integers(0, 3, len(own))
-        rows.append(Row(f"{k:016x}", str(path), width, height, "train", True, k, own))
+        rows.append(Row(f"made-up-{k}", str(path), width, height, "train", True, k, own))
         boxes.append(own)
     return rows, boxes
 

@@ -217,7 +217,7 @@ def test_balance_keeps_each_term_at_its_share():
     _follow(balance, later, neck)
     wanted = 0.5 * norm(later["sup"]) / norm(later["pred"])
     assert balance.factors["pred"] == pytest.approx(before["pred"] ** 0.7 * wanted**0.3, rel=1e-5)
-    other = Balance(Distill(balance="gradnorm"))
+    other = Balance(Distill(balance="gradnorm", share_p=0.5, share_f=0.25, share_u=1.0))
     other.load_state_dict(balance.state_dict())
     assert other.factors == balance.factors and other.calls == balance.calls
 

@@ -191,7 +191,7 @@ def _layers():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_halves_of_a_batch_average_to_the_whole(kind, monkeypatch):
-    monkeypatch.setattr(d, "hidden_positions", lambda x, share=0: x[:, :1] > 0.3)
+    monkeypatch.setattr(d, "hidden_positions", lambda x, share=0, generator=None: x[:, :1] > 0.3)
     s, t, score, generators = _layers()
     whole = layer_terms(kind, s, t, score, 0.0, generators)
     halves = [

@@ -68,7 +68,9 @@ def test_state_survives_a_checkpoint():
         torch.testing.assert_close(other.thresholds(), one.thresholds())
     own = FixedThreshold(torch.full((4,), 0.5))
     own.load_state_dict(FixedThreshold(torch.full((4,), 0.1)).state_dict())
-    assert own.thresholds().eq(0.5).all(), "a trial that goes on from another's checkpoint keeps the thresholds it is about"
+    assert own.thresholds().eq(0.5).all(), (
+        "a trial that goes on from another's checkpoint keeps the thresholds it is about"
+    )
     assert isinstance(make_policy(Thresholds(threshold_policy="ema"), scores, rate), EmaThreshold)
 
 

@@ -97,7 +97,7 @@ class Images:
     ) -> None:
         self.imgsz, self._files, self._decoded = imgsz, files, decoded
         self._ids = Texts([row.image_id for row in rows])
-        self._checked = np.zeros(len(rows), bool)  # whose digest this process has compared
+        self._checked: set[int] = set()  # images whose digest this process has compared
         self._uris = Texts([row.uri for row in rows])
         self._keys = Texts([key_of(row) for row in rows])
         self._whites = torch.tensor([row.white for row in rows], dtype=torch.float32)
@@ -129,8 +129,8 @@ class Images:
 
     def _load_anew(self, i: int) -> np.ndarray:
         uri = self.uri(i)
-        full = decode(uri, self._files, float(self._whites[i]), "" if self._checked[i] else self._ids[i])
-        self._checked[i] = True
+        full = decode(uri, self._files, float(self._whites[i]), "" if i in self._checked else self._ids[i])
+        self._checked.add(i)
         width, height = self.sizes_wh[i].tolist()
         if full.shape[:2] != (height, width):
             raise DfssdError(

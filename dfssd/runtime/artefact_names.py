@@ -57,7 +57,10 @@ def val_score(run: Storage, name: ArtefactName) -> float:
 
 def better_on_val(run: Storage, names: Iterable[ArtefactName]) -> ArtefactName | None:
     """The finished training that is best on val, of equals the first; None where none is finished."""
-    return max((n for n in names if is_finished(run, n)), key=lambda n: val_score(run, n), default=None)
+    finished = [n for n in names if is_finished(run, n)]
+    if len(finished) < 2:  # nothing to compare
+        return finished[0] if finished else None
+    return max(finished, key=lambda n: val_score(run, n))
 
 
 def newest_round(run: Storage) -> int:

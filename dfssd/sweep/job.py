@@ -191,7 +191,9 @@ def _claim(config: Config, space: Space, planned: list[Trial], options: Options)
     store = Storage(config.run.storage_path).at(config.run.run_name)
     own = {
         "space": space.name,
-        "config": config.model_dump(mode="json", exclude={"run"}),
+        "config": config.model_dump(
+            mode="json", exclude={"run", "export"}
+        ),  # no trial exports; what is registered is free
         "axes": {k: in_words(v) for k, v in space.axes.items()},
         "search": f"{space.search} {space.trials} {space.scheduler}",
         "trials": {t.id: f"{t.row}, seed {t.seed}" for t in planned},
