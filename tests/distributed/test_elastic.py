@@ -69,6 +69,7 @@ def start_training(prepared, config):
     return job, training, done
 
 
+@pytest.mark.slow  # a node has to start, and Ray to look twice
 def test_a_run_starts_with_what_is_there_and_grows_with_the_cluster(prepared, growing, monkeypatch):
     monkeypatch.setattr("dfssd.train.worker.RESIZE_S", 3.0)
     give_teacher_and_candidates(prepared)

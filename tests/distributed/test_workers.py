@@ -55,6 +55,7 @@ def test_two_workers_survive_the_death_of_one(prepared, local_ray):
     assert len([f for f in job.store.at("train").folders() if f.startswith("step_")]) <= 3
 
 
+@pytest.mark.slow  # a start of the group
 def test_an_online_teacher_taps_and_a_pause_on_two_workers(prepared, local_ray):
     """Every parameter must get a gradient on every worker, or the group would wait for ever."""
     give_teacher_and_candidates(prepared)
@@ -67,6 +68,7 @@ def test_an_online_teacher_taps_and_a_pause_on_two_workers(prepared, local_ray):
     assert [h["loss/feat/mgd"] > 0 for h in history if "loss/total" in h] == [True, True, False, False]
 
 
+@pytest.mark.slow  # two starts of the group
 def test_a_user_error_of_one_of_two_workers_ends_the_run_at_once(prepared, local_ray):
     """An image that was there when the data were prepared is gone: one rank meets it, the other waits for that rank."""
     give_teacher_and_candidates(prepared)

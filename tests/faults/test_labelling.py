@@ -16,6 +16,7 @@ import psutil
 import pytest
 from small import tiny_config
 
+from dfssd.choices import POLICIES
 from dfssd.config import Data
 from dfssd.data.manifest import read_manifest, read_pseudo, read_table
 from dfssd.data.prepare import prepare
@@ -156,6 +157,7 @@ def _equal_but_for_rounding(found, wanted):
         np.testing.assert_allclose(found[image_id], boxes, atol=2e-3)
 
 
+@pytest.mark.slow  # three labellings
 def test_lost_images_are_listed_or_stop_the_job_and_can_come_back(run, local_ray):
     manifest = read_manifest(run.at("dataset"))
     lost = [Path(r.uri) for r in manifest.unlabelled_rows()[70:73]]
@@ -185,7 +187,7 @@ def test_the_report_is_made_and_the_val_split_is_labelled_too(undisturbed):
     storage, candidates = undisturbed
     log, run = (storage / "log").read_text(), Storage(str(storage)).at("r")
     numbers = json.loads((storage / "r" / "quality" / "quality.json").read_text())
-    assert set(numbers["policies"]) == {"fixed", "ema", "gmm", "match"}
+    assert set(numbers["policies"]) == set(POLICIES)
     assert "withheld_recall" in numbers["policies"]["ema"]["all"]
     for name in ("quality.png", "doubtful.png", "quality.csv"):
         assert (storage / "r" / "quality" / name).stat().st_size > 100
