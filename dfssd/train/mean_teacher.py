@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,11 +98,3 @@ def _candidates(found: list[Tensor], width: int, height: int, first: int) -> Ten
         rows = torch.stack([own[:, 5], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, own[:, 4], index], 1)
         parts.append(rows[(rows[:, 3] > 0) & (rows[:, 4] > 0)])
     return torch.cat(parts)
-
-
-def labelled_share(thresholds: RunningThresholds) -> dict[str, float]:
-    """Numbers worth logging: pseudo-labels and labelled boxes an image in the window."""
-    return {
-        "mean_teacher/pseudo_labels an image": float(thresholds.per_image().sum()),
-        "mean_teacher/labels an image": float(np.sum(thresholds.rate())),
-    }
