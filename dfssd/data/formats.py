@@ -14,7 +14,7 @@ from dfssd.data.checks import Problem
 from dfssd.data.class_names import LIST_FILES
 from dfssd.data.coco import is_coco, read_coco
 from dfssd.data.cvat import read_cvat
-from dfssd.data.listing import IMAGE_SUFFIXES, Tree, is_image
+from dfssd.data.listing import IMAGE_SUFFIXES, Tree, is_image, refuse_query
 from dfssd.data.parsing import Unparsable, parse_json, parse_xml, parse_yaml
 from dfssd.data.source import Bad, Source, listing_faults
 from dfssd.data.voc import read_voc
@@ -39,6 +39,7 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
     """
     if not data:
         raise DfssdError("no data given", todo="add --data FOLDER (or a data.yaml)")
+    refuse_query(data)
     is_yaml = data.lower().endswith((".yaml", ".yml"))
     if not Storage(data).exists():
         raise DfssdError("the data is not there", where=repr(data), todo="check the path given to --data")

@@ -186,18 +186,23 @@ class Storage:
 
     def files(self, folder: str = "", recursive: bool = True) -> list[str]:
         """Names of all files below `folder`, relative to this storage, sorted; unfinished ones are left out."""
-        base = self.path(folder) if folder else self.root
-        selector = pafs.FileSelector(base, allow_not_found=True, recursive=recursive)
-        found = patiently(lambda: self.fs.get_file_info(selector), base)
-        infos = [i for i in found if i.type == pafs.FileType.File]
+        infos = self._infos(folder, recursive, pafs.FileType.File)
         return sorted(i.path[len(self.root) :].lstrip("/") for i in infos if not i.path.endswith(".part"))
 
     def folders(self, folder: str = "") -> list[str]:
         """Names of the folders directly below `folder`, sorted."""
+        infos = self._infos(folder, False, pafs.FileType.Directory)
+        return sorted(i.path.rsplit("/", 1)[1] for i in infos)
+
+    def listing(self) -> dict[str, tuple[int, int | None]]:
+        """Size (bytes) and time of change (ns) of all files, by name relative to this storage, sorted."""
+        infos = self._infos("", True, pafs.FileType.File)
+        return dict(sorted((i.path[len(self.root) :].lstrip("/"), (i.size, i.mtime_ns)) for i in infos))
+
+    def _infos(self, folder: str, recursive: bool, kind: pafs.FileType) -> list[pafs.FileInfo]:
         base = self.path(folder) if folder else self.root
-        selector = pafs.FileSelector(base, allow_not_found=True)
-        infos = patiently(lambda: self.fs.get_file_info(selector), base)
-        return sorted(i.path.rsplit("/", 1)[1] for i in infos if i.type == pafs.FileType.Directory)
+        selector = pafs.FileSelector(base, allow_not_found=True, recursive=recursive)
+        return [i for i in patiently(lambda: self.fs.get_file_info(selector), base) if i.type == kind]
 
     def delete(self, name: str = "") -> None:
         """Remove a file or a folder with all in it; nothing happens where it does not exist."""
