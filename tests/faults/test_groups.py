@@ -34,6 +34,8 @@ def _rank(rank, port, answers):
         answers.put((str(error), time.monotonic() - begun))
 
 
+@pytest.mark.slow  # two processes that import Ray
+@pytest.mark.faults
 def test_after_the_first_step_a_stopped_rank_is_waited_for_shortly():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
