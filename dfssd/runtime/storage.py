@@ -227,13 +227,8 @@ class Storage:
         try:
             self.write(".write-test", b"ok")
             self.delete(".write-test")
-        except OSError as error:
-            said = error.what if isinstance(error, DfssdError) else error
-            raise StorageError(
-                f"storage is not writable: {said}",
-                where=self.uri,
-                todo="give another --storage-path, or the rights and credentials to write there",
-            ) from error
+        except StorageError as error:
+            raise StorageError(f"storage is not writable: {error.what}", where=self.uri, todo=error.todo) from error
 
 
 def read_uri(uri: str) -> bytes:

@@ -38,8 +38,14 @@ def without_ray(patch: Any) -> None:
     def label(config: Any, run: Any, folder: str, manifest: Any, weights: Any, log: Any) -> Any:
         return label_in_process(config, run, folder, manifest, weights, log=log, cores=1)
 
+    real = ray.remote
+
+    def remote(*args: Any, **settings: Any) -> Any:
+        ours = args and getattr(args[0], "__module__", "").startswith("dfssd.")
+        return _Here(args[0]) if ours else real(*args, **settings)
+
     patch.setattr(labeller, "label", label)
-    patch.setattr(ray, "remote", _Here)
+    patch.setattr(ray, "remote", remote)
     patch.setattr(cluster, "connect", lambda: None)
     patch.setattr(cluster, "actor_resources", lambda *args: None)
     patch.setattr(cluster, "task_resources", lambda *args: Resources(1, 1, False))
