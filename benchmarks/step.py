@@ -36,7 +36,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 from dfssd.config import Config, Data, Distill, Models, Run, Train
 from dfssd.data.dataset import network_input
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.distill.features import KINDS
 from dfssd.models.detector import Teacher, build_detector, detector_bytes

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfssd.choices import DIVERGENCES
+from dfssd.config.choices import DIVERGENCES
 from dfssd.distill import divergences as d
 from dfssd.distill.features import KINDS, Projections, joined, layer_terms, resized, score_map
 

@@ -151,7 +151,8 @@ def test_it_needs_neither_ray_nor_mlflow():
     root, seen, todo = Path(dfssd.__file__).parents[1], set(), ["dfssd.pseudo.in_process"]
     while todo:
         name = todo.pop()
-        path = root / (name.replace(".", "/") + ".py")
+        place = root / name.replace(".", "/")
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         if name in seen or not path.exists():
             continue
         seen.add(name)

@@ -12,9 +12,9 @@ import pytest
 from small import give_teacher_and_candidates, tiny_config
 
 from dfssd.config import Data
-from dfssd.data.corrections import Correction, read_corrections, write_corrections
 from dfssd.data.manifest import Manifest, Row, read_manifest, read_table
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.corrections import Correction, read_corrections, write_corrections
+from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.review import suggest
 from dfssd.review.exports import Proposal, export

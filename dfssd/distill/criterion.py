@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
+from dfssd.config.choices import DIVERGENCES
 from dfssd.distill import predictions as p
 from dfssd.distill.balance import Balance
 from dfssd.distill.features import joined, layer_terms

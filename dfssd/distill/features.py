@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfssd.choices import DIVERGENCES
+from dfssd.config.choices import DIVERGENCES
 from dfssd.distill import divergences as d
 
 KINDS = tuple(DIVERGENCES)

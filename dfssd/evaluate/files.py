@@ -15,7 +15,7 @@ import torch
 
 from dfssd.config import Config
 from dfssd.data.manifest import Manifest, Row, read_manifest
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError, nearest
 from dfssd.evaluate.escapes import Pictures, operating_point
 from dfssd.evaluate.latency import measure_latency

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
-from dfssd.flags import parse
 
 EXAMPLE = "dfssd suggest --k 50 --export labelstudio --storage-path runs --run-name line3"
 READS = ("run.storage_path", "run.run_name", "run.gpu", "run.seed", "train.imgsz", "train.amp", "thresholds")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from dfssd.config import Config
-from dfssd.config_checks import check_weights
+from dfssd.config.checks import check_weights
 from dfssd.models.detector import resolve_weights, started_detector
 from dfssd.models.start import Start
 from dfssd.pipeline.context import Context, Planned, Result

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dfssd.config import Config, Data
-from dfssd.data.corrections import as_boxes, write_corrections
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
+from dfssd.data.preparation.corrections import as_boxes, write_corrections
 from dfssd.errors import DfssdError
 from dfssd.pipeline.stages import best_teacher
 from dfssd.pseudo.quality import Quality, measure

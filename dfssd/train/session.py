@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
-from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
-from dfssd.config_checks import check_weights
+from dfssd.config.checks import check_weights
+from dfssd.config.choices import DIVERGENCES
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.loaders import start_server, training_loader

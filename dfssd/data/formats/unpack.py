@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from dfssd.data.listing import Tree, is_hidden, is_image
+from dfssd.data.formats.listing import Tree, is_hidden, is_image
 from dfssd.errors import DfssdError
 from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage, read_uri

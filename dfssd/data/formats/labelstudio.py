@@ -8,10 +8,10 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 from dfssd.data.checks import Label
-from dfssd.data.listing import Tree
-from dfssd.data.matching import Reference, slashes
-from dfssd.data.shapes import Shape, around, collect, guarded, label_of, turned
-from dfssd.data.source import Sheet, Source, unusable
+from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.matching import Reference, slashes
+from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned
+from dfssd.data.formats.source import Sheet, Source, unusable
 
 
 def is_label_studio(content: Any) -> bool:

@@ -12,9 +12,9 @@ import numpy as np
 
 from dfssd.config import Data
 from dfssd.data.checks import Label, Problem
-from dfssd.data.class_names import reconcile
-from dfssd.data.listing import LABEL_SUFFIXES, OTHER_PICTURES, Tree, is_image, printable
-from dfssd.data.matching import Pictures, Reference
+from dfssd.data.formats.class_names import reconcile
+from dfssd.data.formats.listing import LABEL_SUFFIXES, OTHER_PICTURES, Tree, is_image, printable
+from dfssd.data.formats.matching import Pictures, Reference
 from dfssd.errors import DfssdError
 from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage, side_by_side

@@ -10,10 +10,10 @@ import numpy as np
 import ray
 
 from dfssd.config import Run
-from dfssd.data.check_shards import FOLDER, Seen, Shard, check_shard, cut, read_if_good, read_shard
-from dfssd.data.checking import Checked
-from dfssd.data.grouping import hashes
-from dfssd.data.neighbours import HashFile
+from dfssd.data.preparation.check_shards import FOLDER, Seen, Shard, check_shard, cut, read_if_good, read_shard
+from dfssd.data.preparation.checking import Checked
+from dfssd.data.preparation.grouping import hashes
+from dfssd.data.preparation.neighbours import HashFile
 from dfssd.errors import DfssdError
 from dfssd.runtime.cluster import connect, free, nodes_now, wait_for_room
 from dfssd.runtime.placement import Checks, place_checks

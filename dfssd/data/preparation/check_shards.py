@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from dfssd.data.checks import THUMB_SIDE, ImageFacts, Problem, check_image
-from dfssd.data.listing import printable
+from dfssd.data.formats.listing import printable
 from dfssd.data.manifest import read_table, write_table
 from dfssd.errors import DfssdError, StorageError
 from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side

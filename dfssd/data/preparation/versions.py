@@ -15,9 +15,9 @@ import numpy as np
 from pyarrow import fs as pafs
 
 from dfssd.data.checks import Problem, check_label
-from dfssd.data.corrections import Correction, as_boxes
+from dfssd.data.formats.source import Item, Source
 from dfssd.data.manifest import LEFT_OUT, Boxes, Manifest, Row, read_manifest, read_withheld
-from dfssd.data.source import Item, Source
+from dfssd.data.preparation.corrections import Correction, as_boxes
 from dfssd.runtime.storage import Storage
 
 KEPT = ("manifest.parquet", "withheld.parquet", "stage.json", "bad_files.parquet")

@@ -11,9 +11,9 @@ import tyro
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from dfssd.choices import Choice
-from dfssd.config import SECTIONS, Config, section
-from dfssd.config_file import checked, read_config, to_yaml
+from dfssd.config.choices import Choice
+from dfssd.config.file import checked, read_config, to_yaml
+from dfssd.config.sections import SECTIONS, Config, section
 from dfssd.version import __version__
 
 _Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]

@@ -8,10 +8,10 @@ from functools import partial
 from xml.etree.ElementTree import Element
 
 from dfssd.data.checks import Label
-from dfssd.data.listing import Tree
-from dfssd.data.matching import Reference, slashes
-from dfssd.data.shapes import Shape, around, collect, guarded, label_of, turned
-from dfssd.data.source import Sheet, Source
+from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.matching import Reference, slashes
+from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned
+from dfssd.data.formats.source import Sheet, Source
 
 
 def read_cvat(tree: Tree, roots: dict[str, Element]) -> Source:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dfssd.data.checks import Label
-from dfssd.data.listing import Tree
-from dfssd.data.matching import Reference
-from dfssd.data.source import Sheet, Source, assemble, unusable
+from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.matching import Reference
+from dfssd.data.formats.source import Sheet, Source, assemble, unusable
 
 Shape = tuple[str, float, float, float, float]  # class, x1, y1, x2, y2
 

@@ -9,10 +9,10 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from dfssd.data.checks import Label, Problem
-from dfssd.data.listing import Tree, is_image
-from dfssd.data.matching import Pictures, Reference, slashes
-from dfssd.data.parsing import Unparsable, decode_text, parse_xml
-from dfssd.data.source import Sheet, Source, assemble, read_labels, unusable
+from dfssd.data.formats.listing import Tree, is_image
+from dfssd.data.formats.matching import Pictures, Reference, slashes
+from dfssd.data.formats.parsing import Unparsable, decode_text, parse_xml
+from dfssd.data.formats.source import Sheet, Source, assemble, read_labels, unusable
 from dfssd.runtime.storage import read_uri
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from dfssd.data.checks import Label, Problem
-from dfssd.data.class_names import LIST_FILES, names_of_list, names_of_yaml, one_list
-from dfssd.data.entries import Resolver, Split
-from dfssd.data.listing import Tree, is_image
-from dfssd.data.matching import Pictures, Reference
-from dfssd.data.parsing import Unparsable, decode_text, parse_json, parse_yaml
-from dfssd.data.source import Item, Source, given_split, read_labels, unusable
+from dfssd.data.formats.class_names import LIST_FILES, names_of_list, names_of_yaml, one_list
+from dfssd.data.formats.entries import Resolver, Split
+from dfssd.data.formats.listing import Tree, is_image
+from dfssd.data.formats.matching import Pictures, Reference
+from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json, parse_yaml
+from dfssd.data.formats.source import Item, Source, given_split, read_labels, unusable
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 

@@ -21,7 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from dfssd.data.checks import THUMB_SIDE
-from dfssd.data.neighbours import Hashes, Pairs, pairs_by_cells, similarity
+from dfssd.data.preparation.neighbours import Hashes, Pairs, pairs_by_cells, similarity
 
 BANDS = 24  # DCT coefficients kept per axis
 SHADING_SIGMA = 3.0  # px of the thumbnail; structure much wider than this is shading

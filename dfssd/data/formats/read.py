@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dfssd.data import labelstudio, other_formats
 from dfssd.data.checks import Problem
-from dfssd.data.class_names import LIST_FILES
-from dfssd.data.coco import is_coco, read_coco
-from dfssd.data.cvat import read_cvat
-from dfssd.data.listing import IMAGE_SUFFIXES, Tree, is_image
-from dfssd.data.parsing import Unparsable, parse_json, parse_xml, parse_yaml
-from dfssd.data.source import Bad, Source, listing_faults
-from dfssd.data.voc import read_voc
-from dfssd.data.yolo import load_yaml, read_cr7, read_yolo
+from dfssd.data.formats import labelstudio, other_formats
+from dfssd.data.formats.class_names import LIST_FILES
+from dfssd.data.formats.coco import is_coco, read_coco
+from dfssd.data.formats.cvat import read_cvat
+from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image
+from dfssd.data.formats.parsing import Unparsable, parse_json, parse_xml, parse_yaml
+from dfssd.data.formats.source import Bad, Source, listing_faults
+from dfssd.data.formats.voc import read_voc
+from dfssd.data.formats.yolo import load_yaml, read_cr7, read_yolo
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage, read_uri, side_by_side
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from dfssd.data.checks import Label
-from dfssd.data.listing import Tree
-from dfssd.data.matching import Reference, slashes
-from dfssd.data.parsing import Unparsable, decode_text
-from dfssd.data.shapes import Shape, around, collect, guarded, label_of
-from dfssd.data.source import Source
+from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.matching import Reference, slashes
+from dfssd.data.formats.parsing import Unparsable, decode_text
+from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of
+from dfssd.data.formats.source import Source
 
 
 def is_labelme(content: Any) -> bool:

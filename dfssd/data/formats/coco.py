@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from dfssd.data.checks import Label, Problem
-from dfssd.data.class_names import check_names
-from dfssd.data.listing import Tree
-from dfssd.data.matching import Reference, slashes
-from dfssd.data.source import Bad, Sheet, Source, assemble, given_split
+from dfssd.data.formats.class_names import check_names
+from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.matching import Reference, slashes
+from dfssd.data.formats.source import Bad, Sheet, Source, assemble, given_split
 from dfssd.errors import DfssdError
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from dfssd.data.listing import Tree, is_image, join, normal
-from dfssd.data.matching import slashes
-from dfssd.data.parsing import Unparsable, decode_text
+from dfssd.data.formats.listing import Tree, is_image, join, normal
+from dfssd.data.formats.matching import slashes
+from dfssd.data.formats.parsing import Unparsable, decode_text
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 

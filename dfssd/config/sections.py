@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from dfssd.choices import DIVERGENCES, POLICIES, Choice, floors, in_words, temperatures
+from dfssd.config.choices import DIVERGENCES, POLICIES, Choice, floors, in_words, temperatures
 
 
 def split_layers(value: Any) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from dfssd.data.listing import join
+from dfssd.data.formats.listing import join
 from dfssd.errors import DfssdError
 
 KIND_FOLDERS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dfssd.choices import DIVERGENCES, POLICIES
-from dfssd.config import Config, Data, Distill, Thresholds, Train
+from dfssd.config.choices import DIVERGENCES, POLICIES
+from dfssd.config.sections import Config, Data, Distill, Thresholds, Train
 from dfssd.errors import DfssdError
 
 SHARES = ("share_u", "share_p", "share_f")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dfssd.config import SECTIONS, Config, all_keys
+from dfssd.config.sections import SECTIONS, Config, all_keys
 from dfssd.errors import DfssdError, nearest
 
 # A stage's record knows these by their content: what they were called says nothing about its result.

@@ -12,13 +12,14 @@ from typing import Protocol
 import numpy as np
 
 from dfssd.config import Data, Run
-from dfssd.data import checks, grouping, images
-from dfssd.data.bad_files import Bad, write_bad
-from dfssd.data.check_shards import on_cluster
-from dfssd.data.listing import printable
+from dfssd.data import checks, images
+from dfssd.data.formats.listing import printable
+from dfssd.data.formats.source import Item, Source, unlabelled_items
 from dfssd.data.manifest import Boxes
-from dfssd.data.neighbours import Hashes
-from dfssd.data.source import Item, Source, unlabelled_items
+from dfssd.data.preparation import grouping
+from dfssd.data.preparation.bad_files import Bad, write_bad
+from dfssd.data.preparation.check_shards import on_cluster
+from dfssd.data.preparation.neighbours import Hashes
 from dfssd.errors import DfssdError
 from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side
@@ -89,7 +90,7 @@ def check_all(
     there, why = on_cluster(len(jobs), any(is_remote(item.uri) for item in jobs))
     print(f"checking: {why if cluster in (None, there) else 'as asked for'}", flush=True)
     if there if cluster is None else cluster:
-        from dfssd.data.check_cluster import check_on_cluster  # Ray, which a small set does without
+        from dfssd.data.preparation.check_cluster import check_on_cluster  # Ray, which a small set does without
 
         thumbnails = check_on_cluster([item.uri for item in jobs], config.max_side, store, run)
         results: Iterator[Checked | Bad] = (

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dfssd.data.assignment import Pairs, by_folder
 from dfssd.data.checks import THUMB_SIDE
+from dfssd.data.formats.source import COUNTED, Source
 from dfssd.data.manifest import LEFT_OUT, SPLITS, Boxes, Row
-from dfssd.data.source import COUNTED, Source
+from dfssd.data.preparation.assignment import Pairs, by_folder
 
 FEW = 5  # boxes of a class in val or test below which its numbers say little
 

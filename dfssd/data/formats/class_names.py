@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dfssd.data.parsing import Unparsable, decode_text
+from dfssd.data.formats.parsing import Unparsable, decode_text
 from dfssd.errors import DfssdError, nearest
 from dfssd.runtime.storage import read_uri
 

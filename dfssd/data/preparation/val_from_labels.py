@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from dfssd.config import Data
-from dfssd.data import splits
-from dfssd.data.assignment import Pairs
-from dfssd.data.checking import Checked
 from dfssd.data.manifest import LEFT_OUT
-from dfssd.data.versions import Previous
+from dfssd.data.preparation import splits
+from dfssd.data.preparation.assignment import Pairs
+from dfssd.data.preparation.checking import Checked
+from dfssd.data.preparation.versions import Previous
 from dfssd.errors import DfssdError
 
 FEWEST = 10  # labelled images, below which none can be spared

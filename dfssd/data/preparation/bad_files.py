@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from dfssd.data.listing import printable
+from dfssd.data.formats.listing import printable
+from dfssd.data.formats.source import Bad
 from dfssd.data.manifest import BAD_SCHEMA, write_table
-from dfssd.data.source import Bad
 from dfssd.runtime.storage import Storage
 
 __all__ = ["Bad", "write_bad"]
