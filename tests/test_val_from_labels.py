@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from dfssd.config import Data
-from dfssd.data.checks import ImageFacts
+from dfssd.data.checks import Checked, ImageFacts
 from dfssd.data.manifest import LEFT_OUT, read_manifest, read_withheld
 from dfssd.data.preparation.assignment import split_images
-from dfssd.data.preparation.checking import Checked
 from dfssd.data.preparation.prepare import prepare
 from dfssd.data.preparation.val_from_labels import take_val, without_val
 from dfssd.data.preparation.versions import keep_version

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from dfssd.config import Data
+from dfssd.data.checks import Checked
 from dfssd.data.formats.source import Source
 from dfssd.data.manifest import LEFT_OUT, SPLITS, Boxes, Row
 from dfssd.data.preparation import splits
-from dfssd.data.preparation.checking import Checked
 from dfssd.data.preparation.versions import Previous
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri

@@ -10,8 +10,8 @@ import numpy as np
 import ray
 
 from dfssd.config import Run
+from dfssd.data.checks import Checked
 from dfssd.data.preparation.check_shards import FOLDER, Seen, Shard, check_shard, cut, read_if_good, read_shard
-from dfssd.data.preparation.checking import Checked
 from dfssd.data.preparation.grouping import hashes
 from dfssd.data.preparation.neighbours import HashFile
 from dfssd.errors import DfssdError

@@ -6,13 +6,13 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from dfssd.config import Data, Run
 from dfssd.data import checks, images
+from dfssd.data.checks import Checked
 from dfssd.data.formats.listing import printable
 from dfssd.data.formats.source import Item, Source, unlabelled_items
 from dfssd.data.manifest import Boxes
@@ -26,21 +26,6 @@ from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side
 
 LARGE = 50_000_000  # px from which one picture at a time is opened: a strip of 4096 x 50,000 px takes 0.6 GB
 _one_large = threading.Lock()
-
-
-@dataclass(slots=True)
-class Checked:
-    """A usable image and its usable label; `place`: its number among all that were looked at."""
-
-    uri: str
-    facts: checks.ImageFacts
-    boxes: Boxes | None
-    given_split: str
-    place: int = -1
-
-    @property
-    def image_id(self) -> str:
-        return self.facts.sha256[:16]
 
 
 class Thumbnails(Protocol):

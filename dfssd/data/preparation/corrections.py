@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
+from dfssd.data.checks import Checked
 from dfssd.data.manifest import write_table
-from dfssd.data.preparation.checking import Checked
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 

@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow as pa
 
 from dfssd.config import Data, Run
+from dfssd.data.checks import Checked
 from dfssd.data.formats.read import read_source
 from dfssd.data.formats.unpack import resolve_zip
 from dfssd.data.manifest import Manifest, write_manifest, write_table, write_withheld
 from dfssd.data.preparation import grouping
 from dfssd.data.preparation.assignment import Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.preparation.bad_files import write_bad
-from dfssd.data.preparation.checking import Checked, check_all, drop_duplicates, set_white_levels, stop_if_too_bad
+from dfssd.data.preparation.checking import check_all, drop_duplicates, set_white_levels, stop_if_too_bad
 from dfssd.data.preparation.corrections import lay_over, read_corrections, write_provenance
 from dfssd.data.preparation.summary import budget, contact_sheet, statements, summarise
 from dfssd.data.preparation.val_from_labels import take_val, without_val

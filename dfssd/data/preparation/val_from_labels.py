@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from dfssd.config import Data
+from dfssd.data.checks import Checked
 from dfssd.data.manifest import LEFT_OUT
 from dfssd.data.preparation import splits
 from dfssd.data.preparation.assignment import Pairs
-from dfssd.data.preparation.checking import Checked
 from dfssd.data.preparation.versions import Previous
 from dfssd.errors import DfssdError
 
