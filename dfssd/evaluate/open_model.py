@@ -39,10 +39,10 @@ class _Network:
     """A .pt: it has no operating point of its own, so 0.25 is meant where no score is given."""
 
     def __init__(self, path: Path, imgsz: int) -> None:
-        from dfssd.models.detector import load_detector
+        from dfssd.models.families import ready_model
 
-        self.model = load_detector(path.read_bytes(), str(path), imgsz).fuse(verbose=False)
-        self.names = [self.model.names[k] for k in sorted(self.model.names)]
+        self.model: Any
+        self.model, self.names = ready_model(path.read_bytes(), str(path), imgsz)
         self.imgsz, self.metadata = imgsz, dict[str, Any]()
 
     def thresholds(self, score: float | None = None) -> np.ndarray:

@@ -37,6 +37,8 @@ class DetectionLoss:
         box_loss: one of `BOX_LOSSES`.
     """
 
+    components: tuple[str, ...] = COMPONENTS
+
     def __init__(self, model: DetectionModel, box_loss: str = "ciou") -> None:
         self.criterion: Any = model.init_criterion()  # end-to-end heads: also the schedule between their branches
         names = ("one2many", "one2one") if hasattr(self.criterion, "one2one") else ("one2many",)

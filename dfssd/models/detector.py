@@ -10,18 +10,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_load
 
 from dfssd.errors import DfssdError
-from dfssd.models.head import HeadOutput, branches
+from dfssd.models.head import MAIN, TeacherOutput, branches
 from dfssd.models.layout import refuse_code, require_safe_loader
 from dfssd.models.start import Start, detection_layout, take_over
 from dfssd.models.taps import Taps
@@ -181,18 +180,6 @@ def feature_channels(model: DetectionModel) -> list[int]:
     return [int(m[0].conv.in_channels) for m in model.model[-1].cv2]
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-@dataclass
-class TeacherOutput:
-    """What a teacher says of a batch: raw head output by branch, and its taps, (B,C,H,W) each."""
-
-    raw: dict[str, HeadOutput]
-    taps: list[Tensor]
-
-
 class Teacher:
     """A teacher at work: eval mode, raw head output of all its branches, no gradients.
 
@@ -244,7 +231,7 @@ class Teacher:
                 output = self.model(images_bchw)
         self.head.training = self.frozen  # an average is validated in between, and must then decode
         raw = branches(output)
-        return TeacherOutput(raw, self.taps.take() if self.taps else raw["one2many"].feats)
+        return TeacherOutput(raw, self.taps.take() if self.taps else raw[MAIN].feats)
 
 
 @contextmanager

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MAIN = "one2many"  # the branch that every head has, under Ultralytics' name
+
 
 @dataclass
 class HeadOutput:
     """Raw output of one branch of a head, in float32 but for the maps.
 
     Args:
-        boxes: (B,4R,A) logits of the DFL bins, or the distances themselves (strides) where R is 1.
+        boxes: (B,4R,A) logits of the DFL bins, or the distances themselves (strides) where R is 1. (Another family than YOLO:
+            whatever describes a box, in so many numbers.)
         scores: (B,C,A) class logits.
-        feats: maps P3, P4, P5 that entered the head, (B,C,H,W) each.
+        feats: maps that entered the head, (B,C,H,W) each: P3, P4, P5.
     """
 
     boxes: Tensor
@@ -29,10 +32,18 @@ class HeadOutput:
     feats: list[Tensor]
 
 
+@dataclass
+class TeacherOutput:
+    """What a teacher says of a batch: raw head output by branch, and its taps, (B,C,H,W) each."""
+
+    raw: dict[str, HeadOutput]
+    taps: list[Tensor]
+
+
 def branches(output: Any) -> dict[str, HeadOutput]:
     """Raw output by branch: {"one2many": ...} and, for end-to-end heads, {"one2one": ...}."""
     raw = output[1] if isinstance(output, tuple) else output
-    named = {k: v for k, v in raw.items() if k in ("one2many", "one2one") and v} or {"one2many": raw}
+    named = {k: v for k, v in raw.items() if k in ("one2many", "one2one") and v} or {MAIN: raw}
     return {k: HeadOutput(b["boxes"].float(), b["scores"].float(), b["feats"]) for k, b in named.items()}
 
 

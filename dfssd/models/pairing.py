@@ -31,6 +31,10 @@ class Pairing:
     bins: bool
     notes: tuple[str, ...] = ()
 
+    def by_bins(self, student: HeadOutput) -> bool:
+        """Are distributions over DFL bins compared in this branch? Else distances."""
+        return self.bins and student.boxes.shape[1] > 4
+
     def scores(self, branch: HeadOutput) -> Tensor:
         """(B,C,A) teacher's class logits for the student's classes."""
         if self.classes is None:

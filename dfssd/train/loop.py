@@ -16,7 +16,7 @@ from dfssd.distill.criterion import Terms
 from dfssd.errors import DfssdError
 from dfssd.evaluate.validation import validate
 from dfssd.models import precision
-from dfssd.models.detector import detector_bytes
+from dfssd.models.families import class_names, family_of
 from dfssd.runtime.progress import clock
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
@@ -244,7 +244,7 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
     begun = time.monotonic()
     s.average_statistics()
     with precision.for_validation(s.device):
-        result = validate(s.ema.ema, s.val, s.ema.ema.names, s.world, s.device)
+        result = validate(s.ema.ema, s.val, dict(enumerate(class_names(s.ema.ema))), s.world, s.device)
     metrics = {k: v for k, v in result.items() if isinstance(v, float)}
     before = s.best["metrics"]["map50_95"] if s.best else -math.inf
     if s.best is None or metrics["map50_95"] >= before:
@@ -296,7 +296,7 @@ def collapsed(s: Session, last: dict[str, float]) -> bool:
 
 
 def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
-    """Write `best.pt` and `last.pt` in Ultralytics' format, and return what is worth knowing."""
+    """Write `best.pt` and `last.pt` in the family's format, and return what is worth knowing."""
     assert s.best is not None, "a run ends with a validation"
     meter.read()
     result: dict[str, Any] = {
@@ -311,12 +311,12 @@ def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if s.world.rank == 0:
-        best = deepcopy(s.ema.ema)
+        best, family = deepcopy(s.ema.ema), family_of(s.ema.ema)
         best.load_state_dict(s.best["ema"])
         note = {"stage": s.job.stage, "fingerprint": s.job.fingerprint()}
-        s.job.store.write("best.pt", detector_bytes(best, {**note, **result["best"]}))
+        s.job.store.write("best.pt", family.save(best, {**note, **result["best"]}))
         s.job.store.write_json("history.json", s.history)
-        s.job.store.write("last.pt", detector_bytes(s.ema.ema, {**note, "step": s.step}))
+        s.job.store.write("last.pt", family.save(s.ema.ema, {**note, "step": s.step}))
     return result
 
 

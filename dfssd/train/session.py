@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
@@ -24,8 +23,8 @@ from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion
 from dfssd.errors import DfssdError
-from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import Teacher, build_detector
+from dfssd.models.families import build_model, family_of
+from dfssd.models.family import TeacherNetwork
 from dfssd.models.ghost_norm import GhostNorm
 from dfssd.models.precision import autocast_dtype
 from dfssd.pseudo.calibration import calibrate
@@ -75,7 +74,7 @@ class Session:
     before_s: float = 0.0  # what earlier attempts spent, up to the checkpoint that this one goes on from
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> TeacherNetwork | None:
         return self.teaching.teacher if self.teaching else None
 
     @property
@@ -199,7 +198,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     run = Storage(job.run_uri)
     manifest = read_manifest(run.at("dataset"))
     weights = job.store.read("init.pt") if job.store.exists("init.pt") else None
-    detector = build_detector(job.model_spec, manifest.names, config.train.imgsz, weights).to(device)
+    detector = build_model(job.model_spec, manifest.names, config.train.imgsz, weights)[0].to(device)
     # Before taps: hooks are not for what is saved. The average of a mean teacher teaches from the first step, so that it must
     # not begin by running after the network.
     ema = ModelEMA(detector, decay=job.train.ema_decay, tau=EMA_TAU if not job.labels_itself else 1e-3)
@@ -208,7 +207,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     teaching = build_teaching(job, run, detector, manifest, device)
     if teaching and teaching.reached is not None and config.distill.fade > 0:
         own_dtype = autocast_dtype(config.distill.teacher_amp, device)
-        teaching.own = Teacher(ema.ema, device, frozen=False, dtype=own_dtype)
+        teaching.own = family_of(detector).teacher(ema.ema, device, frozen=False, dtype=own_dtype)
     strong = (
         config.mean_teacher.strong_view if job.labels_itself else config.distill.student_view if job.distills else 0.0
     )
@@ -226,12 +225,12 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     in_loop = InLoopTeacher(ema.ema, policy, config, world) if isinstance(policy, RunningThresholds) else None
     box_loss, online = config.train.box_loss, teaching.online if teaching else None
     criterion = Criterion(
-        DetectionLoss(detector, box_loss),
+        family_of(detector).loss(detector, box_loss),
         method,
         world,
         pairing=teaching.pairing if teaching else None,
         generators=student.projections.generators if student.projections is not None else None,
-        teacher_detection=DetectionLoss(online, box_loss) if online is not None else None,
+        teacher_detection=family_of(online).loss(online, box_loss) if online is not None else None,
         masks=torch.Generator(device),
     )
     val, caches = manifest.of_split("val"), _caches(job, manifest)
@@ -272,7 +271,7 @@ def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> 
     return make_policy(thresholds, scores, rate)
 
 
-def _student(detector: DetectionModel, teaching: Teaching | None, config: Distill) -> Student:
+def _student(detector: nn.Module, teaching: Teaching | None, config: Distill) -> Student:
     """The student with what its teacher makes necessary."""
     if teaching is None:
         return Student(detector)

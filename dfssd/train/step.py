@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dfssd.data.dataset import network_input
 from dfssd.data.sampling import stable_seed
 from dfssd.distill.criterion import Measured, StudentOutput, Terms, Totals
-from dfssd.models.detector import TeacherOutput
+from dfssd.models.head import TeacherOutput
 from dfssd.train.feed import MicroBatch
 from dfssd.train.guards import check_finite, check_teacher, judge, reach
 from dfssd.train.session import Session
