@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dfssd.line.open_model import open_model
 from small import give_teacher_and_candidates, make_job, tiny_config
 from torch import nn
 
@@ -17,6 +16,7 @@ from dfssd.data.dataset import ManifestDataset, network_input
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
 from dfssd.evaluate.measure import measure
+from dfssd.evaluate.open_model import open_model
 from dfssd.evaluate.squares import collect_squares
 from dfssd.evaluate.validation import collect, summarise
 from dfssd.models import families
