@@ -33,8 +33,8 @@ from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withh
 from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.evaluate.validation import record, summarise
-from dfssd.models.detector import build_detector, detector_bytes, resolve_weights
 from dfssd.models.precision import autocast_dtype
+from dfssd.models.yolo.detector import build_detector, detector_bytes, resolve_weights
 from dfssd.pipeline.training import train_job
 from dfssd.pseudo.shards import fuse_and_write, shards
 from dfssd.pseudo.teachers import load_teachers

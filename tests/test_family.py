@@ -20,10 +20,10 @@ from dfssd.evaluate.open_model import open_model
 from dfssd.evaluate.squares import collect_squares
 from dfssd.evaluate.validation import collect, summarise
 from dfssd.models import families
-from dfssd.models.detection_loss import ignored_points
 from dfssd.models.family import Family
 from dfssd.models.head import MAIN, HeadOutput, anchors_of
 from dfssd.models.predict import suppress
+from dfssd.models.yolo.detection_loss import ignored_points
 from dfssd.pseudo.teachers import Teachers
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup

@@ -13,7 +13,7 @@ from small import tiny_config
 import dfssd
 from dfssd.data.manifest import read_manifest, read_pseudo
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pseudo import shards
 from dfssd.pseudo.in_process import label_in_process, stream
 from dfssd.pseudo.teachers import Teachers

@@ -9,7 +9,7 @@ from dfssd.config import Thresholds
 from dfssd.data.dataset import network_input
 from dfssd.data.manifest import read_manifest
 from dfssd.data.strong_view import strong_view
-from dfssd.models.detector import build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, read_detector
 from dfssd.pseudo.running import HALVED_EVERY, RunningThresholds
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup

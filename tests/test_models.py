@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfssd.errors import DfssdError
-from dfssd.models.detection_loss import DetectionLoss, ignored_points
-from dfssd.models.detector import (
+from dfssd.models.head import anchors_of, branches
+from dfssd.models.yolo.detection_loss import DetectionLoss, ignored_points
+from dfssd.models.yolo.detector import (
     Teacher,
     build_detector,
     configure,
@@ -20,7 +21,6 @@ from dfssd.models.detector import (
     read_detector,
     resolve_weights,
 )
-from dfssd.models.head import anchors_of, branches
 from dfssd.pseudo.selection import labels
 
 NAMES = ["a", "b", "c"]

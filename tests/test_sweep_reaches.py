@@ -86,7 +86,7 @@ def own_teacher(run_uri: Path, config: Config) -> None:
     import torch
 
     from dfssd.data.manifest import read_manifest
-    from dfssd.models.detector import build_detector, detector_bytes
+    from dfssd.models.yolo.detector import build_detector, detector_bytes
 
     (run_uri / "teacher").unlink()
     torch.manual_seed(9)

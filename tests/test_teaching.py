@@ -6,7 +6,7 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.dataset import network_input
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.in_process import train_in_process

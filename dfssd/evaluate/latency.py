@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfssd.models.detector import threads as using_threads
+from dfssd.models.yolo.detector import threads as using_threads
 
 TOLERANCE = 0.05  # difference of one network from itself above which the machine counts as busy
 BLOCKS = 3  # measurements at most; the quietest one counts

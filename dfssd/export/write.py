@@ -28,8 +28,8 @@ from dfssd.export.onnx_model import INSIDE_CONF, onnx_bytes
 from dfssd.export.parity import Parity, compare, require
 from dfssd.line import drift
 from dfssd.line.detector import LineDetector, letterbox, network_input
-from dfssd.models.detector import load_detector
 from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
+from dfssd.models.yolo.detector import load_detector
 from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dfssd.errors import DfssdError
 from dfssd.models.family import ONLY_BOXES, Family, TeacherNetwork
 from dfssd.models.pairing import Pairing
-from dfssd.models.yolo import Yolo
+from dfssd.models.yolo.family import Yolo
 
 # Asked in this order. The last one gets what nobody claims, and says what is wrong with it.
 FAMILIES: list[Family] = [Yolo()]

@@ -1,7 +1,7 @@
 """What the rest of the code asks of a model family: raw output, loss, boxes, and what a network of it can be taught.
 
 Training, distillation, labelling and measuring know a network by this protocol alone. `dfssd.models.families` says which
-family a file, a name or a network belongs to; YOLO (`dfssd.models.yolo`) is the one that there is.
+family a file, a name or a network belongs to; YOLO (`dfssd.models.yolo.family`) is the one that there is.
 
 Legend: B images, A anchor points, C classes, N branches of a head, K numbers that describe a box.
 """
@@ -123,7 +123,7 @@ class Family(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, box_loss: str) -> Loss:
-        """The detection loss of this network; `box_loss` is one of `dfssd.models.box_loss`."""
+        """The detection loss of this network; `box_loss` is one of `dfssd.models.yolo.box_loss`."""
 
     @abstractmethod
     def boxes(
@@ -153,7 +153,7 @@ class Family(ABC):
         frozen: bool = True,
         dtype: torch.dtype | None = None,
     ) -> TeacherNetwork:
-        """A network at work as a teacher (arguments as in `dfssd.models.detector.Teacher`)."""
+        """A network at work as a teacher (arguments as in `dfssd.models.yolo.detector.Teacher`)."""
         raise self._untaught("cannot teach: only its boxes can, as pseudo-labels")
 
     def pair(self, teacher: TeacherNetwork, student: nn.Module, names: Sequence[str], prediction: str) -> Pairing:

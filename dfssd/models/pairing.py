@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dfssd.errors import DfssdError
-from dfssd.models.detector import Teacher
 from dfssd.models.head import HeadOutput
+from dfssd.models.yolo.detector import Teacher
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ultralytics.nn.tasks import yaml_model_load
 
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes, load_detector, resolve_weights
-from dfssd.models.layout import refuse_code, require_safe_loader
+from dfssd.models.yolo.detector import build_detector, detector_bytes, load_detector, resolve_weights
+from dfssd.models.yolo.layout import refuse_code, require_safe_loader
 from dfssd.pipeline.settings import given_weights
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.storage import Storage

@@ -6,9 +6,9 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.config import Config, Distill
 from dfssd.errors import DfssdError
-from dfssd.models import taps as taps_module
-from dfssd.models.detector import detector_bytes, load_detector
-from dfssd.models.taps import Taps
+from dfssd.models.yolo import taps as taps_module
+from dfssd.models.yolo.detector import detector_bytes, load_detector
+from dfssd.models.yolo.taps import Taps
 from dfssd.runtime.storage import Storage
 from dfssd.train import loop
 from dfssd.train.in_process import train_in_process

@@ -22,7 +22,7 @@ from dfssd.data.manifest import read_manifest, read_pseudo, read_table
 from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pseudo import labeller
 from dfssd.pseudo.shards import read_shards
 from dfssd.runtime.storage import Storage

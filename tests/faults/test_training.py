@@ -17,7 +17,7 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 from dfssd.data.manifest import read_manifest
 from dfssd.data.reading import decode
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint, ending, guards, loop

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
-from dfssd.models.assigner import Assignment, Rule, assign
-from dfssd.models.box_loss import BOX_LOSSES
-from dfssd.models.detector import LOSS_EPOCHS
 from dfssd.models.head import Anchors, HeadOutput, anchors_of
 from dfssd.models.targets import Targets
+from dfssd.models.yolo.assigner import Assignment, Rule, assign
+from dfssd.models.yolo.box_loss import BOX_LOSSES
+from dfssd.models.yolo.detector import LOSS_EPOCHS
 
 COMPONENTS = ("box", "cls", "dfl")
 

@@ -21,9 +21,9 @@ from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_loa
 
 from dfssd.errors import DfssdError
 from dfssd.models.head import MAIN, TeacherOutput, branches
-from dfssd.models.layout import refuse_code, require_safe_loader
-from dfssd.models.start import Start, detection_layout, take_over
-from dfssd.models.taps import Taps
+from dfssd.models.yolo.layout import refuse_code, require_safe_loader
+from dfssd.models.yolo.start import Start, detection_layout, take_over
+from dfssd.models.yolo.taps import Taps
 from dfssd.version import __version__
 
 LOSS_EPOCHS = 100  # E2ELoss decays by epochs; one of ours is a hundredth of the training

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
-from dfssd.models import detector, pairing
-from dfssd.models.detection_loss import DetectionLoss
+from dfssd.models import pairing
 from dfssd.models.family import Family, Raw, TeacherNetwork
 from dfssd.models.head import branches
 from dfssd.models.predict import predict
-from dfssd.models.taps import Taps
+from dfssd.models.yolo import detector
+from dfssd.models.yolo.detection_loss import DetectionLoss
+from dfssd.models.yolo.taps import Taps
 
 
 class Yolo(Family):
