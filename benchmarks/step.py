@@ -39,8 +39,7 @@ from dfssd.data.manifest import pseudo_table, read_manifest, write_table
 from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.distill.features import KINDS
-from dfssd.models.head import branches
-from dfssd.models.yolo.detector import Teacher, build_detector, detector_bytes
+from dfssd.models.yolo.detector import Teacher, branches, build_detector, detector_bytes
 from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ultralytics.utils.tal import TaskAlignedAssigner
 
-from dfssd.models.head import anchors_of
+from dfssd.models.anchors import anchors_of
 from dfssd.models.yolo import assigner
 from dfssd.models.yolo.assigner import Rule, assign
 from dfssd.models.yolo.detection_loss import decoded, distribution_focal

@@ -10,9 +10,9 @@ from dfssd.distill.balance import EVERY, Balance
 from dfssd.distill.criterion import Criterion
 from dfssd.distill.features import KINDS
 from dfssd.errors import DfssdError
-from dfssd.models.pairing import pair
 from dfssd.models.yolo.detection_loss import DetectionLoss
 from dfssd.models.yolo.detector import Teacher, build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.pair import pair
 from dfssd.models.yolo.taps import Taps
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup

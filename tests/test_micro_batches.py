@@ -18,7 +18,8 @@ from dfssd.config import Config, Distill, Run, Train
 from dfssd.data.sampling import StepSampler
 from dfssd.errors import DfssdError
 from dfssd.models import precision
-from dfssd.models.head import HeadOutput, anchors_of
+from dfssd.models.anchors import anchors_of
+from dfssd.models.head import HeadOutput
 from dfssd.models.yolo.detection_loss import DetectionLoss
 from dfssd.pseudo.selection import labels
 from dfssd.runtime.worker_group import WorkerGroup

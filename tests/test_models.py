@@ -9,10 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfssd.errors import DfssdError
-from dfssd.models.head import anchors_of, branches
-from dfssd.models.yolo.detection_loss import DetectionLoss, ignored_points
+from dfssd.models.anchors import anchors_of, ignored_points
+from dfssd.models.yolo.detection_loss import DetectionLoss
 from dfssd.models.yolo.detector import (
     Teacher,
+    branches,
     build_detector,
     configure,
     detector_bytes,

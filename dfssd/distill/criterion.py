@@ -17,7 +17,7 @@ from dfssd.config import Distill
 from dfssd.config.choices import DIVERGENCES
 from dfssd.distill import predictions as p
 from dfssd.distill.balance import Balance
-from dfssd.distill.features import joined, layer_terms
+from dfssd.distill.features import by_level, joined, layer_terms
 from dfssd.models.family import Loss, Raw
 from dfssd.models.head import MAIN, TeacherOutput
 from dfssd.models.pairing import Pairing
@@ -244,8 +244,10 @@ class Criterion:
         """(L,) sums and normalisers of the feature term, one a tap layer."""
         assert self.config is not None and self.pairing is not None
         kind = self.config.divergence
-        best = p.best_score(self.pairing.scores(teacher.raw[MAIN])) if DIVERGENCES[kind].needs == "scores" else None
-        return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators, self.masks)
+        head, scores = teacher.raw[MAIN], list[Tensor]()
+        if DIVERGENCES[kind].needs == "scores":
+            scores = by_level(p.best_score(self.pairing.scores(head)), head.feats)
+        return layer_terms(kind, projected, teacher.taps, scores, self.config.feature_tau, self.generators, self.masks)
 
     def _divided(self, measured: Measured, totals: Totals) -> dict[str, Tensor]:
         """Every sum divided by its normaliser over the global batch, and weighted; balance and schedule come on top."""

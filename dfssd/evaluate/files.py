@@ -23,7 +23,7 @@ from dfssd.evaluate.measure import LATENCY_CONF, measure_split, thresholds_of
 from dfssd.evaluate.squares import SquareDetect, collect_squares, exported, network
 from dfssd.line.detector import LineDetector
 from dfssd.models.families import predict, ready_model
-from dfssd.models.predict import MAX_BOXES, NMS_IOU
+from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.storage import Storage
 
 SPLITS = ("val", "test")

@@ -25,7 +25,7 @@ from dfssd.evaluate.gate import MEASURES, compare
 from dfssd.evaluate.latency import measure_latency
 from dfssd.evaluate.validation import Detect, collect, detecting, summarise
 from dfssd.models.families import class_names, family_of, load_model, predict, ready_model
-from dfssd.models.predict import MAX_BOXES, NMS_IOU
+from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup

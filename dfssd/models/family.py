@@ -9,11 +9,12 @@ Legend: B images, A anchor points, C classes, N branches of a head, K numbers th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dfssd.errors import DfssdError
 from dfssd.models.head import HeadOutput, TeacherOutput
@@ -67,8 +68,9 @@ class TeacherNetwork(Protocol):
 class Family(ABC):
     """A kind of detector. It holds no state: networks do.
 
-    A family that cannot teach or be taught leaves the last three methods out: it trains on labels and pseudo-labels, labels,
-    and is measured.
+    What follows `boxes` may be left out: such a family trains on labels and pseudo-labels, labels, and is measured, but cannot
+    teach or be taught (`channels`, `taps`, `teacher`, `pair`), be exported (`decoder`) or say which images are alike to it
+    (`watch`); whoever asks is told.
     """
 
     name: str
@@ -135,7 +137,18 @@ class Family(ABC):
         most: int,
         dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """Boxes after NMS (arguments as in `dfssd.models.predict`): (n,6) [x1, y1, x2, y2 px, score, class] an image."""
+        """Boxes after NMS (arguments as in `dfssd.models.yolo.predict`): (n,6) [x1, y1, x2, y2 px, score, class] an image."""
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The network as a module that can be traced into a graph, for any batch size: images (B,3,S,S) to decoded boxes and
+        scores (B,4+C,A) [cx, cy, w, h px, scores]; of a head that needs no NMS (B,n,6) [x1, y1, x2, y2 px, score, class]."""
+        raise DfssdError(
+            f"a {self.name} model cannot be exported", todo="give --formats without a value: nothing is exported"
+        )
+
+    def watch(self, model: nn.Module, see: Callable[[Sequence[Tensor]], None]) -> RemovableHandle:
+        """Have `see` called in every pass with the maps that enter the head (as in `HeadOutput.feats`)."""
+        raise DfssdError(f"a {self.name} model does not show its features", todo="take another network")
 
     def channels(self, model: nn.Module) -> list[int]:
         """Channels of `HeadOutput.feats`, which are compared where no layers are tapped."""
@@ -157,7 +170,7 @@ class Family(ABC):
         raise self._untaught("cannot teach: only its boxes can, as pseudo-labels")
 
     def pair(self, teacher: TeacherNetwork, student: nn.Module, names: Sequence[str], prediction: str) -> Pairing:
-        """How a teacher of this family stands to a student of this family (arguments as in `dfssd.models.pairing`)."""
+        """How a teacher of this family stands to a student of this family (arguments as in `dfssd.models.yolo.pair`)."""
         raise self._untaught("cannot be taught by a teacher's output")
 
     def _untaught(self, why: str) -> DfssdError:

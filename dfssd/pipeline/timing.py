@@ -133,10 +133,10 @@ def step_timer(config: Config) -> StepTimer:
 
 def time_step(config: Config, networks: Networks, resources: Resources, unlabelled: bool) -> tuple[str, float]:
     """Where this runs, and seconds of one worker's training step there: the faster of two after a first, on random images."""
+    from dfssd.evaluate.latency import using_threads
     from dfssd.models.families import build_model, family_of
     from dfssd.models.head import MAIN
     from dfssd.models.precision import autocast_dtype
-    from dfssd.models.yolo.detector import threads as using_threads
 
     images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
     images = max(1, images // config.run.workers[0])

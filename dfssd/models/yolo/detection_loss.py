@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 
-from dfssd.models.head import Anchors, HeadOutput, anchors_of
+from dfssd.models.anchors import Anchors, anchors_of, corners_px, ignored_points
+from dfssd.models.head import HeadOutput
 from dfssd.models.targets import Targets
 from dfssd.models.yolo.assigner import Assignment, Rule, assign
 from dfssd.models.yolo.box_loss import BOX_LOSSES
@@ -160,38 +161,3 @@ def _distance_l1(chosen_bk4: Tensor, distances_bk4: Tensor, strides_bk1: Tensor,
         own, other = (d[..., first::2] * strides_bk1 / side for d in (chosen_bk4, distances_bk4))
         parts.append((own - other).abs())
     return torch.cat(parts, -1).mean(-1)
-
-
-def corners_px(xywh: Tensor, anchors: Anchors) -> Tensor:
-    """(B,M,4) x1, y1, x2, y2 (px) of boxes given as shares of the image."""
-    x, y, w, h = xywh.unbind(-1)
-    x, w, y, h = x * anchors.width_px, w * anchors.width_px, y * anchors.height_px, h * anchors.height_px
-    return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
-
-
-def ignored_points(targets: Targets, anchors: Anchors) -> Tensor:
-    """(B,A) bool: anchor points inside an ignored area or of a silent image; a box thinner than a cell covers the cell it
-    lies in.
-
-    A box covers a product of rows and columns of a grid, so that boxes are counted by a product of matrices: memory grows
-    with (rows + columns) x boxes, and not with anchor points x boxes.
-    """
-    silent = targets.silent.unsqueeze(1)
-    if targets.ignored_xywh.shape[1] == 0:
-        return silent.expand(-1, anchors.points_a2.shape[0])
-    levels = []
-    for k, (rows, columns) in enumerate(anchors.sizes):
-        counts = _covered(targets.ignored_xywh, 1, rows, anchors, k).transpose(1, 2) @ _covered(
-            targets.ignored_xywh, 0, columns, anchors, k
-        )
-        levels.append(counts.flatten(1) > 0)
-    return torch.cat(levels, 1) | silent
-
-
-def _covered(boxes_bu4: Tensor, axis: int, count: int, anchors: Anchors, level: int) -> Tensor:
-    """(B,U,count) 1 where the box covers the grid's column (axis 0) or row (axis 1), else 0."""
-    stride = anchors.strides[level]
-    side = anchors.height_px if axis else anchors.width_px
-    centre, half = boxes_bu4[..., axis, None] * side, (boxes_bu4[..., axis + 2, None] * side / 2).clamp(min=stride / 2)
-    place = (torch.arange(count, device=boxes_bu4.device) + 0.5) * stride
-    return ((place - centre).abs() <= half).to(torch.float32)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, torch_safe_load, yaml_model_load
 
 from dfssd.errors import DfssdError
-from dfssd.models.head import MAIN, TeacherOutput, branches
+from dfssd.models.head import MAIN, HeadOutput, TeacherOutput
 from dfssd.models.yolo.layout import refuse_code, require_safe_loader
 from dfssd.models.yolo.start import Start, detection_layout, take_over
 from dfssd.models.yolo.taps import Taps
@@ -234,12 +233,8 @@ class Teacher:
         return TeacherOutput(raw, self.taps.take() if self.taps else raw[MAIN].feats)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run with `count` torch threads; two spinning threads on one busy core are many times slower than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def branches(output: Any) -> dict[str, HeadOutput]:
+    """Raw output by branch: {"one2many": ...} and, for end-to-end heads, {"one2one": ...}."""
+    raw = output[1] if isinstance(output, tuple) else output
+    named = {k: v for k, v in raw.items() if k in ("one2many", "one2one") and v} or {MAIN: raw}
+    return {k: HeadOutput(b["boxes"].float(), b["scores"].float(), b["feats"]) for k, b in named.items()}

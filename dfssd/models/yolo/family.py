@@ -5,19 +5,21 @@ Nothing is computed here: it says which file of this folder does what.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from ultralytics.nn.tasks import DetectionModel
 
-from dfssd.models import pairing
 from dfssd.models.family import Family, Raw, TeacherNetwork
-from dfssd.models.head import branches
-from dfssd.models.predict import predict
+from dfssd.models.pairing import Pairing
 from dfssd.models.yolo import detector
 from dfssd.models.yolo.detection_loss import DetectionLoss
+from dfssd.models.yolo.detector import branches
+from dfssd.models.yolo.pair import pair
+from dfssd.models.yolo.predict import Decoder, predict
 from dfssd.models.yolo.taps import Taps
 
 
@@ -73,6 +75,13 @@ class Yolo(Family):
     ) -> list[Tensor]:
         return predict(model, images_bchw, conf, iou, most, dtype)
 
+    def decoder(self, model: nn.Module) -> Decoder:
+        return Decoder(model)
+
+    def watch(self, model: Any, see: Callable[[Sequence[Tensor]], None]) -> RemovableHandle:
+        handle: RemovableHandle = model.model[-1].register_forward_pre_hook(lambda module, inputs: see(inputs[0]))
+        return handle
+
     def channels(self, model: nn.Module) -> list[int]:
         return detector.feature_channels(model)
 
@@ -89,6 +98,6 @@ class Yolo(Family):
     ) -> detector.Teacher:
         return detector.Teacher(model, device, layers, frozen, dtype)
 
-    def pair(self, teacher: TeacherNetwork, student: Any, names: Sequence[str], prediction: str) -> pairing.Pairing:
+    def pair(self, teacher: TeacherNetwork, student: Any, names: Sequence[str], prediction: str) -> Pairing:
         assert isinstance(teacher, detector.Teacher)
-        return pairing.pair(teacher, student.model[-1], names, prediction)
+        return pair(teacher, student.model[-1], names, prediction)
