@@ -68,8 +68,8 @@ class TeacherNetwork(Protocol):
 class Family(ABC):
     """A kind of detector. It holds no state: networks do.
 
-    What follows `boxes` may be left out: such a family trains on labels and pseudo-labels, labels, and is measured, but cannot
-    teach or be taught (`channels`, `taps`, `teacher`, `pair`), be exported (`decoder`) or say which images are alike to it
+    What follows `boxes` may be left out: such a family trains on labels and pseudo-labels, labels, and is measured. It cannot
+    teach or be taught (`channels`, `taps`, `teacher`, `pair`), be exported (`decoder`), or say which images are alike to it
     (`watch`); whoever asks is told.
     """
 
