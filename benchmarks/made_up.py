@@ -30,8 +30,9 @@ from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.job import TrainJob
-from dfssd.train.session import Session, build_session
+from dfssd.train.session import Session
 
 NAMES = ["pit", "scratch", "patch"]
 SURE = 40  # anchor points of a made-up teacher above the floor score, an image

@@ -45,9 +45,10 @@ from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.feed import moved
 from dfssd.train.loop import clip, update
-from dfssd.train.session import Session, build_session
+from dfssd.train.session import Session
 from dfssd.train.step import accumulate
 
 ALL_FP32 = "ours, full, teacher fp32"

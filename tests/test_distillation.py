@@ -17,8 +17,8 @@ from dfssd.models.yolo.taps import Taps
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
+from dfssd.train.build import build_session
 from dfssd.train.in_process import train_in_process
-from dfssd.train.session import build_session
 from dfssd.train.student import Student
 
 NAMES = ["a", "b", "c"]

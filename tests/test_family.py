@@ -29,8 +29,8 @@ from dfssd.models.nms import suppress
 from dfssd.pseudo.teachers import Teachers
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.in_process import train_in_process
-from dfssd.train.session import build_session
 
 CPU = torch.device("cpu")
 ROOMS = (

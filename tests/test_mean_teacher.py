@@ -14,11 +14,11 @@ from dfssd.pseudo.running import HALVED_EVERY, RunningThresholds
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import mean_teacher as module
+from dfssd.train.build import build_session
 from dfssd.train.feed import moved
 from dfssd.train.in_process import train_in_process
 from dfssd.train.loop import label_in_loop
 from dfssd.train.mean_teacher import InLoopTeacher
-from dfssd.train.session import build_session
 from dfssd.train.step import accumulate
 
 EAGER = {"floor": 1e-5, "tau_min": 1e-6, "max_candidates": 20}  # an untrained head's scores count

@@ -24,11 +24,11 @@ from dfssd.models.yolo.detection_loss import DetectionLoss
 from dfssd.pseudo.selection import labels
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
+from dfssd.train.build import build_session
 from dfssd.train.in_process import train_in_process
 from dfssd.train.interrupt import CHECKPOINT, NOTHING, STOP, Interrupt
 from dfssd.train.memory import fit_micro_batch, told_when_full
 from dfssd.train.random_state import random_state, restore_random_state
-from dfssd.train.session import build_session
 from dfssd.train.step import accumulate
 
 CPU = torch.device("cpu")

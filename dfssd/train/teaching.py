@@ -42,9 +42,12 @@ class Teaching:
 
 
 def build_teaching(
-    job: TrainJob, run: Storage, student: nn.Module, manifest: Manifest, device: torch.device
+    job: TrainJob, run: Storage, student: nn.Module, average: ModelEMA, manifest: Manifest, device: torch.device
 ) -> Teaching | None:
     """Load and check the teacher; None where no enabled term needs one.
+
+    Args:
+        average: the student's own, which takes over once it has passed the teacher.
 
     Raises:
         DfssdError: it cannot be loaded, or cannot teach this student.
@@ -70,7 +73,10 @@ def build_teaching(
         raise DfssdError(error.what, where=where, todo=error.todo) from error
     known = online is None and not given and store.exists("stage.json")
     reached = store.read_json("stage.json")["summary"]["best"]["map50_95"] if known else None
-    return Teaching(teacher, pairing, online, ema, reached)
+    own = None
+    if reached is not None and config.distill.fade > 0:
+        own = family_of(student).teacher(average.ema, device, frozen=False, dtype=dtype)
+    return Teaching(teacher, pairing, online, ema, reached, own)
 
 
 def _online(

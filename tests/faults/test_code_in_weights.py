@@ -20,7 +20,7 @@ from dfssd.pipeline.settings import given_weights
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.session import build_session
+from dfssd.train.build import build_session
 
 
 class Touch:

@@ -38,14 +38,14 @@ def test_detached_taps(prepared, monkeypatch):
 
 
 def test_detached_neck(prepared, monkeypatch):
-    from dfssd.train import session
+    from dfssd.train import build
 
-    class Detached(session.Student):
+    class Detached(build.Student):
         def forward(self, images, labelled=0):
             out = super().forward(images, labelled)
             return type(out)(out.raw, out.taps, [p.detach() for p in out.projected])
 
-    monkeypatch.setattr(session, "Student", Detached)
+    monkeypatch.setattr(build, "Student", Detached)
     _stops(prepared, monkeypatch, "'feat' is not connected to the student")
 
 
