@@ -26,7 +26,7 @@ from breakable import BUCKET, servers
 from broken_run import FAULTS, TRAININGS, Fault, Run, command, with_faults
 
 from dfssd.data.synthetic import make_dataset
-from dfssd.models.detector import read_detector
+from dfssd.models.yolo.detector import read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.version import __version__
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import make_job, tiny_config
 
-from dfssd.models.detector import read_detector
+from dfssd.models.yolo.detector import read_detector
 from dfssd.runtime import lease as lease_module
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import ArtefactName

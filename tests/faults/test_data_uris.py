@@ -5,10 +5,10 @@ import pytest
 from small import tiny_config
 
 from dfssd.config import Data
-from dfssd.data.formats import read_source
-from dfssd.data.listing import refuse_query
-from dfssd.data.source import unlabelled_items
-from dfssd.data.versions import listing_digest
+from dfssd.data.formats.listing import refuse_query
+from dfssd.data.formats.read import read_source
+from dfssd.data.formats.source import unlabelled_items
+from dfssd.data.preparation.versions import listing_digest
 from dfssd.errors import DfssdError
 from dfssd.pipeline.data import content
 

@@ -17,7 +17,7 @@ from small import tiny_config
 
 from dfssd.config import Config, Data, Evaluate
 from dfssd.errors import StorageError
-from dfssd.models.detector import read_detector
+from dfssd.models.yolo.detector import read_detector
 from dfssd.pipeline import replay
 from dfssd.runtime import outbox, tracker
 from dfssd.runtime.storage import Storage, _write_local

@@ -10,7 +10,7 @@ import torch
 from small import make_job, tiny_config
 
 from dfssd.data.loaders import LoaderLost
-from dfssd.models.detector import read_detector
+from dfssd.models.yolo.detector import read_detector
 from dfssd.train.in_process import train_in_process
 
 
