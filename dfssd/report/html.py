@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from dfssd.config import Config
 from dfssd.data.manifest import read_manifest
@@ -21,6 +20,7 @@ from dfssd.evaluate.detections import read_detections
 from dfssd.evaluate.measure import thresholds_of
 from dfssd.evaluate.verdict import share
 from dfssd.report import cases, charts, pictures, tables
+from dfssd.report.point import point_charts, point_text, svg
 from dfssd.report.quality import rows as quality_rows
 from dfssd.report.terminal import said
 from dfssd.runtime.artefact_names import QUALITY, newest_round
@@ -77,11 +77,6 @@ def _table(title: str, rows: Rows) -> dict[str, Any]:
     return {"title": title, "header": rows[0], "rows": rows[1]}
 
 
-def _svg(*args: Any, **kwargs: Any) -> Markup:
-    """A chart, whose texts are escaped by `charts`."""
-    return Markup(charts.line_chart(*args, **kwargs))
-
-
 def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str, Any]:
     """Verdict, operating point, worst cases, side by side."""
     titles = tables.models_in(results)
@@ -108,8 +103,8 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
         "models": _table(f"Models, {tables.model_title(results)}", tables.model_rows(results)),
         "chosen": tables.CHOSEN,
         "latency_note": results["latency"]["note"],
-        "point_text": _point_text(point, titles[best]),
-        "point_charts": _point_charts(results, titles, point),
+        "point_text": point_text(point, titles[best]),
+        "point_charts": point_charts(results, titles, point),
         "escapes": _table("Escapes by class", tables.escape_rows(results, names, best)),
         "best_title": f"the {titles[best]}",
         "misses": cases.worst_misses(manifest, found, tau[best]),
@@ -122,37 +117,6 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
 
 def _is_note(text: str) -> bool:
     return any(word in text for word in ("cannot measure", "cannot be", "cannot confirm", "common score is used"))
-
-
-def _point_text(point: dict[str, Any], title: str) -> str:
-    reached = "" if point["reachable"] else " It cannot be reached: the lowest usable score stands instead."
-    return (
-        f"Asked for: at most {point['max_escape']:.1%} of the defective pictures pass (--max-escape). For the {title} val "
-        f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which let no more pass "
-        f"and spare clean pictures.{reached} Test confirms it: it had no part in the choice."
-    )
-
-
-def _point_charts(results: dict[str, Any], titles: dict[str, str], point: dict[str, Any]) -> list[Markup]:
-    def over_score(key: str, split: str = "test") -> dict[str, Any]:
-        curves = {titles[m]: results[m][split]["curve"] for m in titles}
-        return {t: list(zip(c["score"], c[key], strict=True)) for t, c in curves.items()}
-
-    mark = point["score"]
-    trade = {
-        titles[m]: list(
-            zip(results[m]["test"]["curve"]["false_boxes"], results[m]["test"]["curve"]["escape"], strict=True)
-        )
-        for m in titles
-    }
-    chart = partial(_svg, x_label="score", x_range=(0, 1), mark_x=mark)
-    found = [
-        chart("Escapes on test (share of defective pictures)", over_score("escape")),
-        chart("Overkill on test (share of clean pictures)", over_score("overkill")),
-        chart("False boxes a test picture", over_score("false_boxes"), y_range=None),
-        _svg("Escapes against false boxes, on test", trade, "false boxes a picture", x_range=(0, 3)),
-    ]
-    return [c for c in found if c]
 
 
 def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +137,9 @@ def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
     honest = {
         titles[m]: [(b["score"], b["precision"]) for b in results[m]["test"]["calibration"]["bins"]] for m in titles
     }
-    chart = partial(_svg, x_label="score", x_range=(0, 1))
+    chart = partial(svg, x_label="score", x_range=(0, 1))
     drawn = [
-        _svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)),
+        svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)),
         chart("F1 over the score", curve("f1")),
         chart("Precision over the score", curve("precision")),
         chart("Recall over the score", curve("recall")),
@@ -208,9 +172,9 @@ def _training(run: Storage, results: dict[str, Any]) -> list[dict[str, Any]]:
 
         val = {k: v for k, v in series("val/").items() if k in ("map50", "map50_95")}
         drawn = [
-            _svg(f"Validation of the {title}", val, "step"),
-            _svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None),
-            _svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"),
+            svg(f"Validation of the {title}", val, "step"),
+            svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None),
+            svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"),
         ]
         blocks.append({"title": title, "charts": [c for c in drawn if c]})
     return blocks

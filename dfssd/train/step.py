@@ -9,9 +9,9 @@ batch: exactly, whoever computes which.
 
 Collectives of a step, in order, on every worker: (1) the sum of normalisers, layer values, counts and what workers ask
 for; (2) every 20th step under `--balance gradnorm`: squared gradient norms of the terms; (3) at log steps: the same at
-the outputs (or the first layer); (4) the gradient, by DDP during the backward pass of the last micro-batch; (5) at log
-steps: the terms, for the log. A teacher that labels inside the loop adds (0): counts of its scores. Validation: buffers
-of batch norm, matches.
+the outputs (in a run's first step at the first layer, too); (4) the gradient, by DDP during the backward pass of the last
+micro-batch; (5) at log steps: the terms, for the log. A teacher that labels inside the loop adds (0): counts of its
+scores. Validation: buffers of batch norm, matches.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Gradient:
     Args:
         terms: this worker's share, summed over its micro-batches; numbers are those of the global batch.
         asked: (1,) what the workers ask for, added up (`Interrupt.wanted`).
-        norms: gradient norm by term, at log steps.
+        norms: gradient norm by term at the student's outputs, at log steps.
     """
 
     terms: Terms
@@ -68,7 +68,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
     Args:
         asked: what this worker asks the others for.
         log: also check that all is finite and that every term reaches the student.
-        first_layer: weight to follow the gradients to; None: the student's outputs.
+        first_layer: weight to follow the gradients to as well; None: to the student's outputs alone.
 
     Raises:
         DfssdError: a term is not finite or reaches nothing.
@@ -82,7 +82,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         _follow_balance(s, batches, alone, taught, totals)
     scale = HALF_SCALE if s.scaler else 1.0
     shares: list[Terms] = []
-    squares: list[Tensor] = []
+    squares: list[Tensor] = []  # of each micro-batch: (1 or 2, terms), at the outputs and the first layer
     for turn, batch in enumerate(batches):
         with _synchronised(s.wrapped, turn == len(batches) - 1):
             one = alone or _forward(s, batch, taught, s.wrapped, turn, len(batches))
@@ -90,7 +90,8 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
             if log:
                 check_teacher(one.teacher, s.step)
                 check_finite(terms.losses, s.step, batch.files)
-                squares.append(reach(terms.losses, one.out, first_layer, scale))
+                targets = (None,) if first_layer is None else (None, first_layer)
+                squares.append(torch.stack([reach(terms.losses, one.out, t, scale) for t in targets]))
                 s.clock.mark("checks")
             # Each term is a share of the global loss; DDP averages over workers, hence the factor. Times the batch as in
             # Ultralytics, whose clipping norm belongs to a loss of that size.
@@ -103,7 +104,9 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         total = s.world.sum(torch.stack(squares).sum(0))
         if s.scaler and not bool(torch.isfinite(total).all()):  # an overflow, which the scale will meet too
             return gradient
-        gradient.norms = judge(gradient.terms, total, first_layer is not None)
+        gradient.norms = judge(gradient.terms, total[0], at_first_layer=False)
+        if first_layer is not None:
+            judge(gradient.terms, total[1], at_first_layer=True)
     return gradient
 
 
