@@ -134,7 +134,7 @@ def test_a_summary_is_a_few_columns_and_its_tables_stay_in_files():
 
 
 def test_how_busy_the_machine_is_goes_with_the_numbers(storage, mlflow, monkeypatch):
-    """And the data set lies on the stage's run and on the pipeline's, where people look for it; the page opens at the runs."""
+    """The data set lies on the stage's run and on the pipeline's, where people look for it; the page opens at the runs."""
     monkeypatch.setattr(system_metrics, "EVERY_S", 0.02)
     runs = Runs(storage, "e", "r", {}, {})
     run_id = runs.stage("student", None, {})
