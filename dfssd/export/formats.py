@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dfssd.errors import DfssdError
+from dfssd.line.detector import quiet_openvino
 from dfssd.line.tensorrt_engine import INPUT, packed
 
 CALIBRATION_BATCH = 8
@@ -43,8 +44,7 @@ def check_formats(formats: tuple[str, ...]) -> None:
 
 def openvino_files(onnx: bytes, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """Files of an OpenVINO model in fp32, by name; the metadata lies under "dfssd" in its runtime information."""
-    import openvino
-
+    openvino = quiet_openvino()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
         source.write_bytes(onnx)

@@ -9,12 +9,16 @@ Legend: B pictures, A anchor points, C classes. Boxes are (n,6) float32 [x1, y1,
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when ONNX Runtime is imported: nothing is sent from the line
 
 NMS_IOU, MOST = 0.7, 300  # as in `yolo val`
 PAD = 114  # grey of the letterbox's edges
@@ -85,6 +89,18 @@ def decode(raw: np.ndarray, floor: float) -> list[np.ndarray]:
     return found
 
 
+def quiet_openvino() -> Any:
+    """OpenVINO without its telemetry.
+
+    Importing it would send a message to its maker from a forked process, which may hang where other threads run, and then the
+    whole program never ends. It does without where this module is not to be found.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed"
+    import openvino
+
+    return openvino
+
+
 class LineDetector:
     """An ONNX or OpenVINO model that `jobs/export.py` has written.
 
@@ -135,8 +151,7 @@ class LineDetector:
         return dict(session.get_modelmeta().custom_metadata_map)
 
     def _open_openvino(self, threads: int) -> Mapping[str, str]:
-        import openvino
-
+        openvino = quiet_openvino()
         xml = next(self.file.glob("*.xml")) if self.file.is_dir() else self.file
         # Without the hint OpenVINO computes in bf16 on CPUs that have it: boxes are off by pixels.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}

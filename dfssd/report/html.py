@@ -86,13 +86,13 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
     tau = {m: thresholds_of(results[m]["operating_point"], names) for m in titles}
     lines = [line for line in said(results) if line]
     found = detections.get((best, "test"), {})
-    line = test["line"]
+    line, prose = test["line"], tables.in_prose(best, titles[best])
     return {
-        "said": [text.strip() for text in lines if not _is_note(text)],
+        "said": [(text.startswith("  "), text.strip()) for text in lines if not _is_note(text)],
         "notes": [text.strip() for text in lines if _is_note(text)],
         "cards": [
             (
-                f"escapes of the {titles[best]}",
+                f"escapes of {prose}",
                 share(line["escape"]).split(" (")[0],
                 "defective test pictures that pass",
             ),
@@ -103,10 +103,10 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
         "models": _table(f"Models, {tables.model_title(results)}", tables.model_rows(results)),
         "chosen": tables.CHOSEN,
         "latency_note": results["latency"]["note"],
-        "point_text": point_text(point, titles[best]),
-        "point_charts": point_charts(results, titles, point),
+        "point_text": point_text(point, prose),
+        "point_charts": point_charts(results, titles, point, names, prose),
         "escapes": _table("Escapes by class", tables.escape_rows(results, names, best)),
-        "best_title": f"the {titles[best]}",
+        "best_title": prose,
         "misses": cases.worst_misses(manifest, found, tau[best]),
         "alarms": cases.worst_alarms(manifest, found, tau[best]),
         "side": cases.side_by_side(
@@ -158,21 +158,25 @@ def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
 def _training(run: Storage, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Curves of each training: loss, val, thresholds over time."""
     blocks = []
+    order = {name: k for k, name in enumerate(run.at("dataset").read_json("stage.json")["summary"]["names"])}
     for stage, title in tables.models_in(results).items():
         if not run.exists(f"{stage}/history.json"):
             continue
         history = run.read_json(f"{stage}/history.json")
 
         def series(prefix: str, history: list[dict[str, Any]] = history) -> dict[str, Any]:
-            keys = sorted({k for h in history for k in h if k.startswith(prefix)})
+            keys = sorted(
+                {k for h in history for k in h if k.startswith(prefix)}, key=lambda k: order.get(k[len(prefix) :], 0)
+            )
             return {
                 k[len(prefix) :]: charts.thinned([(h["step"], h[k]) for h in history if k in h and h[k] is not None])
                 for k in keys
             }
 
-        val = {k: v for k, v in series("val/").items() if k in ("map50", "map50_95")}
+        measured = series("val/")
+        val = {label: measured.get(k, []) for k, label in (("map50", "mAP50"), ("map50_95", "mAP50-95"))}
         drawn = [
-            svg(f"Validation of the {title}", val, "step"),
+            svg(f"Validation of {tables.in_prose(stage, title)}", val, "step"),
             svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None),
             svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"),
         ]
@@ -198,6 +202,7 @@ def _quality(run: Storage) -> list[dict[str, Any]]:
         if not run.exists(f"{folder}/stage.json"):
             continue
         numbers = run.read_json(f"{folder}/quality.json")
+        names = run.at("dataset").read_json("stage.json")["summary"]["names"]
         chosen = numbers["chosen"]
         titles = {
             "quality.png": "Precision and recall of pseudo-labels over the threshold",
@@ -207,9 +212,9 @@ def _quality(run: Storage) -> list[dict[str, Any]]:
             {
                 "title": f"Round {number}: policy '{chosen}'",
                 "warnings": numbers["warnings"],
-                "chosen": _table("Chosen policy", quality_rows(numbers, [chosen])),
+                "chosen": _table("Chosen policy", quality_rows(numbers, [chosen], names)),
                 "others": _table(
-                    "Other policies", quality_rows(numbers, [p for p in numbers["policies"] if p != chosen])
+                    "Other policies", quality_rows(numbers, [p for p in numbers["policies"] if p != chosen], names)
                 ),
                 "pictures": [
                     cases.embedded(run.read(f"{folder}/{n}"), t)
@@ -225,19 +230,23 @@ def _data(config: Config, run: Storage) -> dict[str, Any]:
     """Splits, what was set aside, near-duplicates and leaks."""
     summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
     bad = ", ".join(f"{n} {reason}" for reason, n in summary["bad_files"].items()) or "none"
-    shown = run.exists("dataset/groups.png")
+    shown, largest = run.exists("dataset/groups.png"), summary["largest_group"]
+    alike = (
+        f"{summary['groups']} groups of near-duplicates, the largest of {largest} images"
+        if largest > 1
+        else "no near-duplicates"
+    )
     return {
         "splits": _table("Splits", tables.split_rows(summary)),
         "balance": _table("Labelled classes", tables.balance_rows(manifest, config.train.repeat_threshold)),
         "data_text": (
-            f"{summary['files']} files, {summary['images']} images; set aside: {bad}. {summary['groups']} groups of "
-            f"near-duplicates, the largest has {summary['largest_group']} images; "
-            f"{summary['test_images_with_near_duplicate_in_train']} test images have a near-duplicate in train."
+            f"{summary['files']} files, {summary['images']} images; set aside: {bad}. {alike[0].upper()}{alike[1:]}; "
+            f"{summary['test_images_with_near_duplicate_in_train']} test images have one in train."
         ),
         "data_pictures": [
             cases.embedded(run.read("dataset/groups.png"), "The ten largest groups of near-duplicates, one a row")
         ]
-        if shown
+        if shown and largest > 1
         else [],
     }
 

@@ -1,8 +1,12 @@
-"""TensorRT's path on a stand-in for its documented calls: order, shapes, sizes and addresses. TensorRT itself is not here."""
+"""Runtimes at the line: nothing is sent to their makers; TensorRT's path on a stand-in for its documented calls (order,
+shapes, sizes, addresses), since TensorRT itself is not here."""
 
 import ctypes
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -168,6 +172,44 @@ def test_what_is_no_engine_of_ours_is_said(stand_in, tmp_path):
             LineDetector(tmp_path / f"{name}.engine")
     with pytest.raises(DfssdError, match="cannot read the model: no such operator"):
         engine_bytes(b"nonsense", SIDE, {})
+
+
+SILENT = """
+import multiprocessing, sys
+from pathlib import Path
+from dfssd.export.formats import openvino_files
+from dfssd.line.detector import LineDetector
+place = Path(sys.argv[1])
+(place / "ov").mkdir()
+for name, data in openvino_files((place / "m.onnx").read_bytes(), {"names": ["a", "b"], "imgsz": 32, "nms_inside": False,
+                                 "operating_point": {"score": 0.3, "thresholds": {}}}).items():
+    (place / "ov" / name).write_bytes(data)
+for file in (place / "m.onnx", place / "ov"):
+    LineDetector(file, 1)
+import mlflow.telemetry.utils as own
+assert own.MLFLOW_DISABLE_TELEMETRY.get()
+assert sys.modules["openvino_telemetry"] is None and not multiprocessing.active_children()
+"""
+
+
+def test_runtimes_tell_their_makers_nothing(tmp_path):
+    """Neither a telemetry store (ONNX Runtime) nor a process that sends (OpenVINO; forked beside threads it hung)."""
+    pytest.importorskip("openvino")
+    (tmp_path / "m.onnx").write_bytes(_model())
+    env = {
+        k: v for k, v in os.environ.items() if not k.endswith("DISABLE_TELEMETRY") and k not in ("CI", "XDG_CACHE_HOME")
+    }
+    env |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT, str(tmp_path)],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert not [p for p in (tmp_path / "home").rglob("*") if "onnxruntime" in p.name or "intel" in p.name.lower()]
 
 
 def test_where_it_is_not_installed_the_export_says_so_at_once():
