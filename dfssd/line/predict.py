@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
+from dfssd.data.formats.listing import IMAGE_SUFFIXES
 from dfssd.data.images import BadImage, open_image
-from dfssd.data.listing import IMAGE_SUFFIXES
 from dfssd.errors import DfssdError
 from dfssd.line.drift import Drift, picture_numbers
 from dfssd.line.results import Results

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfssd.config import Config
-from dfssd.data.listing import IMAGE_SUFFIXES
+from dfssd.data.formats.listing import IMAGE_SUFFIXES
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import mask
 from dfssd.evaluate.escapes import doubts
