@@ -34,8 +34,8 @@ BEGIN, END = "<!-- made by benchmarks/reliability.py -->", "<!-- end -->"
 
 
 def undisturbed(data: Path, steps: int, folder: Path, env: dict[str, str]) -> Storage:
-    """The run that everything is compared with."""
-    folder.mkdir()
+    """The run that everything is compared with; one that is there is taken."""
+    folder.mkdir(exist_ok=True)
     run = Run(folder, command(data, steps, str(folder)), env)
     run.start()
     try:
@@ -123,11 +123,12 @@ def measure(folder: Path, number: int, seed: int, steps: int) -> tuple[list[Faul
         AssertionError: it differs, or a fault ended in something else than a sentence.
     """
     data = folder / "data"
-    make_dataset(data, images=60, side=64, seed=3)
+    if not data.exists():
+        make_dataset(data, images=60, side=64, seed=3)
     plain = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     whole = undisturbed(data, steps, folder / "whole", {**plain, "PYTHONUNBUFFERED": "1"})
     with servers(folder / "servers") as (leads, proxy, tracking), environment(leads) as env:
-        (folder / "broken").mkdir()
+        (folder / "broken").mkdir(exist_ok=True)
         storage = f"s3://{BUCKET}/runs"
         run = Run(folder / "broken", command(data, steps, storage), env, proxy, tracking)
         begun = time.monotonic()
@@ -143,8 +144,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="of each training")
-    parser.add_argument("--folder", default="", help="where runs and logs stay; default a temporary one")
+    parser.add_argument("--steps", type=int, default=20, help="of each training")
+    parser.add_argument(
+        "--folder",
+        default="",
+        help="where runs and logs stay, and an undisturbed run may lie already; default a temporary one",
+    )
     parser.add_argument("--write", default="", help="page whose table is replaced")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dfssd-b-") as temporary:
