@@ -10,7 +10,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = ("dataset", "teacher", "mean_teacher", "label_only", "pseudo", "quality", "student", "report")
 TRAININGS = {"teacher": 1.0, "mean_teacher": 0.5, "label_only": 1.0, "student": 1.0}  # share of the steps
 WORKERS = ("RayTrainWorker", "MapWorker", "ray::measure", "ray::Map")
-LIMIT_S = 300.0  # until a run must be further after a fault
+LIMIT_S = 600.0  # until a run must be further after a fault
 MARK = "\n=== typed again ===\n"
 Position = tuple[int, int]  # stages that are finished, step of the next one
 
@@ -50,6 +49,7 @@ class Run:
     proxy: Proxy | None = None
     tracking: Server | None = None
     attempts: int = 0
+    problems: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -222,7 +222,7 @@ def _wait_until(run: Run, reached: Position, rng: random.Random) -> bool:
         if position(text) > reached or (position(text) == reached and (reached[1] or begun)):
             time.sleep(rng.uniform(0, 1.0 if reached[1] else 3.0))
             return run.ended() is None
-        time.sleep(0.1)
+        time.sleep(0.25)  # reading a log costs, too
     return False
 
 
@@ -232,10 +232,9 @@ def _again(run: Run, fault: Fault | None) -> None:
     if code is None or code == 0:
         return
     said = run.text().rpartition(MARK)[2]
-    if code > 0 and "Traceback" in said.rpartition("\nerror: ")[2]:
-        raise AssertionError(f"ended with a traceback after {fault}:\n{said[-3000:]}")
-    if code not in (2, 130, -signal.SIGKILL):
-        raise AssertionError(f"exit code {code} after {fault}:\n{said[-3000:]}")
+    if code not in (2, 130, -signal.SIGKILL) or (code > 0 and "Traceback" in said.rpartition("\nerror: ")[2]):
+        run.problems.append(f"exit code {code} after {fault}, without a sentence at the end:\n{said[-3000:]}")
+        print(f"PROBLEM: exit code {code} after {fault}", flush=True)
     with run.log.open("a") as log:
         log.write(MARK)
     run.start()
@@ -251,7 +250,7 @@ def break_it(run: Run, kind: str, rng: random.Random) -> Fault:
                 break
             fault.code = run.ended()
             _again(run, fault)
-        time.sleep(0.1)
+        time.sleep(0.25)
     fault.recovery_s = round(time.monotonic() - begun, 1)
     resumed = [int(s) for s in re.findall(r": resumed at step (\d+) of", run.text(offset))]
     fault.lost = max(fault.at[1] - resumed[0], 0) if resumed and fault.at[1] else 0
@@ -281,18 +280,8 @@ def with_faults(run: Run, steps: int, number: int, seed: int) -> list[Fault]:
         if run.tracking:
             run.tracking.start()
         run.start()
-        assert run.wait(600) == 0, run.text()[-3000:]
+        assert run.wait(900) == 0, run.text()[-3000:]
+        assert not run.problems, "\n".join(run.problems)
     finally:
         run.stop()
     return faults
-
-
-def command(data: Path, steps: int, storage: str) -> list[str]:
-    """A pipeline that is as small as one can be and has every kind of stage."""
-    flags = f"--label-fraction 0.4 --imgsz 64 --batch 4 --steps {steps} --val-every 5 --log-every 1 --num-workers 1"
-    flags += (
-        " --cpus-per-worker 1 --gpu never --amp fp32 --teacher-amp fp32 --teacher yolov8n.yaml --student yolov8n.yaml"
-    )
-    flags += f" --tta none --latency-repeats 3 --sample-images 2 --mean-teacher-steps {steps // 2} --formats"
-    place = ["--data", str(data), "--storage-path", storage, "--run-name", "c"]
-    return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *place, *flags.split()]

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 from breakable import BUCKET, servers
-from broken_run import FAULTS, TRAININGS, Fault, Run, command, with_faults
+from broken_run import FAULTS, ROOT, TRAININGS, Fault, Run, with_faults
 
 from dfssd.data.synthetic import make_dataset
 from dfssd.models.yolo.detector import read_detector
@@ -33,10 +34,31 @@ from dfssd.version import __version__
 BEGIN, END = "<!-- made by benchmarks/reliability.py -->", "<!-- end -->"
 
 
-def undisturbed(data: Path, steps: int, folder: Path, env: dict[str, str]) -> Storage:
+def tiny_model(folder: Path) -> str:
+    """A detector of YOLOv8's layout with few channels, whose checkpoints are small."""
+    from ultralytics.utils import ROOT as ULTRALYTICS
+    from ultralytics.utils import YAML
+
+    layout = YAML.load(ULTRALYTICS / "cfg/models/v8/yolov8.yaml")
+    layout["scales"] = {"n": [0.33, 0.0625, 256]}
+    YAML.save(folder / "tiny.yaml", layout)
+    return str(folder / "tiny.yaml")
+
+
+def command(folder: Path, steps: int, storage: str) -> list[str]:
+    """A pipeline that is as small as one can be and has every kind of stage; its data and models lie in `folder`."""
+    model = tiny_model(folder)
+    flags = f"--label-fraction 0.4 --imgsz 64 --batch 4 --steps {steps} --val-every 5 --log-every 1 --num-workers 1"
+    flags += f" --cpus-per-worker 1 --gpu never --amp fp32 --teacher-amp fp32 --teacher {model} --student {model}"
+    flags += f" --tta none --latency-repeats 3 --sample-images 2 --mean-teacher-steps {steps // 2} --formats"
+    place = ["--data", str(folder / "data"), "--storage-path", storage, "--run-name", "c"]
+    return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *place, *flags.split()]
+
+
+def undisturbed(steps: int, folder: Path, env: dict[str, str]) -> Storage:
     """The run that everything is compared with; one that is there is taken."""
     folder.mkdir(exist_ok=True)
-    run = Run(folder, command(data, steps, str(folder)), env)
+    run = Run(folder, command(folder.parent, steps, str(folder)), env)
     run.start()
     try:
         assert run.wait(1800) == 0, run.text()[-3000:]
@@ -126,11 +148,11 @@ def measure(folder: Path, number: int, seed: int, steps: int) -> tuple[list[Faul
     if not data.exists():
         make_dataset(data, images=60, side=64, seed=3)
     plain = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    whole = undisturbed(data, steps, folder / "whole", {**plain, "PYTHONUNBUFFERED": "1"})
+    whole = undisturbed(steps, folder / "whole", {**plain, "PYTHONUNBUFFERED": "1"})
     with servers(folder / "servers") as (leads, proxy, tracking), environment(leads) as env:
         (folder / "broken").mkdir(exist_ok=True)
         storage = f"s3://{BUCKET}/runs"
-        run = Run(folder / "broken", command(data, steps, storage), env, proxy, tracking)
+        run = Run(folder / "broken", command(folder, steps, storage), env, proxy, tracking)
         begun = time.monotonic()
         faults = with_faults(run, steps, number, seed)
         took_s = time.monotonic() - begun
