@@ -372,6 +372,8 @@ def test_a_create_whose_answer_was_lost_is_not_made_twice(storage, mlflow, monke
     assert made[0] == made[1] and mlflow.get_run(made[0]).data.params == {"a": "1"}
 
 
+@pytest.mark.slow  # sqlite waits for the lock
+@pytest.mark.faults
 def test_a_locked_sqlite_file_stops_nothing_and_gets_everything_later(storage, mlflow):
     """Another program holds the file, as a backup or a browser of databases does."""
     run, runs = storage.at("r"), Runs(storage, "exp", "r")
