@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from small import SWEEP_BASE
 
+from dfssd.cli import main
 from dfssd.data.synthetic import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,25 @@ def _terminated(storage, log, job, flags, reached, after_s=0.5):
     assert code in (130, 2) and waited < 30, said[-3000:]
     assert "the same command goes on from" in said, said[-3000:]
     return said
+
+
+def test_the_first_signal_is_an_orderly_end(capsys):
+    before, given_back = signal.getsignal(signal.SIGTERM), []
+
+    def job():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        finally:
+            given_back.append("lease")
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(job)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130 and given_back
+    assert "the same command goes on from here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
