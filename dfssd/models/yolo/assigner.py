@@ -56,7 +56,7 @@ class Assignment:
     score: Tensor
 
 
-class Asked(NamedTuple):
+class AssignmentInputs(NamedTuple):
     """What is to be assigned.
 
     Args:
@@ -73,17 +73,19 @@ class Asked(NamedTuple):
 
 
 @torch.no_grad()
-def assign(asked: Asked, points_a2: Tensor, rule: Rule) -> Assignment:
+def assign(asked: AssignmentInputs, points_a2: Tensor, rule: Rule) -> Assignment:
     """Assign anchor points (px) to boxes."""
     images, places = asked.cls_bm.shape
     step = max(1, PAIRS // (places * points_a2.shape[0]))
-    parts = [_assign(Asked(*(t[k : k + step] for t in asked)), points_a2, rule) for k in range(0, images, step)]
+    parts = [
+        _assign(AssignmentInputs(*(t[k : k + step] for t in asked)), points_a2, rule) for k in range(0, images, step)
+    ]
     if len(parts) == 1:
         return parts[0]
     return Assignment(*(torch.cat([getattr(p, name) for p in parts]) for name in ("foreground", "box", "score")))
 
 
-def _assign(asked: Asked, points_a2: Tensor, rule: Rule) -> Assignment:
+def _assign(asked: AssignmentInputs, points_a2: Tensor, rule: Rule) -> Assignment:
     scores_bca, predicted_ba4, cls_bm, boxes_bm4, valid_bm = asked
     candidate = _inside(points_a2, boxes_bm4, valid_bm, rule.smallest)  # (B,M,A)
     score = scores_bca.gather(1, cls_bm.unsqueeze(-1).expand(-1, -1, scores_bca.shape[2]))
