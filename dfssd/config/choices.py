@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Gpu = Literal["auto", "never", "require"]  # a GPU a worker: where the cluster has them, never, or not without
 LineStyle = str | tuple[int, tuple[int, ...]]  # as Matplotlib takes it
 
 

@@ -19,6 +19,7 @@ from dfssd.config.choices import (
     POLICIES,
     PRECISIONS,
     Choice,
+    Gpu,
     floors,
     in_words,
     temperatures,
@@ -56,9 +57,7 @@ class Run(Section):
         "holds, following its size), or auto (one a GPU; without GPUs one a node).",
     )
     cpus_per_worker: int = Field(0, ge=0, description="CPU cores a worker; 0: all there are, shared evenly.")
-    gpu: Literal["auto", "never", "require"] = Field(
-        "auto", description="A GPU a worker: where the cluster has them, never, or not without."
-    )
+    gpu: Gpu = Field("auto", description="A GPU a worker: where the cluster has them, never, or not without.")
     wait_min: float = Field(
         0.0, ge=0, description="Minutes to wait for nodes that an autoscaler is still to start, before giving up."
     )
