@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from dfssd.config import Train
 from dfssd.data.fit import Fit, fit_of, into
@@ -51,15 +50,6 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
         images[k] = image[..., ::-1]
         sizes[k] = fit.image_wh
     return {**row, "images": images, "sizes": sizes}
-
-
-def in_shares(found: Tensor, classes: np.ndarray, side: int) -> Boxes:
-    """(n,6) [x1, y1, x2, y2 px of the input, score, class of the teacher] -> candidates in shares of the input."""
-    own = found.float().cpu().numpy()
-    xyxy = (own[:, :4] / side).clip(0, 1)
-    cls = classes[own[:, 5].astype(int)].astype(np.float32)
-    columns = [cls[:, None], (xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2], own[:, 4:5]]
-    return np.asarray(np.concatenate([*columns, np.ones((len(own), 1))], 1).astype(np.float32)[cls >= 0])
 
 
 def out_of_letterbox(boxes: Boxes, size_wh: np.ndarray, side: int) -> Boxes:
