@@ -76,7 +76,7 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
     for name, timing in latency.timings.items():
         results[name] |= {"latency_ms": timing.p50_ms, "latency_p95_ms": timing.p95_ms}
     if set(STUDENTS) <= set(models):
-        results["gate"] = compare(*(records[name, VAL] for name in STUDENTS))
+        results["gate"] = compare(records[STUDENTS[0], VAL], records[STUDENTS[1], VAL])
     results |= {"latency": latency.as_dict(), "labels": labels_used(manifest)}
     return results | {"environment": environment(config, manifest, threads)}
 
