@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import ray
 
 from dfssd.config import Config, Run
+from dfssd.config.choices import Gpu
 from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
 from dfssd.runtime.local_ray import watch_local_ray
@@ -21,7 +22,6 @@ from dfssd.runtime.placement import (
     Actors,
     Ask,
     CannotPlace,
-    Gpu,
     Node,
     Resources,
     auto_workers,
