@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 from dfssd.errors import find_user_error, nearest
 from dfssd.version import __version__
+
+HALF_STARTED_S = 8.0  # that an interrupted job waits for a Ray that is being started; who asks it to end waits for 30 s
 
 
 class Command(NamedTuple):
@@ -94,7 +97,11 @@ def main(job: Callable[[], None]) -> None:
             isinstance(error, SystemExit) and error.code != signal.SIGTERM
         ):  # Ray's handler ends with the signal's number
             raise
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr, flush=True)
+        cluster = sys.modules.get("dfssd.runtime.cluster")
+        if cluster is not None and cluster.is_half_started(HALF_STARTED_S):
+            sys.stdout.flush()
+            os._exit(130)  # the end of an interpreter in which Ray is half started may be an abort
         sys.exit(130)
     except Exception as error:
         user_error = find_user_error(error)

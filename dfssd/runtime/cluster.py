@@ -68,6 +68,11 @@ def _init_in_background(started: threading.Event) -> None:
     threading.Event().wait()
 
 
+def is_half_started(wait_s: float) -> bool:
+    """Is a Ray still being started in the background, after so many seconds?"""
+    return _started is not None and not _started.wait(wait_s)
+
+
 def connect() -> None:
     """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start a local Ray."""
     if _started is not None:
@@ -78,11 +83,15 @@ def connect() -> None:
     set_driver_environment()
     try:
         ray.init(**_settings())
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # of Ray's own processes it raises no class of its own
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raw = type(error) is Exception  # the end of a log
         raise DfssdError(
-            f"no connection to Ray: {str(error).splitlines()[0]}",
+            f"no connection to Ray: {lines[-1 if raw else 0]}",
             where=os.environ.get("RAY_ADDRESS", "local"),
-            todo="check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
+            todo="type the same command again: another program may just have taken a port"
+            if raw
+            else "check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
         ) from error
     watch_local_ray()
 

@@ -70,6 +70,33 @@ def test_the_first_signal_is_an_orderly_end(capsys):
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
+HALF = """
+import os, signal, threading
+from dfssd import cli
+from dfssd.runtime import cluster
+
+def job():
+    cluster._started = threading.Event()  # a Ray that never gets ready
+    cluster.connect = lambda: None
+    os.kill(os.getpid(), signal.SIGTERM)
+    cluster._started.wait(60)
+
+cli.HALF_STARTED_S = 0.2
+import atexit
+atexit.register(lambda: os.abort())  # as the end of an interpreter with half a Ray may
+cli.main(job)
+"""
+
+
+@pytest.mark.slow  # it imports Ray
+@pytest.mark.faults
+def test_a_job_that_is_interrupted_while_ray_starts_does_not_abort():
+    done = subprocess.run(
+        [sys.executable, "-c", HALF], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 130 and b"the same command goes on from here" in done.stderr, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
