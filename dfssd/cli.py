@@ -83,6 +83,7 @@ def run(name: str, words: Sequence[str] | None = None) -> None:
 
 def _terminate(number: int, frame: object) -> None:
     """SIGTERM is an orderly end, as Ctrl-C is: leases are given back and the user is told how to go on."""
+    signal.alarm(0)  # Ray's own handler, which may have come first, would abort the process three seconds from now
     raise KeyboardInterrupt
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -68,6 +69,14 @@ def _init_in_background(started: threading.Event) -> None:
     threading.Event().wait()
 
 
+def _take_back(handler: Any) -> None:
+    """SIGTERM is the driver's own again. Ray's handler, which `ray.init` has put below it, writes a stack trace and aborts a
+    process that has not ended three seconds later, whatever it is storing."""
+    is_driver = ray._private.worker.global_worker.mode == ray.SCRIPT_MODE
+    if is_driver and handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def is_half_started(wait_s: float) -> bool:
     """Is a Ray still being started in the background, after so many seconds?"""
     return _started is not None and not _started.wait(wait_s)
@@ -79,8 +88,10 @@ def connect() -> None:
         _started.wait()
     if ray.is_initialized():
         watch_local_ray()
+        _take_back(signal.getsignal(signal.SIGTERM))
         return
     set_driver_environment()
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**_settings())
     except Exception as error:  # of Ray's own processes it raises no class of its own
@@ -94,6 +105,7 @@ def connect() -> None:
             else "check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
         ) from error
     watch_local_ray()
+    _take_back(terminate)
 
 
 def _settings() -> dict[str, Any]:
