@@ -36,7 +36,8 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Measure in one Ray task; write numbers, pictures and report.html."""
     import ray
 
-    from dfssd.runtime.cluster import connect, result, task_resources
+    from dfssd.runtime.cluster import connect, task_resources
+    from dfssd.runtime.tasks import result
 
     models = list(map(str, finished_models(context.run)))
     connect()
