@@ -36,12 +36,16 @@ def loopback_interface() -> str:
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
-def meet_in_file(path: str, rank: int, size: int, backend: str, timeout_s: float) -> None:
-    """Join a process group of this machine; nothing of it listens outside loopback."""
+def meet_in_file(path: str, place: int, size: int, backend: str, timeout_s: float) -> None:
+    """Join a process group of this machine; nothing of it listens outside loopback.
+
+    Args:
+        place: rank in it.
+    """
     for name in INTERFACES:
         os.environ.setdefault(name, loopback_interface())
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, init_method=f"file://{path}", rank=place, world_size=size, timeout=timeout)
 
 
 class _Backend(_TorchBackend):
@@ -61,7 +65,7 @@ class _Backend(_TorchBackend):
             "backend": backend_config.backend,
             "timeout_s": backend_config.timeout_s,
         }
-        joined = [worker_group.execute_single_async(rank, meet_in_file, rank=rank, **own) for rank in range(size)]
+        joined = [worker_group.execute_single_async(rank, meet_in_file, place=rank, **own) for rank in range(size)]
         ray.get(joined, timeout=backend_config.timeout_s)
 
     def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -90,7 +91,7 @@ def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[
             user_error = find_user_error(error) or store.error()
             if user_error is not None:
                 raise user_error from error
-            if isinstance(error, ray.exceptions.RayActorError):  # the controller is gone: Ctrl-C, or this machine's memory
+            if isinstance(error, ray.exceptions.RayActorError):  # the controller is gone, and nobody asked it to go
                 raise
             step, last = checkpoint.newest_step(job.store.at("train")), str(error).strip().splitlines()[-1]
             if step <= reached:
@@ -139,9 +140,10 @@ class EndAtUserError(WorkerGroupCallback):
         self.store, self.ending = store, False
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        if not self.ending and self.store.error() is not None:
-            self.ending = True
-            ray.get_runtime_context().current_actor.abort.remote()
+        with suppress(ray.exceptions.RayError):  # the control service is away: the next poll asks again
+            if not self.ending and self.store.error() is not None:
+                self.ending = True
+                ray.get_runtime_context().current_actor.abort.remote()
 
 
 class _Trainer(TorchTrainer):
@@ -169,10 +171,9 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
         return met
     job: TrainJob = settings["job"]
     interrupt = Interrupt(60 * job.config.train.checkpoint_min)
+    notices = Notices(world.rank, ray.get_runtime_context().get_node_id(), interrupt)
     try:
-        with Heart(
-            store, world.rank, world.size, Notices(world.rank, ray.get_runtime_context().get_node_id(), interrupt)
-        ):
+        with Heart(store, world.rank, world.size, notices):
             return _train(job, world, settings["threads"], interrupt)
     except DfssdError as error:
         if world.size == 1:
