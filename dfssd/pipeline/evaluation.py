@@ -37,12 +37,14 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     import ray
 
     from dfssd.runtime.cluster import connect, task_resources
-    from dfssd.runtime.tasks import result
+    from dfssd.runtime.tasks import check_gpu, result
 
     models = list(map(str, finished_models(context.run)))
     connect()
     run = context.config.run
     resources = task_resources(run, run.gpu)
+    if resources.gpu:
+        check_gpu(run)
     task = ray.remote(measure).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=2)
     ref = task.remote(context.config, context.run.uri, models, resources.threads)
     results = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")

@@ -68,11 +68,15 @@ def test_a_dry_run_times_its_steps_on_a_node(jobs):
     assert "2 thread(s)" in said(done) and "unknown" not in said(done)
 
 
-@pytest.mark.parametrize("job", ["teacher", "pseudo_label"])
+@pytest.mark.parametrize("job", ["teacher", "pseudo_label", "evaluate"])
 def test_gpus_that_only_ray_believes_in_are_named(made_up_gpus, job):
     """Two GPUs of which PyTorch sees none: a user error, without retries; with --gpu never all is well."""
     flags = ["--run-name", "r", *SIZE]
-    more = [*TRAINING, "--role", "label_only"] if job == "teacher" else ["--tta", "none", "--floor", "0.07"]
+    more = {
+        "teacher": [*TRAINING, "--role", "label_only"],
+        "pseudo_label": ["--tta", "none", "--floor", "0.07"],
+        "evaluate": MEASURING,
+    }[job]
     begun = time.monotonic()
     done = made_up_gpus.run(job, *flags, *more)
     assert done.returncode == 2 and "GPU that PyTorch does not see" in said(done), said(done)[-4000:]
