@@ -158,7 +158,8 @@ def test_a_stopped_rank_is_named_within_a_minute(prepared, two_nodes, capfd):
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(prepared):
     """A job as a user starts it, with two workers and default flags for all that decides when a checkpoint is due."""
     small = ["--imgsz", "64", "--batch", "4", "--amp", "fp32", "--teacher", "yolov8n.yaml", "--log-every", "1"]
-    place = ["--storage-path", str(prepared), "--run-name", "sigterm", "--num-workers", "2"]
+    small += ["--num-workers", "2"]
+    place = ["--storage-path", str(prepared), "--run-name", "sigterm"]
     data = ["--data", str(prepared / "images"), "--label-fraction", "0.4"]
     make_dataset(prepared / "images", images=60, side=64, seed=3)
 
