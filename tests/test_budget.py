@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dfssd.config import Config, Data, Distill, Run, Train
-from dfssd.config_checks import settings_without_effect
+from dfssd.config.checks import settings_without_effect
 from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import FEWEST, MOST, steps_for, with_expected_steps, with_steps
