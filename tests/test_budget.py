@@ -128,4 +128,6 @@ def test_a_sweep_has_one_number_for_all_trials(tmp_path):
     assert {t.config.train.steps for t in planned} == {settled.train.steps} and settled.train.steps >= FEWEST
     assert sweep_job.with_equal_steps(_config(steps=7)).train.steps == 7
     with pytest.raises(DfssdError, match="compare equal steps"):
-        sweep_job._planned(settled, replace(load_space(find_space("thresholds")), rows={"none": {"train.steps": 0}}, axes={}))
+        sweep_job._planned(
+            settled, replace(load_space(find_space("thresholds")), rows={"none": {"train.steps": 0}}, axes={})
+        )
