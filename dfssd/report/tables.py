@@ -177,6 +177,13 @@ def balance_rows(manifest: Manifest, repeat_threshold: float) -> tuple[list[str]
     return ["class", "labelled images", "share of them", "labelled boxes", "times an epoch"], rows
 
 
+def alike(summary: dict[str, Any]) -> str:
+    """How many groups of near-duplicates there are, in words."""
+    if summary["largest_group"] < 2:
+        return "no near-duplicates"
+    return f"{summary['groups']} groups of near-duplicates, the largest of {summary['largest_group']} images"
+
+
 def split_table(summary: dict[str, Any]) -> str:
     """What `prepare` found, for the terminal."""
     header, rows = split_rows(summary)
@@ -184,7 +191,7 @@ def split_table(summary: dict[str, Any]) -> str:
     return (
         render("boxes by split and class", header, rows)
         + f"\n{summary['files']} files, {summary['images']} images; set aside: {bad}"
-        + f"\n{summary['groups']} groups of near-duplicates, the largest has {summary['largest_group']} images; "
+        + f"\n{alike(summary)}; "
         + f"near-duplicates of val or test: {summary.get('left_out', 0)} images left out, and "
         + f"{summary['test_images_with_near_duplicate_in_train']} of the test images still have one among what trains"
         + "".join(f"\nNOTE: {note}" for note in summary.get("notes", []))
