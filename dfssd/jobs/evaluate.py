@@ -1,6 +1,6 @@
 """Measure teacher, label-only student and distilled student; leaves <run>/report.
 
-With --weights it measures any model files instead (.pt, .onnx, OpenVINO, TensorRT), on a split of the run or on a labelled folder.
+With --weights it measures any model files instead (.pt, .onnx, OpenVINO, TensorRT), on a split or a labelled folder.
 """
 
 from __future__ import annotations
