@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import repeat_factors
-from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, TEACHER, ArtefactName
 
 LABELS = {str(LABEL_ONLY): "student, labels alone", str(STUDENT): "student, distilled"}
 
@@ -30,6 +30,7 @@ def models_in(results: dict[str, Any]) -> dict[str, str]:
     """Measured models and what to call them: teachers of all rounds first."""
     others = [k for k, v in results.items() if isinstance(v, dict) and "test" in v and k not in LABELS]
     teachers = [(folder, ArtefactName.parse(folder)) for folder in others]
+    teachers.sort(key=lambda one: (one[1].round, one[1].role != TEACHER.role))  # a file of JSON sorts by the alphabet
     titles = {k: n.role.replace("_", " ") + ("" if n.round == 1 else f", round {n.round}") for k, n in teachers}
     return titles | {name: label for name, label in LABELS.items() if name in results}
 

@@ -114,7 +114,7 @@ def runs_page(config: Config, run: Storage) -> str:
     uri = tracking_uri(Storage(config.run.storage_path))
     if not known.get("experiment_id") or not uri:
         return ""
-    page = f"/#/experiments/{known['experiment_id']}/runs"
+    page = f"/#/experiments/{known['experiment_id']}/runs?workflowType=machine_learning"
     return (
         mask(uri).rstrip("/") + page
         if uri.startswith("http")
