@@ -54,7 +54,8 @@ def print_export(config: Config) -> None:
         times = ", ".join(f"{name} {t['p50_ms']:.1f}" for name, t in done["latency"]["timings"].items())
         print(f"latency   {times} ms ({done['latency']['note']})")
         if done["speedup"]:
-            print(f"          in ONNX Runtime {done['speedup']:.1f} times as fast as the teacher")
+            busy = " (the machine was busy: measure again)" if done["latency"]["busy"] else ""
+            print(f"          in ONNX Runtime {done['speedup']:.1f} times as fast as the teacher{busy}")
     print("\nnext:")
     for command in next_commands(config, run):
         print(f"  {command}")
