@@ -14,7 +14,7 @@ from dfssd.data.checks import Problem
 from dfssd.data.class_names import LIST_FILES
 from dfssd.data.coco import is_coco, read_coco
 from dfssd.data.cvat import read_cvat
-from dfssd.data.listing import IMAGE_SUFFIXES, Tree, is_image
+from dfssd.data.listing import IMAGE_SUFFIXES, Tree, is_image, printable
 from dfssd.data.parsing import Unparsable, parse_json, parse_xml, parse_yaml
 from dfssd.data.source import Bad, Source, listing_faults
 from dfssd.data.voc import read_voc
@@ -22,6 +22,7 @@ from dfssd.data.yolo import load_yaml, read_cr7, read_yolo
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage, read_uri, side_by_side
 
+PACKED = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".tfrecord", ".parquet", ".h5", ".zip")
 # Formats of JSON files: how one is known, and its reader.
 JSON_FORMATS: dict[str, tuple[Callable[[Any], bool], Callable[[Tree, dict[str, Any]], Source]]] = {
     "coco": (is_coco, read_coco),
@@ -49,12 +50,28 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
             "--data is a file of a kind that is not read", where=repr(data), todo="give a folder, a data.yaml or a .zip"
         )
     if not is_yaml and not any(is_image(f) for f in tree.below()):
-        raise DfssdError("no image files found", where=repr(tree.root), todo=f"known endings: {sorted(IMAGE_SUFFIXES)}")
+        packed = [f for f in tree.below() if f.lower().endswith(PACKED)]
+        raise DfssdError(
+            "no image files found" + (f"; {packed[0]!r} is of a kind that is not unpacked" if packed else ""),
+            where=repr(tree.root),
+            todo="unpack it, and give the folder that the pictures are in"
+            if packed
+            else f"known endings: {sorted(IMAGE_SUFFIXES)}",
+        )
     source = read_yolo(tree, store.uri) if is_yaml else _Detector(tree, fmt).source()
     source = source.with_names(names)
     source.bad += listing_faults(tree)
     source.notes = tree.notes() + source.notes
     if not source.names:
+        broken = [(item.uri, item.label.problem) for item in source.items if item.label and item.label.problem]
+        if broken or source.bad:
+            path, problem = (broken or source.bad)[0]
+            raise DfssdError(
+                f"no label could be read: {len(broken) or len(source.bad)} cannot be used, such as that of "
+                f"{printable(path)!r}: {problem.said()}",
+                where=repr(data),
+                todo="mend the label files",
+            )
         raise DfssdError(
             "the data has no class names",
             where=repr(data),
@@ -190,11 +207,14 @@ class _Detector:
         return read_yolo(self.tree) if labels or listed or beside else None
 
     def _csv(self) -> Source | None:
-        if not self._asked("csv"):
+        if not self._asked("csv", "labelstudio"):
             return None
-        found = {f: other_formats.csv_rows(read_uri(f)) for f in self.files if f.lower().endswith(".csv")}
-        contents = {path: rows for path, rows in found.items() if rows}
-        return other_formats.read_csv(self.tree, contents) if contents else None
+        tables = {f: other_formats.table_rows(read_uri(f)) for f in self.files if f.lower().endswith((".csv", ".tsv"))}
+        contents = {path: rows for path, rows in tables.items() if other_formats.is_tensorflow(rows)}
+        if contents and self._asked("csv"):
+            return other_formats.read_csv(self.tree, contents)
+        tasks = {path: found for path, rows in tables.items() if (found := labelstudio.csv_tasks(rows))}
+        return labelstudio.read_label_studio(self.tree, tasks) if tasks and self._asked("labelstudio") else None
 
 
 def _parsed_json(path: str) -> Any:
