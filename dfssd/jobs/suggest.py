@@ -30,9 +30,11 @@ def job(words: Sequence[str]) -> None:
     config, flags = parse(__doc__ or "", READS, words, prog="dfssd suggest", example=EXAMPLE, **extra)
     if flags.k < 1:
         raise DfssdError(f"--k {flags.k}: at least one image", todo="give --k 50")
+    from dfssd.config_checks import refuse_relative_paths_in_a_job
     from dfssd.review.rounds import suggest_images
     from dfssd.runtime.storage import Storage
 
+    refuse_relative_paths_in_a_job(config)
     run = Storage(config.run.storage_path).at(config.run.run_name)
     fmt = None if flags.export == "none" else flags.export
     for path in suggest_images(config, run, flags.k, fmt, flags.label_studio_root):
