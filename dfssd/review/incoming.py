@@ -213,6 +213,8 @@ def _who_of_tasks(path: str, content: list[dict[str, Any]], pictures: Pictures) 
         last = max(done, key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""))
         person = last.get("completed_by") or last.get("annotator") or ""
         person = person.get("email") or person.get("id") if isinstance(person, dict) else person
+        if str(person).isdecimal():
+            person = f"user {person} of Label Studio"  # which exports numbers, and names in its organisation's page
         signed[uri] = (str(person), str(last.get("updated_at") or last.get("created_at") or ""))
     return signed
 
