@@ -29,9 +29,10 @@ from dfssd.config import Config, Models, Run, Train
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.pseudo.in_process import label_in_process
 from dfssd.review.rounds import Looked, look_at
+from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 
-TEACHER = parse_row("teacher")
+ROW = parse_row("teacher")
 MEASURES = ("map50", "map50_95")
 
 
@@ -81,7 +82,7 @@ def trained(run: Storage, config: Config, device: torch.device) -> dict[str, Any
     """Train on what `<run>/dataset` labels, and measure the last weights; what is there is read."""
     if not run.exists("result.json"):
         begun = time.monotonic()
-        result = train_row(TEACHER, config, run, "", device)
+        result = train_row(ROW, config, run, "", device)
         result |= {"last": measured(config, run, "teacher", device)["last"]}
         run.write_json("result.json", {**result, "seconds": round(time.monotonic() - begun)})
     found = run.read_json("result.json")
@@ -105,7 +106,7 @@ def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, 
                 start = read_manifest(first.at("dataset"))
                 label_in_process(config, first, "pseudo", start, ["teacher/best.pt"], device, cores=1)
                 first.write_json("pseudo/stage.json", {})
-            seen = seen or look_at(config, first, len(started))
+            seen = seen or look_at(config, first, TEACHER, len(started))
             chosen = ARMS[arm](seen, len(started), seed)
             assert len(set(chosen)) == len(started) and not started.intersection(chosen)
             hide(manifest, started.union(chosen), run.at("dataset"), seed=seed)

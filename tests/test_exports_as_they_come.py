@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from layouts import BOTH, BOX, HEIGHT, NAMES, WIDTH, N, coco_sheet, picture, pictures, put, tally, texts, voc_xml, yolo
 
-from dfssd.data.formats import read_source
-from dfssd.data.unpack import resolve_zip
+from dfssd.data.formats.read import read_source
+from dfssd.data.formats.unpack import resolve_zip
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 

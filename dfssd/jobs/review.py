@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
-from dfssd.flags import parse
 
 EXAMPLE = """dfssd review --export labelstudio --storage-path runs --run-name line3
   dfssd review --corrected export.json --storage-path runs --run-name line3"""
@@ -36,7 +36,7 @@ def job(words: Sequence[str]) -> None:
         raise DfssdError(
             "give --export PROGRAM or --corrected FILE", todo="one sends labels out, the other takes them back"
         )
-    from dfssd.config_checks import refuse_relative_paths_in_a_job
+    from dfssd.config.checks import refuse_relative_paths_in_a_job
     from dfssd.review.rounds import data_settings, export_images, take_back
     from dfssd.runtime.storage import Storage
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dfssd.config import Config, Data
-from dfssd.data.corrections import as_boxes, write_corrections
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
+from dfssd.data.preparation.corrections import as_boxes, write_corrections
 from dfssd.errors import DfssdError
-from dfssd.pipeline.stages import best_teacher
 from dfssd.pseudo.quality import Quality, measure
 from dfssd.pseudo.shards import read_shards
 from dfssd.report.pictures import draw
@@ -19,7 +18,7 @@ from dfssd.review.exports import Format, Proposal, export
 from dfssd.review.incoming import read_corrected
 from dfssd.review.network import look
 from dfssd.review.sheets import captioned, table
-from dfssd.runtime.artefact_names import DATASET, PSEUDO, STUDENT, is_finished, newest_round
+from dfssd.runtime.artefact_names import DATASET, PSEUDO, STUDENT, ArtefactName, is_finished, newest_round
 from dfssd.runtime.storage import Storage
 
 LOOKED_AT = 2000  # images a network looks at for features and disagreement; the best by the teacher's candidates first
@@ -89,13 +88,16 @@ class Looked:
         return suggest.choose(total, self.groups, self.features, self.known, k, self.taken)
 
 
-def look_at(config: Config, run: Storage, k: int) -> Looked:
-    """Show the most promising unlabelled images, several times `k`, and the labelled ones to a network."""
+def look_at(config: Config, run: Storage, teacher: ArtefactName, k: int) -> Looked:
+    """Show the most promising unlabelled images, several times `k`, and the labelled ones to a network.
+
+    Args:
+        teacher: the one that labelled the images; it looks at them where there is no student.
+    """
     state = read_labelled(config, run)
     first = suggest.score(state.manifest, state.boxes, None, state.tau_c)
     order = np.argsort(-first.total(), kind="stable")[: max(LOOKED_AT, 4 * k)]
     rows, boxes = [state.rows[i] for i in order], [state.boxes[i] for i in order]
-    teacher = best_teacher(run, newest_round(run))
     network = STUDENT if is_finished(run, STUDENT) else teacher
     known = state.manifest.labelled_rows()[:LOOKED_AT]
     everything, features = look(
@@ -108,13 +110,18 @@ def look_at(config: Config, run: Storage, k: int) -> Looked:
     return Looked(state, rows, boxes, scores, groups, features[:n], features[n:], taken, str(teacher))
 
 
-def suggest_images(config: Config, run: Storage, k: int, fmt: Format | None, root: str) -> list[str]:
+def suggest_images(
+    config: Config, run: Storage, teacher: ArtefactName, k: int, fmt: Format | None, root: str
+) -> list[str]:
     """Choose `k` images; leaves suggest.csv, scores.csv, suggest.png and the export below `<run>/suggest`.
+
+    Args:
+        teacher: see `look_at`.
 
     Returns:
         names of what was written.
     """
-    seen = look_at(config, run, k)
+    seen = look_at(config, run, teacher, k)
     state, rows, total = seen.state, seen.rows, seen.scores.total()
     chosen, distance = seen.choose(k)
     store = run.at(FOLDER)
