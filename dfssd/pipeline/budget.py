@@ -55,6 +55,8 @@ def with_steps(config: Config, run: Storage) -> Config:
     if not is_finished(run, DATASET):
         return config
     summary = run.read_json(f"{DATASET}/stage.json")["summary"]
+    if config.train.steps and "splits" not in summary:
+        return config  # a record that says nothing about its images
     splits, labelled = summary["splits"], int(summary["labelled_images"])
     unlabelled = splits["train"]["images"] - labelled + splits["unlabelled-only"]["images"]
     config = _without_unlabelled(config) if not unlabelled else config
