@@ -14,8 +14,9 @@ import pytest
 
 from dfssd.errors import DfssdError
 from dfssd.pipeline import replay as replay_module
-from dfssd.pipeline.replay import deliver, deliver_later, replay
+from dfssd.pipeline.replay import deliver, deliver_later, replay, summary_numbers
 from dfssd.runtime import outbox as outbox_module
+from dfssd.runtime import system_metrics
 from dfssd.runtime import tracker as tracker_module
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import ArtefactName
@@ -113,6 +114,50 @@ def _finish(run, name="label_only", steps=6):
     stage.store.write("best.pt", b"weights")
     stage.finish(["history.json", "best.pt"], {"best": {"map50": 0.5}})
     return stage
+
+
+def test_a_summary_is_a_few_columns_and_its_tables_stay_in_files():
+    cell = {"per_image": 1.5, "tau": None}
+    quality = {
+        "chosen": "gmm",
+        "policies": {p: dict.fromkeys(("pit", "all"), cell) for p in ("gmm", "ema")},
+        "warnings": [],
+    }
+    assert summary_numbers(quality) == {"quality/per_image": 1.5}
+    data = {
+        "images": 9,
+        "splits": {"val": {"images": 2, "boxes": {"pit": 7}}},
+        "labelled_boxes": {"pit": 3},
+        "notes": ["x"],
+    }
+    assert summary_numbers(data) == {"summary/images": 9.0, "summary/labelled_boxes.pit": 3.0}
+
+
+def test_how_busy_the_machine_is_goes_with_the_numbers(storage, mlflow, monkeypatch):
+    """The data set lies on the stage's run and on the pipeline's, where people look for it; the page opens at the runs."""
+    monkeypatch.setattr(system_metrics, "EVERY_S", 0.02)
+    runs = Runs(storage, "e", "r", {}, {})
+    run_id = runs.stage("student", None, {})
+    for one in (run_id, runs.parent()):
+        runs.dataset(one, "data/manifest.parquet", "d1", {"images": 9})
+        runs.dataset(one, "data/manifest.parquet", "d1", {"images": 9})  # by each stage
+    assert runs.close(20)
+    tracker, deadline, step = Tracker(runs.uri, run_id, system=True), time.monotonic() + 30, 0
+    while "system/cpu_utilization_percentage" not in (found := mlflow.get_run(run_id)).data.metrics:
+        assert time.monotonic() < deadline
+        step += 1
+        tracker.log({"loss/total": 1.0}, step)
+        time.sleep(0.05)
+    tracker.close(20)
+    assert {"loss/total", "system/system_memory_usage_percentage", "system/disk_usage_percentage"} <= set(
+        found.data.metrics
+    )
+    for one in (found, mlflow.get_run(runs.parent())):
+        assert [(d.dataset.name, d.dataset.digest) for d in one.inputs.dataset_inputs] == [("manifest", "d1")]
+        assert one.data.tags["mlflow.user"] and one.data.tags["mlflow.source.name"]
+    experiment = mlflow.get_experiment_by_name("e")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert storage.at("r").read_json("run.json")["experiment_id"] == experiment.experiment_id
 
 
 def _steps(mlflow, run_id, name):

@@ -377,8 +377,10 @@ class Evaluate(Section):
 class Export(Section):
     """Files for the machine at the line."""
 
-    formats: tuple[Literal["onnx", "openvino"], ...] = Field(
-        ("onnx",), description="What is written: onnx always, openvino too; without any the pipeline exports nothing."
+    formats: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = Field(
+        ("onnx",),
+        description="What is written: onnx always; openvino and tensorrt where they are installed, the last on a GPU like "
+        "that at the line. Without any the pipeline exports nothing.",
     )
     nms_inside: bool = Field(
         False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."

@@ -53,7 +53,7 @@ def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, An
                 Pictures.of(chosen, len(manifest.names)), manifest.names, config.evaluate.max_escape
             )
             point = {**point, "chosen_on": where}
-        numbers = measure_split(records, manifest.names, thresholds_of(point, manifest.names))
+        numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
         results[file] = {**numbers, "operating_point": point, "imgsz": imgsz}
     sizes = {one["imgsz"] for one in results.values()}
     for imgsz in sorted(sizes):

@@ -22,14 +22,22 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
     """
     settings = context.config.export
     check_formats(settings.formats)
-    if settings.int8 and settings.nms_inside:
-        raise DfssdError("--int8 and --nms-inside exclude each other", todo="leave one of them out")
+    if settings.nms_inside and (settings.int8 or "tensorrt" in settings.formats):
+        raise DfssdError("--nms-inside goes with neither --int8 nor tensorrt", todo="leave one of them out")
     if not context.run.exists(f"{REPORT}/stage.json") and REPORT not in planned:
         raise DfssdError(
             "nothing has measured the models, so there is no operating point to export",
             where=context.run.uri,
             todo="run jobs/evaluate.py first, or jobs/pipeline.py, which runs all in order",
         )
+    if REPORT not in planned:
+        size = context.run.read_json(f"{REPORT}/metrics.json")["environment"]["imgsz"]
+        if size != context.config.train.imgsz:
+            raise DfssdError(
+                f"--imgsz {context.config.train.imgsz}, but the operating point was chosen at {size} px: scores are others",
+                where=context.run.uri,
+                todo=f"give --imgsz {size}, or measure at the other size first: dfssd evaluate with it and --overwrite",
+            )
     return [f"export: {', '.join(settings.formats)}{' and int8' if settings.int8 else ''}"]
 
 
@@ -42,8 +50,8 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     model = str(exported_model(context.config, context.run))
     connect()
     run = context.config.run
-    resources = task_resources(run)
-    task = ray.remote(export_model).options(num_cpus=resources.cpus, max_retries=1)
+    resources = task_resources(run, "require" if "tensorrt" in context.config.export.formats else "never")
+    task = ray.remote(export_model).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=1)
     ref = task.remote(context.config, context.run.uri, model, resources.threads)
     done = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")
     stage.store.write_json("export.json", done)
