@@ -225,3 +225,43 @@ def test_where_no_label_can_be_read_the_first_one_is_named_not_the_missing_class
         put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k).replace("<xmin>20.0", "<xmin>20,5"))
     with pytest.raises(DfssdError, match=r"no label could be read: 8 cannot be used.*000\.png.*'20,5'"):
         read_source(str(tmp_path), "auto", ())
+
+
+def test_labels_in_two_formats_are_an_error_where_one_says_nothing_about_pictures_of_the_other(tmp_path):
+    pictures(tmp_path / "images")
+    put(tmp_path / "classes.txt", "scratch\npit\n")
+    texts(tmp_path / "labels", range(4))
+    for k in range(4, N):
+        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k))
+    with pytest.raises(DfssdError, match=r"two formats: 4 pictures that have no label as voc have a \.txt file"):
+        read_source(str(tmp_path), "auto", ())
+    source = read_source(str(tmp_path), "yolo", ())
+    assert any("4 pictures that have no label as yolo have a .xml file" in note for note in source.notes)
+    texts(tmp_path / "labels")
+    for k in range(4):
+        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k))
+    assert tally(read_source(str(tmp_path), "auto", ())) == (BOTH, {}, 0)  # the same said twice
+
+
+def test_what_lies_one_step_away_is_named(tmp_path):
+    root = yolo(tmp_path / "set", None)
+    put(root / "classes.txt", "scratch\npit\n")
+    with pytest.raises(DfssdError) as caught:
+        read_source(str(root / "images"), "auto", ())
+    assert f"the folder above, '{root}'" in caught.value.todo
+    pictures(tmp_path / "task")
+    put(tmp_path / "task" / "annotations.zip", b"x")
+    with pytest.raises(DfssdError) as caught:
+        read_source(str(tmp_path / "task"), "auto", ())
+    assert "annotations.zip" in caught.value.todo
+
+
+def test_label_files_that_keep_the_ending_of_the_picture(tmp_path):
+    pictures(tmp_path / "y")
+    texts(tmp_path / "y", pattern="{:03d}.png.txt")
+    put(tmp_path / "y" / "classes.txt", "scratch\npit\n")
+    pictures(tmp_path / "v" / "images")
+    for k in range(N):
+        put(tmp_path / "v" / "annotations" / f"{k:03d}.png.xml", voc_xml(k))
+    for folder in ("y", "v"):
+        assert tally(read_source(str(tmp_path / folder), "auto", ())) == (BOTH, {}, 0)

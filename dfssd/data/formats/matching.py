@@ -107,7 +107,15 @@ class Pictures:
         base = composed(name.rpartition("/")[2])
         for form in dict.fromkeys((base, unquote(base), _UPLOAD.sub("", base))):
             stem = form.rstrip(".") if form.endswith(".") else form.rpartition(".")[0] or form
-            for key in (form, form.lower(), f"{form}.", f"{form.lower()}.", f"{stem}.", f"{stem.lower()}."):
+            for key in (
+                form,
+                form.lower(),
+                form.rstrip("."),
+                f"{form}.",
+                f"{form.lower()}.",
+                f"{stem}.",
+                f"{stem.lower()}.",
+            ):
                 if found := self._by.get(key):
                     return found
         return []
