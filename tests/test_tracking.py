@@ -4,6 +4,7 @@ import http.server
 import json
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -406,6 +407,33 @@ def test_a_create_whose_answer_was_lost_is_not_made_twice(storage, mlflow, monke
     while len(made) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert made[0] == made[1] and mlflow.get_run(made[0]).data.params == {"a": "1"}
+
+
+@pytest.mark.slow  # sqlite waits for the lock
+@pytest.mark.faults
+def test_a_locked_sqlite_file_stops_nothing_and_gets_everything_later(storage, mlflow):
+    """Another program holds the file, as a backup or a browser of databases does."""
+    run, runs = storage.at("r"), Runs(storage, "exp", "r")
+    stage = _finish(run)
+    run_id = runs.stage("label_only", None, {}, keep=stage.record_run_id)
+    assert runs.close(60)
+    other = sqlite3.connect(f"{storage.root}/mlflow.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    begun = time.monotonic()
+    tracker = Tracker(runs.uri, run_id)
+    for step in range(1, 7):
+        tracker.log({"loss/total": 1.0 / step}, step)
+    tracker.close(patience_s=1)
+    again = Runs(storage, "exp", "r")
+    assert again.stage("label_only", stage.recorded_run_id(), {}, keep=stage.record_run_id) == run_id
+    assert not again.close(1) and len(tracker.undelivered) == 6
+    assert time.monotonic() - begun < 60
+    other.execute("COMMIT")
+    other.close()
+    later = Runs(storage, "exp", "r")
+    deliver_later(later, run, "label_only")
+    assert later.close(60) and _steps(mlflow, run_id, "loss/total") == [1, 2, 3, 4, 5, 6]
+    assert len(mlflow.search_runs([mlflow.get_experiment_by_name("exp").experiment_id])) == 2
 
 
 def test_replay_by_hand(storage, mlflow, monkeypatch):

@@ -17,7 +17,7 @@ from torch import nn
 
 from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
-from dfssd.data.manifest import Manifest, read_manifest
+from dfssd.data.manifest import TEST, VAL, Manifest, read_manifest
 from dfssd.evaluate import curves
 from dfssd.evaluate.coco import coco_numbers
 from dfssd.evaluate.detections import write_detections
@@ -33,7 +33,7 @@ from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 
-STUDENTS = (str(LABEL_ONLY), str(STUDENT))
+STUDENTS = (str(LABEL_ONLY), str(STUDENT))  # what is compared, and with what
 LATENCY_CONF = 0.25  # a line keeps few boxes: NMS over thousands of scores near zero is not what it waits for
 Records = Sequence[dict[str, Any]]  # one (see `validation.record`) a picture
 
@@ -61,7 +61,7 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
     device = torch.device("cuda" if torch.cuda.is_available() and config.run.gpu != "never" else "cpu")
     run = Storage(run_uri)
     manifest = read_manifest(run.at("dataset"))
-    splits = {name: images_of(manifest, name, config.train.imgsz) for name in ("val", "test")}
+    splits = {name: images_of(manifest, name, config.train.imgsz) for name in (VAL, TEST)}
     results: dict[str, Any] = {}
     records: dict[tuple[str, str], Records] = {}
     found: dict[tuple[str, str], Records] = {}
@@ -80,17 +80,18 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
         records |= {(name, split): both.as_yolo_val for split, both in own.items()}
         found |= {(name, split): both.as_line for split, both in own.items()}
         networks[name] = lambda image, model=model: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)
-        last = last_weights(config, run, name, results[name], splits["test"], device) if name in STUDENTS else None
+        last = last_weights(config, run, name, results[name], splits[TEST], device) if name in STUDENTS else None
         results[name] |= {"last": last} if last else {}
-        test = results[name]["test"]
+        test = results[name][TEST]
         print(f"evaluate: {name}  test mAP50 {test['map50']:.4f}  {time.monotonic() - begun:.1f} s", flush=True)
     write_detections(run.at("report"), found)
     square = torch.rand(1, 3, config.train.imgsz, config.train.imgsz, generator=torch.Generator().manual_seed(0))
     latency = measure_latency(networks, square, repeats=config.evaluate.latency_repeats, threads=threads)
     for name, timing in latency.timings.items():
         results[name] |= {"latency_ms": timing.p50_ms, "latency_p95_ms": timing.p95_ms}
-    if {"label_only", "student"} <= set(models):
-        results["gate"] = compare(list(records["label_only", "val"]), list(records["student", "val"]))
+    if set(STUDENTS) <= set(models):
+        base, other = (list(records[name, VAL]) for name in STUDENTS)
+        results["gate"] = compare(base, other)
     results |= {"latency": latency.as_dict(), "labels": labels_used(manifest)}
     return results | {"environment": environment(config, manifest, threads)}
 
@@ -118,18 +119,18 @@ def last_weights(
     summary = run.read_json(f"{name}/stage.json")["summary"]
     if not summary.get("last"):
         return None
-    numbers: Mapping[str, Any] = best["test"]
+    numbers: Mapping[str, Any] = best[TEST]
     if summary["best"]["step"] != summary["steps"]:
         model, names = ready_model(run.read(file), run.path(file), config.train.imgsz)
         model.to(device)
         numbers = summarise(list(collect(detecting(model), test, WorkerGroup(), device)), dict(enumerate(names)))
-    measured = {"val": summary["last"], "test": numbers}
+    measured = {VAL: summary["last"], TEST: numbers}
     return {"step": summary["steps"]} | {k: {m: float(v[m]) for m in MEASURES} for k, v in measured.items()}
 
 
 def labels_used(manifest: Manifest) -> dict[str, Any]:
     """Images whose labels trained or chose: train, val; and whether val was a part of what may be labelled (from_labels)."""
-    val = sum(r.boxes is not None for r in manifest.of_split("val"))
+    val = sum(r.boxes is not None for r in manifest.of_split(VAL))
     from_labels = bool(manifest.meta.get("val_from_labels", False))
     return {"train": len(manifest.labelled_rows()), "val": val, "from_labels": from_labels}
 
@@ -158,7 +159,7 @@ def measure_detector(records: Mapping[str, Both], names: Sequence[str], max_esca
         names: its classes, which are those of the splits.
         max_escape: share of defective pictures (0..1) that may pass.
     """
-    point = operating_point(Pictures.of(records["val"].as_line, len(names)), names, max_escape)
+    point = operating_point(Pictures.of(records[VAL].as_line, len(names)), names, max_escape)
     tau_c = thresholds_of(point, names)
     numbers = {split: measure_split(*both, names, tau_c) for split, both in records.items()}
     return {**numbers, "operating_point": point}
@@ -206,8 +207,8 @@ def environment(config: Config, manifest: Manifest, threads: int) -> dict[str, A
         "threads": threads,
         "imgsz": config.train.imgsz,
         "torch": torch.__version__,
-        "test_images": len(manifest.of_split("test")),
-        "val_images": len(manifest.of_split("val")),
+        "test_images": len(manifest.of_split(TEST)),
+        "val_images": len(manifest.of_split(VAL)),
     }
 
 

@@ -64,18 +64,7 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
     manifest, results = read_manifest(run.at("dataset")), run.read_json("report/metrics.json")
     net = _load(run, model, config.train.imgsz)
     measured = run.read_json(f"{model}/stage.json").get("published", model)
-    names = class_names(net)
-    metadata = {
-        "names": names,
-        "imgsz": config.train.imgsz,
-        "operating_point": results[measured]["operating_point"],
-        "white": max((row.white for row in manifest.rows), default=0.0),
-        "reference": _reference(net, names, results[measured]["operating_point"], manifest, config.train.imgsz),
-        "weights_sha256": hashlib.sha256(run.read(f"{model}/best.pt")).hexdigest(),
-        "trained": f"{config.run.run_name}/{model}",
-        "code": code_version(),
-        "license": "AGPL-3.0",
-    }
+    metadata = _metadata(config, run, model, net, manifest, results[measured]["operating_point"])
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         files = _files(config, manifest, net, model, metadata)
@@ -88,7 +77,9 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
             (place / name).write_bytes(files[name])
         detectors = _open(place, model, threads)
         rows = _labelled(manifest, settings.parity_pictures)
-        parities = check_parity(net, detectors, rows, names, config.train.imgsz, metadata["operating_point"])
+        parities = check_parity(
+            net, detectors, rows, metadata["names"], config.train.imgsz, metadata["operating_point"]
+        )
         for parity in parities:
             print(f"export: {parity.in_words()}", flush=True)
         require(parities)
@@ -110,6 +101,24 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
         "latency": latency,
         "speedup": round(pair[0]["p50_ms"] / pair[1]["p50_ms"], 2) if all(pair) and model != "teacher" else None,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _metadata(
+    config: Config, run: Storage, model: str, net: nn.Module, manifest: Manifest, point: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an exported file says of itself: what runs it, what drift is judged by, and where it comes from."""
+    names, imgsz = class_names(net), config.train.imgsz
+    return {
+        "names": names,
+        "imgsz": imgsz,
+        "operating_point": point,
+        "white": max((row.white for row in manifest.rows), default=0.0),
+        "reference": _reference(net, names, point, manifest, imgsz),
+        "weights_sha256": hashlib.sha256(run.read(f"{model}/best.pt")).hexdigest(),
+        "trained": f"{config.run.run_name}/{model}",
+        "code": code_version(),
+        "license": "AGPL-3.0",
     }
 
 

@@ -6,7 +6,7 @@ Legends stand below the axes, never over the curves.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 38
 LONG = 26  # letters of a name, above which the legend has one column
 
 Points = Sequence[tuple[float, float | None]]
+Place = Callable[[float, float], tuple[float, float]]  # of a point of the data in the picture (px)
 
 
 def line_chart(
@@ -57,18 +58,7 @@ def line_chart(
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
     parts.append(f'<text x="{LEFT}" y="16" class="title">{escape(title)}</text>')
-    for value in up:
-        _, y = place(x0, value)
-        parts.append(f'<line x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{y + 4}" text-anchor="end">{_number(value)}</text>')
-    for value in across:
-        x, _ = place(value, y0)
-        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_number(value)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    if y_label:
-        turned = f'transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'
-        parts.append(f'<text {turned} text-anchor="middle">{escape(y_label)}</text>')
+    parts += _axes(place, across, up, x_label, y_label)
     if diagonal:
         (a, b), (c, d) = place(x0, x0), place(x1, x1)
         parts.append(f'<line x1="{a}" y1="{b}" x2="{c}" y2="{d}" class="mark"/>')
@@ -91,6 +81,24 @@ def line_chart(
             parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" stroke="{colour}" stroke-width="3"{dash}/>')
             parts.append(f'<text x="{x + 23}" y="{y + 4}">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def _axes(place: Place, across: Sequence[float], up: Sequence[float], x_label: str, y_label: str) -> list[str]:
+    """Grid, numbers at the ticks, and what the axes are."""
+    parts = []
+    for value in up:
+        _, y = place(across[0], value)
+        parts.append(f'<line x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}" class="grid"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 4}" text-anchor="end">{_number(value)}</text>')
+    for value in across:
+        x, _ = place(value, up[0])
+        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_number(value)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    if y_label:
+        turned = f'transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'
+        parts.append(f'<text {turned} text-anchor="middle">{escape(y_label)}</text>')
+    return parts
 
 
 def _pieces(points: Points) -> list[list[tuple[float, float]]]:
