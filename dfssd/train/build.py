@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
@@ -60,9 +59,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         detector.compile()
         if teaching:
             teaching.teacher.model.compile()
-    wrapped: nn.Module = student
-    if world.size > 1:
-        wrapped = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = world.share_gradients(student)
     candidates = read_pseudo(run.at(str(job.pseudo))) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if job.distill_settings() else None
     caches, dtype = _caches(job, manifest), autocast_dtype(config.train.amp, device)
