@@ -113,8 +113,7 @@ class Data(Section):
         0.0,
         ge=0,
         le=1,
-        description="Share of the train images whose labels may be used; the others are hidden, for research. 0: all, or "
-        "0.1 where every image is labelled.",
+        description="Share of the train images whose labels may be used; the others are hidden, for research. 0: all.",
     )
     labels_per_class: int = Field(0, ge=0, description="Labelled images per class instead of a fraction; 0: off.")
     labelled_list: str = Field("", description="Text file naming the labelled images, one a line, instead of both.")
@@ -157,10 +156,10 @@ class Train(Section):
     imgsz: int = Field(640, ge=32, multiple_of=32, description="Side of the square network input (px).")
     batch: int = Field(16, ge=1, description="Labelled images in a global batch.")
     steps: int = Field(
-        1680,
+        0,
         ge=0,
         description="Optimiser steps of the student and of the label-only baseline; 0: from the size of the data, so that "
-        "each unlabelled image is seen 20 times (1000 to 20000 steps), or --epochs-unlabelled times.",
+        "each unlabelled image is seen 20 times (1000 to 20000 steps), or --epochs-unlabelled times; the run says how many.",
     )
     teacher_steps: int = Field(0, ge=0, description="Optimiser steps of the teacher; 0: as many as --steps.")
     teacher_patience: int = Field(
@@ -371,7 +370,9 @@ class MeanTeacher(Section):
 class Evaluate(Section):
     """How the finished models are measured."""
 
-    latency_repeats: int = Field(30, ge=3, description="Timed single-image passes a model; the median is reported.")
+    latency_repeats: int = Field(
+        30, ge=3, description="Timed single-image passes a model; the report has median and 95th percentile."
+    )
     sample_images: int = Field(12, ge=0, description="Test images drawn with their detections.")
     max_escape: float = Field(
         0.02,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -65,23 +66,43 @@ def _init_in_background(started: threading.Event) -> None:
     threading.Event().wait()
 
 
+def _take_back(handler: Any) -> None:
+    """SIGTERM is the driver's own again. Ray's handler, which `ray.init` has put below it, writes a stack trace and aborts a
+    process that has not ended three seconds later, whatever it is storing."""
+    is_driver = ray._private.worker.global_worker.mode == ray.SCRIPT_MODE
+    if is_driver and handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def is_half_started(wait_s: float) -> bool:
+    """Is a Ray still being started in the background, after so many seconds?"""
+    return _started is not None and not _started.wait(wait_s)
+
+
 def connect() -> None:
     """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start a local Ray."""
     if _started is not None:
         _started.wait()
     if ray.is_initialized():
         watch_local_ray()
+        _take_back(signal.getsignal(signal.SIGTERM))
         return
     set_driver_environment()
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**_settings())
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # of Ray's own processes it raises no class of its own
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raw = type(error) is Exception  # the end of a log
         raise DfssdError(
-            f"no connection to Ray: {str(error).splitlines()[0]}",
+            f"no connection to Ray: {lines[-1 if raw else 0]}",
             where=os.environ.get("RAY_ADDRESS", "local"),
-            todo="check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
+            todo="type the same command again: another program may just have taken a port"
+            if raw
+            else "check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
         ) from error
     watch_local_ray()
+    _take_back(terminate)
 
 
 def _settings() -> dict[str, Any]:

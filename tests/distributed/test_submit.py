@@ -24,6 +24,8 @@ JOBS = {  # each job refuses flags that it does not read
     "teacher": [*SIZE, *STUDENT, *TEACHER],
     "pseudo_label": [*SIZE, "--tta", "none", "--steps", "6"],
     "distill": [*SIZE, *STUDENT],
+    "suggest": [*SIZE, "--k", "5"],
+    "review": ["--export", "cvat", "--imgsz", "64"],
     "evaluate": [*SIZE, "--latency-repeats", "3", "--sample-images", "2"],
 }
 SPACE = 'ROWS = {"labels alone": {"method": "label_only"}, "distilled": {"method": "distill"}}'
@@ -96,6 +98,7 @@ def test_each_job_runs_and_ends_with_0(cluster):
         if name == "distill":
             assert "student: step 6/6 (100 %)" in said(done), "the log of the job has its progress"
     runs = cluster.root / "runs" / "r"
+    assert (runs / "suggest" / "suggest.csv").exists() and (runs / "review" / "annotations.xml").exists()
     assert (runs / "student" / "best.pt").exists() and (runs / "report" / "report.html").exists()
     whole = [*JOBS["teacher"], *JOBS["prepare"], "--tta", "none", *JOBS["evaluate"][len(SIZE) :], "--no-baseline"]
     done = cluster.job("pipeline", *whole)
@@ -109,9 +112,9 @@ def test_a_sweep_runs_as_a_job(cluster):
 
 
 def test_a_user_error_is_the_jobs_exit_code_and_in_its_log(cluster):
-    wrong = cluster.job("prepare", "--label-fraction", "0", run="wrong")
+    wrong = cluster.job("prepare", "--label-fraction", "2", run="wrong")
     relative = cluster.submit(sys.executable, "jobs/prepare.py", "--data", "my_data", "--storage-path", "/tmp/x")
-    for done, text in ((wrong, "greater than 0"), (relative, "--data my_data is relative")):
+    for done, text in ((wrong, "less than or equal to 1"), (relative, "--data my_data is relative")):
         assert done.returncode != 0 and text in said(done) and "Traceback" not in said(done), said(done)[-3000:]
 
 
