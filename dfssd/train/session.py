@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
@@ -19,7 +17,7 @@ from dfssd.config import Distill
 from dfssd.config_checks import check_weights
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
 from dfssd.data.decoded import DecodedCache
-from dfssd.data.loaders import start_server, training_loader
+from dfssd.data.loaders import Supply, start_server, training_loader
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_pseudo
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion
@@ -33,9 +31,10 @@ from dfssd.pseudo.quality import val_evidence
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import Rules, StepTargets, or_no_candidate, targets_of
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
-from dfssd.runtime.storage import Storage
+from dfssd.runtime.storage import Storage, is_remote
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.clocks import StepClock
+from dfssd.train.data_parallel import averaged_gradients
 from dfssd.train.feed import Feed
 from dfssd.train.job import TrainJob
 from dfssd.train.mean_teacher import InLoopTeacher
@@ -108,9 +107,9 @@ class Session:
         """Micro-batches of this worker on its device, from the present step to the last."""
         batch, count = self.job.config.train.batch, self.micro_batches
         labelled = [len(range(k, batch, count)) for k in range(count)]
-        return Feed(iter(self.loader()), self.mine, self.targets, labelled, self.device)
+        return Feed(self.loader(), self.mine, self.targets, labelled, self.device)
 
-    def loader(self) -> Iterable[dict[str, Any]]:
+    def loader(self) -> Supply:
         """Batches of this worker from the present step to the last."""
         config = self.job.config
         per_step = {"labelled": config.train.batch}
@@ -197,7 +196,8 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     config, method = job.config, job.distill_settings()
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
-    manifest = read_manifest(run.at("dataset"))
+    shared = world.size > 1 or is_remote(job.run_uri)  # of the next stage too, where reading is slow
+    manifest = read_manifest(run.at("dataset"), shared)
     weights = job.store.read("init.pt") if job.store.exists("init.pt") else None
     detector = build_detector(job.model_spec, manifest.names, config.train.imgsz, weights).to(device)
     # Before taps: hooks are not for what is saved. The average of a mean teacher teaches from the first step, so that it must
@@ -218,10 +218,8 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         detector.compile()
         if teaching:
             teaching.teacher.model.compile()
-    wrapped: nn.Module = student
-    if world.size > 1:
-        wrapped = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
-    candidates = read_pseudo(run.at(str(job.pseudo))) if job.pseudo and config.unlabelled_batch() else {}
+    wrapped = averaged_gradients(student) if world.size > 1 else student
+    candidates = read_pseudo(run.at(str(job.pseudo)), shared) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if method else None
     in_loop = InLoopTeacher(ema.ema, policy, config, world) if isinstance(policy, RunningThresholds) else None
     box_loss, online = config.train.box_loss, teaching.online if teaching else None
