@@ -33,7 +33,7 @@ from dfssd.config import Config, Pseudo, Run
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.letterbox import decode_shard
 from dfssd.evaluate.validation import validate
-from dfssd.models.detector import load_detector
+from dfssd.models.yolo.detector import load_detector
 from dfssd.pseudo.in_process import label_in_process
 from dfssd.pseudo.shards import shard_images, shards
 from dfssd.pseudo.teachers import load_teachers

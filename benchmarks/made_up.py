@@ -25,13 +25,14 @@ from dfssd.config import Config, Models, Run, Train
 from dfssd.data.dataset import network_input
 from dfssd.data.manifest import Boxes, Manifest, Row, pseudo_table, read_manifest, write_manifest, write_table
 from dfssd.data.reading import decode, shrink
-from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.job import TrainJob
-from dfssd.train.session import Session, build_session
+from dfssd.train.session import Session
 
 NAMES = ["pit", "scratch", "patch"]
 SURE = 40  # anchor points of a made-up teacher above the floor score, an image

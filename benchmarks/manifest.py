@@ -20,8 +20,8 @@ import numpy as np
 import tyro
 
 from dfssd.data.manifest import Manifest, Row, read_manifest, write_manifest
+from dfssd.data.preparation.splits import assign_splits, class_counts, labelling_order
 from dfssd.data.sampling import StepSampler
-from dfssd.data.splits import assign_splits, class_counts, labelling_order
 from dfssd.report.tables import render
 from dfssd.runtime.storage import Storage
 

@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 import tyro
 
-from dfssd.data import grouping, neighbours
+from dfssd.data.preparation import grouping, neighbours
 from dfssd.data.synthetic import NAMES, make_image
 from dfssd.report.tables import render
 
@@ -33,8 +33,8 @@ CHILD = """
 import json, os, resource, sys, time
 import ray
 from dfssd.config import Data
-from dfssd.data import check_cluster
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation import check_cluster
+from dfssd.data.preparation.prepare import prepare
 from dfssd.runtime.environment import set_driver_environment
 from dfssd.runtime.storage import Storage
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import tyro
 
-from dfssd.choices import POLICIES
 from dfssd.config import Config, Run, Train
+from dfssd.config.choices import POLICIES
 from dfssd.evaluate.measure import measure
 from dfssd.runtime.storage import Storage
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
-from dfssd.models.taps import Taps
+from dfssd.models.yolo.taps import Taps
 
 TAPS = (2, 4, 6, 8, 12, 15, 18, 21)
 

@@ -28,8 +28,8 @@ from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.loop import clip, update
-from dfssd.train.session import build_session
 from dfssd.train.step import accumulate
 
 

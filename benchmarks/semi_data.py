@@ -10,7 +10,7 @@ import numpy as np
 
 from dfssd.data.dataset import decode, shrink
 from dfssd.data.manifest import Manifest, read_manifest, write_manifest, write_withheld
-from dfssd.data.splits import class_counts, labelling_order
+from dfssd.data.preparation.splits import class_counts, labelling_order
 from dfssd.runtime.storage import Storage
 
 QUALITY = 80  # of the reduced JPEGs
@@ -27,7 +27,7 @@ def all_labels(data: str, out: Path) -> Manifest:
     folder = Path(data) if exported else out
     if not Path(folder, "manifest.parquet").exists():
         from dfssd.config import Data
-        from dfssd.data.prepare import prepare
+        from dfssd.data.preparation.prepare import prepare
 
         prepare(Data(data=data, label_fraction=1.0), 0, Storage(str(folder)))
     manifest = read_manifest(Storage(str(folder)))

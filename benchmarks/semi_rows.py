@@ -22,7 +22,7 @@ from dfssd.config import Config
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withheld
 from dfssd.evaluate.validation import validate
-from dfssd.models.detector import load_detector, resolve_weights
+from dfssd.models.yolo.detector import load_detector, resolve_weights
 from dfssd.pipeline.stages import row_of, settings_of
 from dfssd.pseudo.calibration import calibrate
 from dfssd.pseudo.in_process import label_in_process

@@ -36,19 +36,19 @@ from ultralytics.utils.torch_utils import ModelEMA
 from dfssd.config import Config, Data, Distill, Models, Run, Train
 from dfssd.data.dataset import network_input
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.distill.features import KINDS
-from dfssd.models.detector import Teacher, build_detector, detector_bytes
-from dfssd.models.head import branches
+from dfssd.models.yolo.detector import Teacher, branches, build_detector, detector_bytes
 from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.feed import moved
 from dfssd.train.loop import clip, update
-from dfssd.train.session import Session, build_session
+from dfssd.train.session import Session
 from dfssd.train.step import accumulate
 
 ALL_FP32 = "ours, full, teacher fp32"

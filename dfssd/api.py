@@ -33,7 +33,7 @@ def settings(file: str | Path = "", **values: Any) -> Config:
     Raises:
         DfssdError: an unknown name (with the nearest), or a value that cannot be.
     """
-    from dfssd.config_file import checked, read_config
+    from dfssd.config.file import checked, read_config
 
     tree = (read_config(str(file)) if file else Config()).model_dump()
     homes = {key.rpartition(".")[2]: key.rpartition(".")[0] for key in all_keys()}

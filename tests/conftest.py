@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from dfssd.config import Data
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.runtime.storage import Storage
 

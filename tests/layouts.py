@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 
 from dfssd.config import Data
-from dfssd.data.checking import Checked, check_one
-from dfssd.data.source import Source
+from dfssd.data.checks import Checked
+from dfssd.data.formats.source import Source
+from dfssd.data.preparation.checking import check_one
 
 NAMES = ("scratch", "pit")
 N, WIDTH, HEIGHT = 8, 64, 48

@@ -19,9 +19,9 @@ from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
 from dfssd.distill.criterion import Criterion
-from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import Teacher, build_detector
-from dfssd.models.pairing import pair
+from dfssd.models.yolo.detection_loss import DetectionLoss
+from dfssd.models.yolo.detector import Teacher, build_detector
+from dfssd.models.yolo.pair import pair
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.pseudo.thresholds import EmaThreshold, FixedThreshold
 from dfssd.runtime.worker_group import WorkerGroup

@@ -9,7 +9,7 @@ import torch
 
 from dfssd.config import Config, Data, Distill, Models, Pseudo, Run, Thresholds, Train
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
-from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage

@@ -51,7 +51,7 @@ def test_a_run_is_made_and_read(strip, tmp_path, capsys):
 
 
 def test_a_run_s_model_is_an_ultralytics_model(tmp_path):
-    from dfssd.models.detector import build_detector, detector_bytes
+    from dfssd.models.yolo.detector import build_detector, detector_bytes
 
     run = dfssd.api.FinishedRun(dfssd.api.Storage(str(tmp_path)))
     run.store.write("student/best.pt", detector_bytes(build_detector("yolov8n.yaml", ["pit", "dent"], 64), {}))

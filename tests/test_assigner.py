@@ -6,10 +6,10 @@ import pytest
 import torch
 from ultralytics.utils.tal import TaskAlignedAssigner
 
-from dfssd.models import assigner
-from dfssd.models.assigner import Rule, assign
-from dfssd.models.detection_loss import decoded, distribution_focal
-from dfssd.models.head import anchors_of
+from dfssd.models.anchors import anchors_of
+from dfssd.models.yolo import assigner
+from dfssd.models.yolo.assigner import Rule, assign
+from dfssd.models.yolo.detection_loss import decoded, distribution_focal
 
 SIDE, CLASSES = 96, 3
 

@@ -10,7 +10,7 @@ import pytest
 
 from dfssd.config import Data
 from dfssd.data.manifest import Row, read_manifest, read_withheld
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.report import audit
 from dfssd.report.audit_page import write_audit
 from dfssd.runtime.storage import Storage

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_models import _batch, _model
 
-from dfssd.models.box_loss import inner_focaler_eiou
-from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.head import branches
+from dfssd.models.yolo.box_loss import inner_focaler_eiou
+from dfssd.models.yolo.detection_loss import DetectionLoss
+from dfssd.models.yolo.detector import branches
 
 
 def _reference(p, t, ratio=0.75, low=0.0, high=0.95):

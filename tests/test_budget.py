@@ -3,7 +3,7 @@
 import pytest
 
 from dfssd.config import Config, Distill, Run, Train
-from dfssd.config_checks import settings_without_effect
+from dfssd.config.checks import settings_without_effect
 from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import FEWEST, MOST, steps_for, with_expected_steps, with_steps
 from dfssd.pipeline.context import Context

@@ -12,7 +12,7 @@ from dfssd.pseudo.scores import BINS, NEVER
 from dfssd.pseudo.thresholds import ScoreCounts
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.session import build_session
+from dfssd.train.build import build_session
 
 
 def _plain_isotonic(hits, found):

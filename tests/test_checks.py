@@ -8,7 +8,7 @@ from PIL import Image
 
 from dfssd.data.checks import REASONS, ImageFacts, Label, Problem, check_image, check_label
 from dfssd.data.dataset import decode
-from dfssd.data.yolo import parse_yolo_text
+from dfssd.data.formats.yolo import parse_yolo_text
 
 
 def _bytes(fmt="JPEG", size=(40, 30), **options):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from dfssd.choices import DIVERGENCES, POLICIES, floors, temperatures
 from dfssd.config import Config, Distill, Thresholds
-from dfssd.config_checks import settings_without_effect
+from dfssd.config.checks import settings_without_effect
+from dfssd.config.choices import DIVERGENCES, POLICIES, floors, temperatures
+from dfssd.config.flags import parse
 from dfssd.distill import divergences
 from dfssd.errors import DfssdError
-from dfssd.flags import parse
 from dfssd.pseudo.thresholds import THRESHOLDS
 
 

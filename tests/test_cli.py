@@ -11,9 +11,9 @@ import pytest
 
 from dfssd.cli import COMMANDS
 from dfssd.config import SECTIONS, Config, Data, Distill, Pseudo, Run, Thresholds, Train, all_keys
-from dfssd.config_checks import refuse_relative_paths_in_a_job, settings_without_effect
+from dfssd.config.checks import refuse_relative_paths_in_a_job, settings_without_effect
+from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
-from dfssd.flags import parse
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py"))

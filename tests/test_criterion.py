@@ -6,9 +6,9 @@ import torch
 from dfssd.config import Distill
 from dfssd.distill import criterion as criterion_module
 from dfssd.distill.criterion import Criterion, joined, schedule
-from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import Teacher, build_detector
-from dfssd.models.pairing import pair
+from dfssd.models.yolo.detection_loss import DetectionLoss
+from dfssd.models.yolo.detector import Teacher, build_detector
+from dfssd.models.yolo.pair import pair
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.student import Student

@@ -10,15 +10,15 @@ from dfssd.distill.balance import EVERY, Balance
 from dfssd.distill.criterion import Criterion
 from dfssd.distill.features import KINDS
 from dfssd.errors import DfssdError
-from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.detector import Teacher, build_detector, detector_bytes, read_detector
-from dfssd.models.pairing import pair
-from dfssd.models.taps import Taps
+from dfssd.models.yolo.detection_loss import DetectionLoss
+from dfssd.models.yolo.detector import Teacher, build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.pair import pair
+from dfssd.models.yolo.taps import Taps
 from dfssd.pseudo.selection import Rules, targets_of
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import guards
+from dfssd.train.build import build_session
 from dfssd.train.in_process import train_in_process
-from dfssd.train.session import build_session
 from dfssd.train.student import Student
 
 NAMES = ["a", "b", "c"]

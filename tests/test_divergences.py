@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfssd.choices import DIVERGENCES
+from dfssd.config.choices import DIVERGENCES
 from dfssd.distill import divergences as d
-from dfssd.distill.features import KINDS, Projections, joined, layer_terms, resized, score_map
+from dfssd.distill.features import KINDS, Projections, by_level, joined, layer_terms, resized, score_map
 
 LN2 = math.log(2)
 
@@ -199,11 +199,16 @@ def test_hierarchical_weights_carry_no_gradient():
     torch.testing.assert_close(share, d.hierarchical(x) / 2)
 
 
+def _scores(score_ba):
+    """By level, of the 84 anchor points of a 64 px input."""
+    return by_level(score_ba, [torch.zeros(1, 1, n, n) for n in (8, 4, 2)])
+
+
 def _layers():
     """Two taps of 4 images, scores of the 84 anchor points of a 64 px input, generators."""
     torch.manual_seed(0)
     pairs = [_maps(k, (4, 3 + k, 8 // 2**k, 8 // 2**k), torch.float32) for k in range(2)]
-    score = torch.rand(4, 84, generator=torch.Generator().manual_seed(1))
+    score = _scores(torch.rand(4, 84, generator=torch.Generator().manual_seed(1)))
     generators = Projections([3, 4], [3, 4], generators=True).generators
     return [a for a, _ in pairs], [b for _, b in pairs], score, list(generators)
 
@@ -214,7 +219,7 @@ def test_two_halves_of_a_batch_average_to_the_whole(kind, monkeypatch):
     s, t, score, generators = _layers()
     whole = layer_terms(kind, s, t, score, 0.0, generators)
     halves = [
-        layer_terms(kind, [x[h] for x in s], [x[h] for x in t], score[h], 0.0, generators)
+        layer_terms(kind, [x[h] for x in s], [x[h] for x in t], [x[h] for x in score], 0.0, generators)
         for h in (slice(2), slice(2, 4))
     ]
     for k in (0, 1):
@@ -252,7 +257,7 @@ def test_extremes_stay_finite(kind, dtype):
     generators = list(Projections([3], [3], generators=True).generators)
     for a in cases:
         for b in cases:
-            for score in (torch.zeros(2, 84), torch.ones(2, 84)):
+            for score in (_scores(torch.zeros(2, 84)), _scores(torch.ones(2, 84))):
                 s = a.clone().requires_grad_()
                 sums, normaliser = layer_terms(kind, [s], [b], score, 0.0, generators)
                 value = (sums / normaliser.clamp(min=1e-12)).sum()
@@ -273,7 +278,10 @@ def test_maps_of_other_sizes_are_resized():
 def test_score_map_picks_the_level_of_the_same_size():
     score = torch.cat([torch.full((1, 64), 0.1), torch.full((1, 16), 0.2), torch.full((1, 4), 0.3)], 1)
     for side, want in ((8, 0.1), (4, 0.2), (2, 0.3), (16, 0.1)):
-        level = score_map(score, (side, side))
+        level = score_map(_scores(score), (side, side))
         assert level.shape == (1, 1, side, side) and level.mean().item() == pytest.approx(want)
     with pytest.raises(ValueError, match="80 anchor points"):
-        score_map(torch.zeros(1, 80), (8, 8))
+        _scores(torch.zeros(1, 80))
+    strip = by_level(torch.arange(10.0)[None], [torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 1, 2)])  # of another family
+    assert score_map(strip, (2, 4))[0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert score_map(strip, (1, 2))[0, 0].tolist() == [[8, 9]]

@@ -14,7 +14,7 @@ from dfssd.export import parity, write
 from dfssd.export.formats import int8_bytes, openvino_files
 from dfssd.export.onnx_model import onnx_bytes
 from dfssd.line.detector import LineDetector
-from dfssd.models.detector import build_detector, detector_bytes, load_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, load_detector
 from dfssd.runtime.storage import Storage
 
 NAMES = ["pit", "scratch", "patch"]

@@ -26,9 +26,9 @@ from layouts import (
     yolo_line,
 )
 
-from dfssd.data.coco import _around, _unpack
-from dfssd.data.formats import read_source
-from dfssd.data.parsing import Unparsable, parse_xml, parse_yaml
+from dfssd.data.formats.coco import _around, _unpack
+from dfssd.data.formats.parsing import Unparsable, parse_xml, parse_yaml
+from dfssd.data.formats.read import read_source
 from dfssd.errors import DfssdError
 
 HEAD = "path: .\ntrain: images\nval: images\n"

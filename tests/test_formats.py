@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dfssd.data.checks import check_label
-from dfssd.data.formats import read_source
+from dfssd.data.formats.read import read_source
+from dfssd.data.formats.yolo import CR7_NAMES, parse_yolo_text
 from dfssd.data.synthetic import NAMES
-from dfssd.data.yolo import CR7_NAMES, parse_yolo_text
 from dfssd.errors import DfssdError
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dfssd.data import grouping, neighbours
+from dfssd.data.preparation import grouping, neighbours
 from dfssd.data.synthetic import make_image
 
 

@@ -10,11 +10,11 @@ from PIL import Image, ImageCms
 
 from dfssd.config import Data
 from dfssd.data import images
-from dfssd.data.checking import _percent
 from dfssd.data.checks import ImageFacts, Problem, check_image
 from dfssd.data.images import BadImage, decode_raw, open_image, size_of, to_uint8, top_value, white_level
 from dfssd.data.manifest import read_manifest
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.checking import _percent
+from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 

@@ -13,7 +13,7 @@ from small import tiny_config
 import dfssd
 from dfssd.data.manifest import read_manifest, read_pseudo
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pseudo import shards
 from dfssd.pseudo.in_process import label_in_process, stream
 from dfssd.pseudo.teachers import Teachers
@@ -151,7 +151,8 @@ def test_it_needs_neither_ray_nor_mlflow():
     root, seen, todo = Path(dfssd.__file__).parents[1], set(), ["dfssd.pseudo.in_process"]
     while todo:
         name = todo.pop()
-        path = root / (name.replace(".", "/") + ".py")
+        place = root / name.replace(".", "/")
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         if name in seen or not path.exists():
             continue
         seen.add(name)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dfssd.evaluate.latency import measure_latency
-from dfssd.models.detector import build_detector
-from dfssd.models.predict import predict
+from dfssd.models.yolo.detector import build_detector
+from dfssd.models.yolo.predict import predict
 
 IMAGE = torch.zeros(1, 3, 64, 64)
 

@@ -10,9 +10,9 @@ from dfssd.pseudo.selection import Rules, or_no_candidate, select
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
+from dfssd.train.best import lead
+from dfssd.train.build import build_session
 from dfssd.train.in_process import train_in_process
-from dfssd.train.loop import lead
-from dfssd.train.session import build_session
 from dfssd.train.step import own_average
 
 

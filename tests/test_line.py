@@ -6,7 +6,7 @@ import torch
 
 from dfssd.line import drift
 from dfssd.line.detector import LineDetector, decode, letterbox, network_input, nms
-from dfssd.models.predict import suppress
+from dfssd.models.nms import suppress
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (128, 96), (64, 64), (33, 500), (500, 17), (1000, 31)])

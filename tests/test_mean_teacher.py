@@ -9,16 +9,16 @@ from dfssd.config import Thresholds
 from dfssd.data.dataset import network_input
 from dfssd.data.manifest import read_manifest
 from dfssd.data.strong_view import strong_view
-from dfssd.models.detector import build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, read_detector
 from dfssd.pseudo.running import HALVED_EVERY, RunningThresholds
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import mean_teacher as module
+from dfssd.train.build import build_session
 from dfssd.train.feed import moved
 from dfssd.train.in_process import train_in_process
 from dfssd.train.loop import label_in_loop
 from dfssd.train.mean_teacher import InLoopTeacher
-from dfssd.train.session import build_session
 from dfssd.train.step import accumulate
 
 EAGER = {"floor": 1e-5, "tau_min": 1e-6, "max_candidates": 20}  # an untrained head's scores count

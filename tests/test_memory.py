@@ -11,9 +11,9 @@ import torch
 
 from dfssd.config import Data
 from dfssd.data.manifest import read_manifest
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
-from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.runtime.storage import Storage
 
 ROOT = Path(__file__).parents[1]

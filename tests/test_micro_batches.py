@@ -18,16 +18,17 @@ from dfssd.config import Config, Distill, Run, Train
 from dfssd.data.sampling import StepSampler
 from dfssd.errors import DfssdError
 from dfssd.models import precision
-from dfssd.models.detection_loss import DetectionLoss
-from dfssd.models.head import HeadOutput, anchors_of
+from dfssd.models.anchors import anchors_of
+from dfssd.models.head import HeadOutput
+from dfssd.models.yolo.detection_loss import DetectionLoss
 from dfssd.pseudo.selection import labels
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
+from dfssd.train.build import build_session
 from dfssd.train.in_process import train_in_process
 from dfssd.train.interrupt import CHECKPOINT, NOTHING, STOP, Interrupt
 from dfssd.train.memory import fit_micro_batch, told_when_full
 from dfssd.train.random_state import random_state, restore_random_state
-from dfssd.train.session import build_session
 from dfssd.train.step import accumulate
 
 CPU = torch.device("cpu")
@@ -198,7 +199,7 @@ def test_anchor_points_are_exact_whatever_the_features_are(side):
         for dtype in (torch.float32, torch.bfloat16)
     }
     assert torch.equal(*points.values()) and points[torch.bfloat16].dtype == torch.float32
-    from dfssd.models.detector import build_detector
+    from dfssd.models.yolo.detector import build_detector
 
     detector = build_detector("yolov8n.yaml", ["a"], 64)
     g, anchors = torch.Generator().manual_seed(0), sum(n * n for n in sizes)

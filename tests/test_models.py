@@ -9,9 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfssd.errors import DfssdError
-from dfssd.models.detection_loss import DetectionLoss, ignored_points
-from dfssd.models.detector import (
+from dfssd.models.anchors import anchors_of, ignored_points
+from dfssd.models.yolo.detection_loss import DetectionLoss
+from dfssd.models.yolo.detector import (
     Teacher,
+    branches,
     build_detector,
     configure,
     detector_bytes,
@@ -20,7 +22,6 @@ from dfssd.models.detector import (
     read_detector,
     resolve_weights,
 )
-from dfssd.models.head import anchors_of, branches
 from dfssd.pseudo.selection import labels
 
 NAMES = ["a", "b", "c"]

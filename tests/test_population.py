@@ -17,7 +17,7 @@ from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.sweep.points import make_trial, within
 from dfssd.sweep.population import Census, explorer, identity, members, take_over
 from dfssd.train import checkpoint
-from dfssd.train.session import build_session
+from dfssd.train.build import build_session
 
 ROOT = Path(__file__).parents[1]
 AXES = {"distill.share_f": tune.uniform(0.1, 1.0), "distill.share_p": [0.1, 0.5]}

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from dfssd.config import Data
-from dfssd.data import check_shards
 from dfssd.data.checks import Problem
 from dfssd.data.manifest import read_manifest, read_table
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation import check_shards
+from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dfssd.config import Thresholds
 from dfssd.data.boxes import corners, iou, unflip
 from dfssd.data.checks import Label, Problem, check_label
+from dfssd.data.formats.yolo import parse_yolo_text
 from dfssd.data.manifest import Manifest, Row, read_manifest, write_manifest
-from dfssd.data.yolo import parse_yolo_text
 from dfssd.errors import DamagedFile, DfssdError, mask
 from dfssd.pseudo.fusion import fuse
 from dfssd.pseudo.thresholds import ScoreCounts, policy_thresholds

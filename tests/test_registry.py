@@ -13,7 +13,7 @@ from test_export import META, NAMES, POINT, _weights
 
 from dfssd.export.onnx_model import onnx_bytes
 from dfssd.line.registry import log_model
-from dfssd.models.detector import load_detector
+from dfssd.models.yolo.detector import load_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 

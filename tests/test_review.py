@@ -12,14 +12,15 @@ import pytest
 from small import give_teacher_and_candidates, tiny_config
 
 from dfssd.config import Data
-from dfssd.data.corrections import Correction, read_corrections, write_corrections
 from dfssd.data.manifest import Manifest, Row, read_manifest, read_table
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.corrections import Correction, read_corrections, write_corrections
+from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.review import suggest
 from dfssd.review.exports import Proposal, export
 from dfssd.review.incoming import read_corrected
 from dfssd.review.rounds import data_settings, export_images, suggest_images, take_back
+from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 
 NAMES = ["scratch", "划痕 & <pit>"]
@@ -207,7 +208,7 @@ def labelled_run(strip, tmp_path):
 
 def test_suggest_leaves_a_table_a_sheet_and_tasks(labelled_run):
     config, run = labelled_run
-    written = suggest_images(config, run, 5, "labelstudio", "")
+    written = suggest_images(config, run, TEACHER, 5, "labelstudio", "")
     names = ["suggest.csv", "scores.csv", "suggest.png", "tasks.json", "labelling_config.xml"]
     assert [p.rsplit("/", 1)[1] for p in written] == names
     rows = list(csv.DictReader(io.StringIO(run.read("suggest/suggest.csv").decode())))
@@ -219,7 +220,7 @@ def test_suggest_leaves_a_table_a_sheet_and_tasks(labelled_run):
     jsonschema.validate(tasks, TASK_SCHEMA)
     run.write("student/best.pt", run.read("teacher/best.pt"))  # a student: teacher and student are compared
     run.write_json("student/stage.json", {"digest": "s"})
-    suggest_images(config, run, 5, None, "")
+    suggest_images(config, run, TEACHER, 5, None, "")
     rows = list(csv.DictReader(io.StringIO(run.read("suggest/scores.csv").decode())))
     assert len(rows) == len(unlabelled) and max(float(r["disagreement"]) for r in rows) > 0
     assert export_images(config, run, "doubtful", "cvat", 3, "")[0].endswith("annotations.xml")

@@ -115,7 +115,7 @@ def test_a_teacher_without_patience_stops_early_and_the_student_never_does(prepa
 
 
 def test_label_teachers_are_part_of_what_a_labelling_depends_on(tmp_path):
-    from dfssd.models.detector import build_detector, detector_bytes
+    from dfssd.models.yolo.detector import build_detector, detector_bytes
 
     run = Storage(str(tmp_path)).at("r")
     for k in range(2):

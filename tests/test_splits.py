@@ -1,6 +1,6 @@
 import numpy as np
 
-from dfssd.data.splits import assign_splits, class_counts, labelling_order, take_per_class
+from dfssd.data.preparation.splits import assign_splits, class_counts, labelling_order, take_per_class
 
 
 def _data(n=900, classes=4, seed=0):

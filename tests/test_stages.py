@@ -234,7 +234,7 @@ def test_a_published_label_only_student_is_not_measured_twice(prepared):
     from dfssd.config import Evaluate
     from dfssd.evaluate.gate import publish_best
     from dfssd.evaluate.measure import measure
-    from dfssd.models.detector import build_detector, detector_bytes
+    from dfssd.models.yolo.detector import build_detector, detector_bytes
 
     config = tiny_config(prepared).model_copy(update={"evaluate": Evaluate(latency_repeats=3, sample_images=0)})
     run = run_of(config)

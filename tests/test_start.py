@@ -7,7 +7,7 @@ import torch
 from ultralytics.nn.tasks import SegmentationModel
 
 from dfssd.config import Config, Models, Run, Train
-from dfssd.models.detector import build_detector, detector_bytes, read_detector, started_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, read_detector, started_detector
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.stages import make_stage
 from dfssd.pipeline.training import train_stage

@@ -8,8 +8,8 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.loop import clip, update
-from dfssd.train.session import build_session
 from dfssd.train.step import accumulate
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 from small import give_teacher_and_candidates, make_job
 
 from dfssd.config import Config, Data
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial, apply, draw, make_trial, trials
 from dfssd.sweep.space import load_space
@@ -86,7 +86,7 @@ def own_teacher(run_uri: Path, config: Config) -> None:
     import torch
 
     from dfssd.data.manifest import read_manifest
-    from dfssd.models.detector import build_detector, detector_bytes
+    from dfssd.models.yolo.detector import build_detector, detector_bytes
 
     (run_uri / "teacher").unlink()
     torch.manual_seed(9)

@@ -6,12 +6,12 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.data.dataset import network_input
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train.build import build_session
 from dfssd.train.in_process import train_in_process
 from dfssd.train.loop import clip
-from dfssd.train.session import build_session
 from dfssd.train.step import forward
 
 NAMES = ["a", "b", "c"]

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dfssd.choices import POLICIES
 from dfssd.config import Thresholds
+from dfssd.config.choices import POLICIES
 from dfssd.pseudo.thresholds import (
     BINS,
     EmaThreshold,

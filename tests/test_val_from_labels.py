@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from dfssd.config import Data
-from dfssd.data.assignment import split_images
-from dfssd.data.checking import Checked
-from dfssd.data.checks import ImageFacts
+from dfssd.data.checks import Checked, ImageFacts
 from dfssd.data.manifest import LEFT_OUT, read_manifest, read_withheld
-from dfssd.data.prepare import prepare
-from dfssd.data.val_from_labels import take_val, without_val
-from dfssd.data.versions import keep_version
+from dfssd.data.preparation.assignment import split_images
+from dfssd.data.preparation.prepare import prepare
+from dfssd.data.preparation.val_from_labels import take_val, without_val
+from dfssd.data.preparation.versions import keep_version
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 

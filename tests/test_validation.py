@@ -10,10 +10,10 @@ from small import make_job, tiny_config
 from dfssd.config import Data
 from dfssd.data.dataset import ManifestDataset
 from dfssd.data.manifest import read_manifest
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.evaluate.validation import summarise, validate
-from dfssd.models.detector import build_detector, detector_bytes, load_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, load_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.in_process import train_in_process

@@ -10,12 +10,12 @@ import pytest
 from layouts import BOTH, N, pictures, put, tally, voc, yolo, yolo_line
 
 from dfssd.config import Config, Data, Run
-from dfssd.data.formats import read_source
+from dfssd.data.formats.read import read_source
+from dfssd.data.formats.source import unlabelled_items
+from dfssd.data.formats.unpack import resolve_zip
 from dfssd.data.manifest import read_manifest
-from dfssd.data.prepare import prepare
-from dfssd.data.source import unlabelled_items
-from dfssd.data.unpack import resolve_zip
-from dfssd.data.versions import as_previous, changes, content_digest, keep_version
+from dfssd.data.preparation.prepare import prepare
+from dfssd.data.preparation.versions import as_previous, changes, content_digest, keep_version
 from dfssd.errors import DfssdError
 from dfssd.pipeline import data as data_stage
 from dfssd.pipeline.context import Context

@@ -1,6 +1,6 @@
 """Which candidates become pseudo-labels: the policy of the threshold, and how low it may go."""
 
-from dfssd.choices import POLICIES as _POLICIES
+from dfssd.config.choices import POLICIES as _POLICIES
 
 # Below 0.1 the candidates are mostly wrong on every set measured; above 0.9 hardly one is left. For `fixed` tau is the
 # threshold itself, for the other policies the lowest one that they may set.

@@ -1,1 +1,1 @@
-"""Manifest, formats, checks, groups, splits, samples."""
+"""Manifest, images, samples and loaders; formats/ reads what people have, preparation/ makes the manifest of it."""

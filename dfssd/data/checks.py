@@ -96,6 +96,21 @@ def check_image(data: bytes, max_side: int) -> ImageFacts | Problem:
     return ImageFacts(hashlib.sha256(data).hexdigest(), width, height, thumb, grey, top, floating, pages)
 
 
+@dataclass(slots=True)
+class Checked:
+    """A usable image and its usable label; `place`: its number among all that were looked at."""
+
+    uri: str
+    facts: ImageFacts
+    boxes: Boxes | None
+    given_split: str
+    place: int = -1
+
+    @property
+    def image_id(self) -> str:
+        return self.facts.sha256[:16]
+
+
 @dataclass
 class Label:
     """The boxes of one image as its file states them.

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfssd.choices import DIVERGENCES
 from dfssd.config import Distill
+from dfssd.config.choices import DIVERGENCES
 from dfssd.distill import predictions as p
 from dfssd.distill.balance import Balance
-from dfssd.distill.features import joined, layer_terms
-from dfssd.models.detection_loss import COMPONENTS, DetectionLoss
-from dfssd.models.detector import TeacherOutput
-from dfssd.models.head import HeadOutput
+from dfssd.distill.features import by_level, joined, layer_terms
+from dfssd.models.family import Loss, Raw
+from dfssd.models.head import MAIN, TeacherOutput
 from dfssd.models.pairing import Pairing
 from dfssd.pseudo.selection import COUNTS, StepTargets
 from dfssd.runtime.worker_group import WorkerGroup
@@ -41,10 +40,10 @@ class StudentOutput:
         teacher: head output of an online teacher for the labelled images.
     """
 
-    raw: dict[str, HeadOutput]
+    raw: Raw
     taps: list[Tensor]
     projected: list[Tensor]
-    teacher: dict[str, HeadOutput] | None = None
+    teacher: Raw | None = None
 
 
 @dataclass
@@ -109,12 +108,12 @@ class Criterion:
 
     def __init__(
         self,
-        detection: DetectionLoss,
+        detection: Loss,
         config: Distill | None,
         world: WorkerGroup,
         pairing: Pairing | None = None,
         generators: nn.ModuleList | None = None,
-        teacher_detection: DetectionLoss | None = None,
+        teacher_detection: Loss | None = None,
         masks: torch.Generator | None = None,
     ) -> None:
         self.detection, self.config, self.world, self.pairing = detection, config, world, pairing
@@ -180,7 +179,7 @@ class Criterion:
         if "feat" in sums:
             parts["layers"] = sums["feat"][0].detach()
         parts |= {"policy": targets.policy, **({"counts": targets.counts} if learns else {})}
-        neck = out.raw["one2many"].feats
+        neck = out.raw[MAIN].feats
         return Measured(sums, parts, [*neck, *(t for t in out.taps if all(t is not n for n in neck))])
 
     def squares(self, measured: Measured, totals: Totals, scale: float = 1.0) -> tuple[list[str], Tensor]:
@@ -209,7 +208,7 @@ class Criterion:
         counts = dict(zip(COUNTS, totals["counts"], strict=True)) if "counts" in totals else {}
         return Terms(losses, counts, totals["policy"], frozenset(paused | ({"pred"} if alone else set())))
 
-    def _predictions(self, raw: dict[str, HeadOutput], teacher: TeacherOutput, pairing: Pairing) -> Sums:
+    def _predictions(self, raw: Raw, teacher: TeacherOutput, pairing: Pairing) -> Sums:
         """Prediction terms of all branches that both heads have, each (K,1) sums and (K,) normalisers."""
         assert self.config is not None
         config, terms = self.config, {}
@@ -228,7 +227,7 @@ class Criterion:
         if config.lambda_l > 0 and config.prediction == "soft":
             terms["pred/loc"] = [
                 p.dfl_localisation(s.boxes, t.boxes, b, config.loc_tau, config.loc_top)
-                if pairing.bins and s.boxes.shape[1] > 4
+                if pairing.by_bins(s)
                 else p.distance_localisation(s.boxes, t.boxes, b, config.loc_top)
                 for (s, t), b in zip(pairs, best, strict=True)
             ]
@@ -245,10 +244,10 @@ class Criterion:
         """(L,) sums and normalisers of the feature term, one a tap layer."""
         assert self.config is not None and self.pairing is not None
         kind = self.config.divergence
-        best = (
-            p.best_score(self.pairing.scores(teacher.raw["one2many"])) if DIVERGENCES[kind].needs == "scores" else None
-        )
-        return layer_terms(kind, projected, teacher.taps, best, self.config.feature_tau, self.generators, self.masks)
+        head, scores = teacher.raw[MAIN], list[Tensor]()
+        if DIVERGENCES[kind].needs == "scores":
+            scores = by_level(p.best_score(self.pairing.scores(head)), head.feats)
+        return layer_terms(kind, projected, teacher.taps, scores, self.config.feature_tau, self.generators, self.masks)
 
     def _divided(self, measured: Measured, totals: Totals) -> dict[str, Tensor]:
         """Every sum divided by its normaliser over the global batch, and weighted; balance and schedule come on top."""
@@ -264,7 +263,9 @@ class Criterion:
                 losses[name] = weights[name] * (values / totals[name].clamp(min=1)).sum()
             else:
                 mean = (values / totals[name].clamp(min=1).unsqueeze(1)).sum(0)
-                losses.update({f"{name}/{part}": weights[name] * mean[k] for k, part in enumerate(COMPONENTS)})
+                losses.update(
+                    {f"{name}/{part}": weights[name] * mean[k] for k, part in enumerate(self.detection.components)}
+                )
         return losses
 
     def _weights(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfssd.choices import DIVERGENCES
+from dfssd.config.choices import DIVERGENCES
 from dfssd.distill import divergences as d
 
 KINDS = tuple(DIVERGENCES)
@@ -40,7 +40,7 @@ def layer_terms(
     kind: str,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    score_ba: Tensor | None = None,
+    scores: Sequence[Tensor] = (),
     tau: float = 0.0,
     generators: Sequence[nn.Module] = (),
     masks: torch.Generator | None = None,
@@ -51,7 +51,7 @@ def layer_terms(
         kind: one of KINDS.
         student: (B,C,H,W) a tap, in the teacher's channels; another size than the teacher's is resized to it.
         teacher: (B,C,H,W) a tap.
-        score_ba: (B,A) teacher's best class score at each anchor point, levels one after the other; for those weighted by it.
+        scores: (B,1,H,W) teacher's best class score, a level of its head (`by_level`); for those weighted by it.
         tau: temperature; 0 takes its own.
         masks: draws what MGD hides; None: the process's own.
 
@@ -66,8 +66,8 @@ def layer_terms(
         if row.needs or row.tau:  # the others take half precision, which spares a copy of each map
             s, t = s.float(), t.float()
         if row.needs == "scores":
-            assert score_ba is not None, f"{kind} is weighted by the teacher's scores"
-            value, images = compare(s, t, score_map(score_ba, s.shape[2:]))
+            assert scores, f"{kind} is weighted by the teacher's scores"
+            value, images = compare(s, t, score_map(scores, s.shape[2:]))
         else:
             if row.needs == "generator":
                 value = compare(s, t, generators[k], d.hidden_positions(s, generator=masks))
@@ -101,19 +101,24 @@ def resized(maps_bchw: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps_bchw, (size[0], size[1]), mode="bilinear", align_corners=False)
 
 
-def score_map(score_ba: Tensor, size: Sequence[int]) -> Tensor:
-    """(B,1,H,W) score at each position of a map: of the head's level of that size, else of the closest one, resized.
+def by_level(score_ba: Tensor, feats: Sequence[Tensor]) -> list[Tensor]:
+    """(B,1,H,W) scores of each level of a head, from those of its anchor points.
 
-    The levels follow one another in A with strides 8, 16, 32 on a square input: A = 21 n^2 with n the side at stride 32.
+    Args:
+        score_ba: levels one after the other, each row by row.
+        feats: the maps that entered the head, one a level.
+
+    Raises:
+        ValueError: the head has another number of anchor points than one a position.
     """
-    n = round((score_ba.shape[1] / 21) ** 0.5)
-    if 21 * n * n != score_ba.shape[1]:
-        raise ValueError(f"{score_ba.shape[1]} anchor points are not those of strides 8, 16, 32 on a square input")
-    sides, first = (4 * n, 2 * n, n), 0
-    closest = min(sides, key=lambda side: abs(side - size[0]))
-    for side in sides:
-        if side == closest:
-            break
-        first += side * side
-    level = score_ba[:, first : first + closest * closest].reshape(-1, 1, closest, closest)
-    return resized(level, size)
+    sizes = [(int(f.shape[2]), int(f.shape[3])) for f in feats]
+    counts = [height * width for height, width in sizes]
+    if sum(counts) != score_ba.shape[1]:
+        raise ValueError(f"{score_ba.shape[1]} anchor points are not one a position of maps of {sizes}")
+    parts = score_ba.split(counts, 1)
+    return [part.reshape(-1, 1, *size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def score_map(levels: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """(B,1,H,W) score at each position of a map: of the head's level of that size, else of the closest one, resized."""
+    return resized(min(levels, key=lambda level: abs(level.shape[2] - size[0])), size)

@@ -15,15 +15,15 @@ import torch
 
 from dfssd.config import Config
 from dfssd.data.manifest import Manifest, Row, read_manifest
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError, nearest
 from dfssd.evaluate.escapes import Pictures, operating_point
 from dfssd.evaluate.latency import measure_latency
 from dfssd.evaluate.measure import LATENCY_CONF, measure_split, thresholds_of
 from dfssd.evaluate.squares import SquareDetect, collect_squares, exported, network
 from dfssd.line.detector import LineDetector
-from dfssd.models.detector import load_detector
-from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
+from dfssd.models.families import predict, ready_model
+from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.storage import Storage
 
 SPLITS = ("val", "test")
@@ -105,8 +105,7 @@ def _open(file: str, config: Config) -> tuple[SquareDetect, list[str], int, dict
     if not path.exists():
         raise DfssdError("there is no such model", where=file, todo="give a .pt, an .onnx file or an OpenVINO folder")
     if path.suffix == ".pt":
-        model = load_detector(path.read_bytes(), file, config.train.imgsz).fuse(verbose=False)
-        names = [model.names[k] for k in sorted(model.names)]
+        model, names = ready_model(path.read_bytes(), file, config.train.imgsz)
         timed = lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)  # noqa: E731
         return network(model), names, config.train.imgsz, None, timed
     try:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from dfssd.models.detector import threads as using_threads
 
 TOLERANCE = 0.05  # difference of one network from itself above which the machine counts as busy
 BLOCKS = 3  # measurements at most; the quietest one counts
@@ -161,3 +160,14 @@ def _load() -> float:
         return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
     except OSError:
         return float("nan")
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Run with `count` torch threads; two spinning threads on one busy core are many times slower than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -24,8 +24,8 @@ from dfssd.evaluate.escapes import measure as measure_line
 from dfssd.evaluate.gate import MEASURES, compare
 from dfssd.evaluate.latency import measure_latency
 from dfssd.evaluate.validation import Detect, collect, detecting, summarise
-from dfssd.models.detector import count_parameters, load_detector
-from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
+from dfssd.models.families import class_names, family_of, load_model, predict, ready_model
+from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
@@ -58,10 +58,9 @@ def measure(config: Config, run_uri: str, models: list[str], threads: int) -> di
         begun = time.monotonic()
         file = weights_file(run, name)
         data = run.read(file)
-        model = load_detector(data, run.path(file), config.train.imgsz)
-        parameters = count_parameters(model)
-        model = model.fuse(verbose=False).to(device)
-        names = [model.names[k] for k in sorted(model.names)]
+        model = load_model(data, run.path(file), config.train.imgsz)
+        parameters, names = sum(p.numel() for p in model.parameters()), class_names(model)
+        model = family_of(model).ready(model, device)
         numbers, own = measure_detector(detecting(model), names, splits, config.evaluate.max_escape, device)
         model.to("cpu")  # latency is that of a CPU
         results[name] = {**numbers, "params": parameters, "weights_bytes": len(data)}
@@ -107,8 +106,8 @@ def last_weights(
         return None
     numbers: Mapping[str, Any] = best["test"]
     if summary["best"]["step"] != summary["steps"]:
-        model = load_detector(run.read(file), run.path(file), config.train.imgsz).fuse(verbose=False).to(device)
-        names = [model.names[k] for k in sorted(model.names)]
+        model, names = ready_model(run.read(file), run.path(file), config.train.imgsz)
+        model.to(device)
         numbers = summarise(list(collect(detecting(model), test, WorkerGroup(), device)), dict(enumerate(names)))
     measured = {"val": summary["last"], "test": numbers}
     return {"step": summary["steps"]} | {k: {m: float(v[m]) for m in MEASURES} for k, v in measured.items()}

@@ -17,7 +17,8 @@ from dfssd.data.dataset import decode
 from dfssd.data.manifest import Row
 from dfssd.evaluate.validation import record
 from dfssd.line.detector import LineDetector, letterbox, network_input
-from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict, suppress
+from dfssd.models.families import predict
+from dfssd.models.nms import CONF, MAX_BOXES, NMS_IOU, suppress
 
 # (B,3,S,S) float32 0..1 RGB -> one (n,6) [x1, y1, x2, y2 px of the input, score, class] a picture.
 SquareDetect = Callable[[np.ndarray], list[np.ndarray]]

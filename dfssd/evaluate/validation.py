@@ -19,7 +19,8 @@ from ultralytics.utils.metrics import DetMetrics, box_iou
 from dfssd.data.dataset import ManifestDataset, network_input
 from dfssd.data.loaders import validation_batches
 from dfssd.errors import DfssdError
-from dfssd.models.predict import CONF, MAX_BOXES, NMS_IOU, predict
+from dfssd.models.families import predict
+from dfssd.models.nms import CONF, MAX_BOXES, NMS_IOU
 from dfssd.runtime.worker_group import WorkerGroup
 
 IOU_LEVELS = torch.linspace(0.5, 0.95, 10)

@@ -15,38 +15,32 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.ops import xywh2xyxy
 
-from dfssd.models.predict import NMS_IOU
+from dfssd.models.families import class_names, family_of
+from dfssd.models.nms import NMS_IOU
 
 OPSET = 17
 INSIDE_CONF = 0.01  # least score of a box that a model with NMS inside gives out; operating points lie above
 
 
-class Raw(nn.Module):
-    """(B,4+C,A) decoded boxes and scores; an end-to-end head's (B,n,6) as `Inside` gives them."""
-
-    def __init__(self, model: DetectionModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        output = self.model(images)
-        boxes: Tensor = output[0] if isinstance(output, tuple) else output
-        return boxes
-
-
-class Inside(Raw):
+class Inside(nn.Module):
     """(n,7) [picture, x1, y1, x2, y2 px of the input, score, class] after NMS, of all pictures of a batch.
 
     Boxes of other classes and pictures are moved apart, so that one NMS serves any batch; a loop over pictures would fix the
     batch size in the graph. The shift is as small as may be: in float32 one of 7680 px a class
     rounds boxes to a thousandth of a pixel.
+
+    Args:
+        decoder: gives (B,4+C,A), see `Family.decoder`.
     """
 
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
     def forward(self, images: Tensor) -> Tensor:
-        output = super().forward(images)
+        output = self.decoder(images)
         scores_bac = output[:, 4:].transpose(1, 2)
         picture, anchor, cls = (scores_bac > INSIDE_CONF).nonzero(as_tuple=True)
         xyxy = xywh2xyxy(output.transpose(1, 2)[picture, anchor, :4])
@@ -57,7 +51,7 @@ class Inside(Raw):
         return torch.cat(columns, 1)
 
 
-def onnx_bytes(model: DetectionModel, imgsz: int, metadata: Mapping[str, Any], nms_inside: bool = False) -> bytes:
+def onnx_bytes(model: nn.Module, imgsz: int, metadata: Mapping[str, Any], nms_inside: bool = False) -> bytes:
     """Content of an .onnx file: input `images` (batch,3,imgsz,imgsz) float32 0..1 RGB.
 
     Args:
@@ -66,30 +60,24 @@ def onnx_bytes(model: DetectionModel, imgsz: int, metadata: Mapping[str, Any], n
     """
     import onnx
 
-    wrapped = (Inside if nms_inside else Raw)(model).eval()
-    head: Any = model.model[-1]
-    before = {key: getattr(head, key) for key in ("export", "format") if hasattr(head, key)}
-    head.export, head.format = True, "onnx"
+    decoder = family_of(model).decoder(model)
+    wrapped = (Inside(decoder) if nms_inside else decoder).eval()
     buffer = io.BytesIO()
     output = {0: "boxes" if nms_inside else "batch"}
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer warns of shapes that are meant to be constant
-            torch.onnx.export(
-                wrapped,
-                (torch.zeros(2, 3, imgsz, imgsz),),
-                buffer,  # type: ignore[arg-type]  # a stream is taken too
-                opset_version=OPSET,
-                input_names=["images"],
-                output_names=["output0"],
-                dynamic_axes={"images": {0: "batch"}, "output0": output},
-                dynamo=False,
-            )
-    finally:
-        for key, value in before.items():
-            setattr(head, key, value)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer warns of shapes that are meant to be constant
+        torch.onnx.export(
+            wrapped,
+            (torch.zeros(2, 3, imgsz, imgsz),),
+            buffer,  # type: ignore[arg-type]  # a stream is taken too
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["output0"],
+            dynamic_axes={"images": {0: "batch"}, "output0": output},
+            dynamo=False,
+        )
     graph = onnx.load_from_string(buffer.getvalue())
-    names = {k: model.names[k] for k in sorted(model.names)}
+    names = dict(enumerate(class_names(model)))
     known = {"names": str(names), "stride": "32", "imgsz": str([imgsz, imgsz]), "task": "detect", "batch": "1"}
     known |= {"nms": str(nms_inside), "dfssd": json.dumps({**metadata, "nms_inside": nms_inside})}
     for key, value in known.items():

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ultralytics.nn.tasks import DetectionModel
+from torch import nn
 
 from dfssd.config import Config
 from dfssd.data.dataset import decode
@@ -28,8 +28,8 @@ from dfssd.export.onnx_model import INSIDE_CONF, onnx_bytes
 from dfssd.export.parity import Parity, compare, require
 from dfssd.line import drift
 from dfssd.line.detector import LineDetector, letterbox, network_input
-from dfssd.models.detector import load_detector
-from dfssd.models.predict import MAX_BOXES, NMS_IOU, predict
+from dfssd.models.families import class_names, predict, ready_model
+from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
 
@@ -56,7 +56,7 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
     manifest, results = read_manifest(run.at("dataset")), run.read_json("report/metrics.json")
     net = _load(run, model, config.train.imgsz)
     measured = run.read_json(f"{model}/stage.json").get("published", model)
-    names = [net.names[k] for k in sorted(net.names)]
+    names = class_names(net)
     metadata = {
         "names": names,
         "imgsz": config.train.imgsz,
@@ -107,7 +107,7 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
 
 
 def check_parity(
-    net: DetectionModel, detectors: Mapping[str, LineDetector], rows: Sequence[Row], names: Sequence[str], imgsz: int
+    net: nn.Module, detectors: Mapping[str, LineDetector], rows: Sequence[Row], names: Sequence[str], imgsz: int
 ) -> list[Parity]:
     """Parity of each exported model with its network, on labelled pictures."""
     found = []
@@ -136,9 +136,8 @@ def _open(place: Path, model: str, threads: int) -> dict[str, LineDetector]:
     return {title: LineDetector(place / name, threads) for title, name in known.items() if (place / name).exists()}
 
 
-def _load(run: Storage, model: str, imgsz: int) -> DetectionModel:
-    net = load_detector(run.read(f"{model}/best.pt"), run.path(model, "best.pt"), imgsz)
-    return net.fuse(verbose=False)
+def _load(run: Storage, model: str, imgsz: int) -> nn.Module:
+    return ready_model(run.read(f"{model}/best.pt"), run.path(model, "best.pt"), imgsz)[0]
 
 
 def _labelled(manifest: Manifest, most: int) -> list[Row]:
@@ -160,7 +159,7 @@ def _calibration(manifest: Manifest, config: Config) -> np.ndarray:
 
 
 def _reference(
-    net: DetectionModel, names: Sequence[str], point: Mapping[str, Any], manifest: Manifest, imgsz: int
+    net: nn.Module, names: Sequence[str], point: Mapping[str, Any], manifest: Manifest, imgsz: int
 ) -> dict[str, object]:
     """Numbers of unlabelled pictures (which the model was made for but has no labels of) and the scores it gives them."""
     detect, tau_c, numbers = network(net, 0.01), thresholds_of(point, names), []
@@ -175,7 +174,7 @@ def _latency(
     config: Config,
     run: Storage,
     model: str,
-    net: DetectionModel,
+    net: nn.Module,
     detectors: Mapping[str, LineDetector],
     place: Path,
     threads: int,
@@ -191,7 +190,7 @@ def _latency(
         teacher = _load(run, "teacher", imgsz)
         nets = {"teacher torch": teacher, **nets}
         plain = {
-            "names": list(teacher.names.values()),
+            "names": class_names(teacher),
             "imgsz": imgsz,
             "operating_point": {"score": 0.25, "thresholds": {}},
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dfssd.flags import parse
+from dfssd.config.flags import parse
 from dfssd.jobs.stages import reads
 from dfssd.runtime.artefact_names import STUDENT
 

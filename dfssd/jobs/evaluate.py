@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dfssd.flags import parse
+from dfssd.config.flags import parse
 from dfssd.jobs.stages import reads
 from dfssd.runtime.artefact_names import REPORT
 

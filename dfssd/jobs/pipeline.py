@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dfssd.config import all_keys
-from dfssd.flags import parse
+from dfssd.config.flags import parse
 from dfssd.pipeline.stages import wanted
 
 EXAMPLE = "dfssd pipeline --data my_images --label-fraction 0.1 --imgsz 640 --storage-path runs --run-name line3"

@@ -46,7 +46,7 @@ def job(words: Sequence[str]) -> None:
     text = f"{(__doc__ or '').strip()}\n\nExample:\n  {EXAMPLE}"
     flags = tyro.cli(Flags, args=list(words), prog="dfssd predict", description=text)
     from dfssd.errors import DfssdError
-    from dfssd.line.open_model import open_model
+    from dfssd.evaluate.open_model import open_model
     from dfssd.line.predict import Labelling, find_pictures, predict, watch
 
     if bool(flags.watch) == bool(flags.pictures):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
-from dfssd.flags import parse
 
 EXAMPLE = """dfssd review --export labelstudio --storage-path runs --run-name line3
   dfssd review --corrected export.json --storage-path runs --run-name line3"""

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
-from dfssd.flags import parse
 
 EXAMPLE = "dfssd suggest --k 50 --export labelstudio --storage-path runs --run-name line3"
 READS = ("run.storage_path", "run.run_name", "run.gpu", "run.seed", "train.imgsz", "train.amp", "thresholds")
@@ -30,11 +30,14 @@ def job(words: Sequence[str]) -> None:
     config, flags = parse(__doc__ or "", READS, words, prog="dfssd suggest", example=EXAMPLE, **extra)
     if flags.k < 1:
         raise DfssdError(f"--k {flags.k}: at least one image", todo="give --k 50")
+    from dfssd.pipeline.stages import best_teacher
     from dfssd.review.rounds import suggest_images
+    from dfssd.runtime.artefact_names import newest_round
     from dfssd.runtime.storage import Storage
 
     run = Storage(config.run.storage_path).at(config.run.run_name)
     fmt = None if flags.export == "none" else flags.export
-    for path in suggest_images(config, run, flags.k, fmt, flags.label_studio_root):
+    teacher = best_teacher(run, newest_round(run))
+    for path in suggest_images(config, run, teacher, flags.k, fmt, flags.label_studio_root):
         print(path)
     print("label these images, then: dfssd review --corrected FILE with the same --storage-path and --run-name")

@@ -12,8 +12,8 @@ import tyro
 from pydantic import Field
 
 from dfssd.config import SECTIONS, Config
+from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
-from dfssd.flags import parse
 
 EXAMPLE = "dfssd sweep divergence --data my_images --label-fraction 0.1 --storage-path runs --run-name divergences"
 FLAGS: dict[str, Any] = {

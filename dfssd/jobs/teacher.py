@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from dfssd.config import Config
-from dfssd.flags import parse
+from dfssd.config.flags import parse
 from dfssd.jobs.stages import reads, refuse_without_effect
 from dfssd.runtime.artefact_names import LABEL_ONLY, TEACHER, ArtefactName
 

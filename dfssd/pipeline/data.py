@@ -6,12 +6,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from dfssd.config import Config, Data
-from dfssd.data.corrections import digest_of, read_corrections
-from dfssd.data.formats import read_source
-from dfssd.data.prepare import prepare
-from dfssd.data.source import Item, Source, unlabelled_items
-from dfssd.data.unpack import resolve_zip
-from dfssd.data.versions import as_previous, changes, content_digest, keep_version, listing_digest
+from dfssd.data.formats.read import read_source
+from dfssd.data.formats.source import Item, Source, unlabelled_items
+from dfssd.data.formats.unpack import resolve_zip
+from dfssd.data.preparation.corrections import digest_of, read_corrections
+from dfssd.data.preparation.prepare import prepare
+from dfssd.data.preparation.versions import as_previous, changes, content_digest, keep_version, listing_digest
 from dfssd.errors import DfssdError
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.report.audit_page import write_audit

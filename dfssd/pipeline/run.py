@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfssd.config import Config
-from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
+from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.replay import deliver_later

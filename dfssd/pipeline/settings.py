@@ -49,7 +49,7 @@ def given_weights(spec: str) -> bytes:
     Raises:
         DfssdError: there is no such file, or it holds no detector.
     """
-    from dfssd.models.detector import resolve_weights
+    from dfssd.models.families import resolve_weights
 
     _, weights = resolve_weights(spec)
     if weights is None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, section
+from dfssd.pipeline.row import Row
 from dfssd.pipeline.settings import counted
 from dfssd.runtime.artefact_names import (
     DATASET,
@@ -34,53 +34,6 @@ from dfssd.train.training import Training
 if TYPE_CHECKING:
     from dfssd.runtime.artefact import Stage
     from dfssd.runtime.storage import Storage
-
-Inputs = Callable[[Config, "Storage", int], tuple[ArtefactName, ...]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One stage.
-
-    Args:
-        role: what it leaves; the first of the artefact's two names (the other is the round).
-        does: one line for documentation and help.
-        reads: dotted keys of the settings that it reads. They are the flags of its job, and what must match for a finished
-            artefact to be skipped, but for those that only change speed (`settings.FREE`).
-        inputs: artefacts that it reads, of (config, run, round).
-        body: "module:function", imported when it is run; takes (context, stage, MLflow run id), returns the summary and the
-            names of the files it has left.
-        reads_later: further settings that it reads from round 2 on.
-        free: settings that it reads and that do not count.
-        training: what it trains, where it is a training.
-        needs: "module:function" that stops where something else than an artefact is missing, and says what is there, in
-            lines; takes (context, stage, names of the stages planned before it). It is asked before anything is begun or
-            deleted, and by the dry run.
-        renew: "module:function" that is asked where what is there differs, before it is refused; takes (context, stage).
-        wanted: is it part of a pipeline with these settings?
-        in_rounds: does a later round (`--rounds`) do it again?
-        ends_rounds: after it, of (run, round): is there no further stage of this round, nor a further round?
-        teaches: does it leave a teacher, which labels and teaches where it is the best one on val?
-    """
-
-    role: str
-    does: str
-    reads: tuple[str, ...]
-    inputs: Inputs
-    body: str
-    reads_later: tuple[str, ...] = ()
-    free: tuple[str, ...] = ()
-    training: Training | None = None
-    needs: str = ""
-    renew: str = ""
-    wanted: Callable[[Config], bool] = lambda config: True
-    in_rounds: bool = False
-    ends_rounds: Callable[[Storage, int], bool] = lambda run, number: False
-    teaches: bool = False
-
-    def reads_in(self, number: int) -> tuple[str, ...]:
-        """Settings that it reads in a round."""
-        return self.reads if number == 1 else (*self.reads, *self.reads_later)
 
 
 def _teacher_inputs(config: Config, run: Storage, number: int) -> tuple[ArtefactName, ...]:

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ class StepTimer:
         return f"no times: {self.why}" if self.why else "no step to time"
 
     def _time(self, spec: str, unlabelled: bool, distills: bool) -> float | None:
-        from dfssd.models.detector import resolve_weights
+        from dfssd.models.families import resolve_weights
 
         teacher = self.config.models.teacher if distills else ""
         networks = Networks(spec, resolve_weights(spec)[1], teacher, resolve_weights(teacher)[1] if teacher else None)
@@ -132,9 +133,9 @@ def step_timer(config: Config) -> StepTimer:
 
 def time_step(config: Config, networks: Networks, resources: Resources, unlabelled: bool) -> tuple[str, float]:
     """Where this runs, and seconds of one worker's training step there: the faster of two after a first, on random images."""
-    from dfssd.models.detector import build_detector
-    from dfssd.models.detector import threads as using_threads
-    from dfssd.models.head import branches
+    from dfssd.evaluate.latency import using_threads
+    from dfssd.models.families import build_model, family_of
+    from dfssd.models.head import MAIN
     from dfssd.models.precision import autocast_dtype
 
     images = config.train.batch + (config.unlabelled_batch() if unlabelled else 0)
@@ -145,11 +146,11 @@ def time_step(config: Config, networks: Networks, resources: Resources, unlabell
     def forward(model: torch.nn.Module, batch: torch.Tensor, amp: str) -> torch.Tensor:
         dtype = autocast_dtype(amp, device)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            raw = branches(model(batch))["one2many"]
+            raw = family_of(model).raw(model, batch)[MAIN]
         return torch.as_tensor(raw.boxes.mean() + raw.scores.mean())
 
     def built(spec: str, weights: bytes | None) -> torch.nn.Module:
-        model = build_detector(spec, names, config.train.imgsz, weights).train()
+        model: Any = build_model(spec, names, config.train.imgsz, weights)[0].train()
         moved: torch.nn.Module = model.to(device, memory_format=torch.channels_last)
         return moved
 

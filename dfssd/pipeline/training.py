@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from dfssd.config import Config
-from dfssd.config_checks import check_weights
-from dfssd.models.detector import resolve_weights, started_detector
-from dfssd.models.start import Start
+from dfssd.config.checks import check_weights
+from dfssd.models.families import build_model, resolve_weights
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
 from dfssd.pipeline.stages import row_of, settings_of
@@ -58,12 +57,10 @@ def _resources(job: TrainJob) -> tuple[TrainJob, Any]:
     return job, worker_resources(job.config.run)
 
 
-def _start(context: Context, job: TrainJob, weights: bytes) -> Start:
-    """What the network will take over from its start weights."""
+def _start(context: Context, job: TrainJob, weights: bytes) -> str:
+    """What the network will take over from its start weights, in a line."""
     names = context.run.at(str(DATASET)).read_json("stage.json")["summary"]["names"]
-    start = started_detector(job.model_spec, names, context.config.train.imgsz, weights)[1]
-    assert start is not None, "there are weights"
-    return start
+    return build_model(job.model_spec, names, context.config.train.imgsz, weights)[1]
 
 
 def train_stage(context: Context, stage: Stage, run_id: str) -> Result:
@@ -88,7 +85,7 @@ def train_stage(context: Context, stage: Stage, run_id: str) -> Result:
         weights = context.run.read(f"{teacher[0]}/best.pt")
     if weights is not None and not stage.store.exists("init.pt"):
         if not job.labels_itself:
-            print(f"{stage.name}: {job.model_spec}: {_start(context, job, weights).said()}", flush=True)
+            print(f"{stage.name}: {job.model_spec}: {_start(context, job, weights)}", flush=True)
         stage.store.write("init.pt", weights)
     if job.distills and config.distill.distill_teacher and config.distill.uses_teacher:
         stage.store.write("teacher.pt", given_weights(config.distill.distill_teacher))  # workers may be elsewhere

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dfssd.choices import POLICIES
 from dfssd.config import Config
+from dfssd.config.choices import POLICIES
 from dfssd.data.boxes import corners, iou
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_withheld
 from dfssd.pseudo.calibration import calibrate

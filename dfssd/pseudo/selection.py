@@ -163,7 +163,7 @@ def _targets(rows: Tensor, image: Tensor, images: int, weight: Tensor, box_weigh
 
 
 def from_detections(found: Sequence[Tensor], height_px: int, width_px: int) -> list[Boxes]:
-    """Candidates from boxes after NMS (`dfssd.models.predict`), one array an image; agreement 1.
+    """Candidates from boxes after NMS (`dfssd.models.families.predict`), one array an image; agreement 1.
 
     Args:
         found: (n,6) [x1, y1, x2, y2 px of the input, score, class] an image, on any device: one copy for all of them.

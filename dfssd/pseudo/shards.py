@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from dfssd.config import Config, Pseudo
-from dfssd.data.bad_files import write_bad
 from dfssd.data.boxes import unflip
 from dfssd.data.checks import Problem
 from dfssd.data.letterbox import out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
+from dfssd.data.preparation.bad_files import write_bad
 from dfssd.errors import DfssdError, StorageError
 from dfssd.pseudo.fusion import FLIPS, fuse
 from dfssd.pseudo.scores import score_bin

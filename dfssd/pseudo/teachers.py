@@ -16,9 +16,8 @@ from torch import Tensor
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
-from dfssd.models.detector import load_detector, read_detector
+from dfssd.models.families import class_names, family_of, load_model, predict
 from dfssd.models.precision import autocast_dtype
-from dfssd.models.predict import predict
 from dfssd.pseudo.fusion import FLIPS
 from dfssd.pseudo.shards import Shard
 from dfssd.runtime.storage import Storage
@@ -85,13 +84,11 @@ class Teachers:
         self.config, self.device, self.digest = config, device, digest(weights)
         self.dtype = precision(config.train.amp, device)
         self.flips = FLIPS if config.pseudo.tta == "flips" else FLIPS[:1]
-        self.models, self.maps = [], []
+        self.models, self.maps = list[Any](), list[np.ndarray]()
         for data, path in zip(weights, where, strict=True):
-            model = load_detector(data, path, config.train.imgsz)
-            self.maps.append(class_map(model.names, names, path))
-            model = model.fuse(verbose=False).to(device, self.dtype, memory_format=torch.channels_last)
-            model.model[-1].dfl.float()  # boxes are decoded in float32
-            self.models.append(model)
+            model = load_model(data, path, config.train.imgsz)
+            self.maps.append(class_map(dict(enumerate(class_names(model))), names, path))
+            self.models.append(family_of(model).ready(model, device, self.dtype, torch.channels_last))
         self.batch = config.pseudo.label_batch or auto_batch(device, config.train.imgsz)
 
     @property
@@ -197,7 +194,7 @@ def check_teachers(run: Storage, weights: Sequence[str], names: Sequence[str]) -
     """
     for name in weights:
         where = run.path(name)
-        class_map(read_detector(run.read(name), where).names, names, where)
+        class_map(dict(enumerate(class_names(load_model(run.read(name), where)))), names, where)
 
 
 class TeacherActor:

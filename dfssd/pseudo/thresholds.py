@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfssd.choices import POLICIES
 from dfssd.config import Thresholds
+from dfssd.config.choices import POLICIES
 from dfssd.data.manifest import Boxes, Row
 from dfssd.pseudo.calibration import Calibration
 from dfssd.pseudo.scores import BINS, NEVER, score_bin
@@ -195,7 +195,7 @@ def match_thresholds(scores: ScoreCounts, rate_c: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(wanted > 0, tau, 1.0))
 
 
-# How each policy of `dfssd.choices` sets its (C,) thresholds; taken into its limits afterwards.
+# How each policy of `dfssd.config.choices` sets its (C,) thresholds; taken into its limits afterwards.
 THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.ndarray]] = {
     "fixed": lambda config, scores, rate_c, steps: np.full(len(rate_c), config.tau),
     "ema": lambda config, scores, rate_c, steps: scores.mean() * (1 - config.tau_decay**steps),

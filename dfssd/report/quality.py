@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # no display on a cluster; must come before pyplot
 import numpy as np
 from matplotlib import pyplot as plt
 
-from dfssd.choices import POLICIES
+from dfssd.config.choices import POLICIES
 from dfssd.pseudo.quality import Quality
 from dfssd.pseudo.scores import BINS
 from dfssd.report.tables import render

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from dfssd.data.checks import Label, Problem, check_label
-from dfssd.data.class_names import LIST_FILES
-from dfssd.data.corrections import Correction
-from dfssd.data.cvat import read_cvat
-from dfssd.data.formats import JSON_FORMATS
-from dfssd.data.labelstudio import task_image
-from dfssd.data.listing import Tree
+from dfssd.data.formats.class_names import LIST_FILES
+from dfssd.data.formats.cvat import read_cvat
+from dfssd.data.formats.labelstudio import task_image
+from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.matching import Pictures, Reference
+from dfssd.data.formats.parsing import Unparsable, parse_json, parse_xml
+from dfssd.data.formats.read import JSON_FORMATS
+from dfssd.data.formats.source import Item, Source
+from dfssd.data.formats.voc import read_voc
+from dfssd.data.formats.yolo import parse_yolo_text
 from dfssd.data.manifest import Manifest
-from dfssd.data.matching import Pictures, Reference
-from dfssd.data.parsing import Unparsable, parse_json, parse_xml
-from dfssd.data.source import Item, Source
-from dfssd.data.voc import read_voc
-from dfssd.data.yolo import parse_yolo_text
+from dfssd.data.preparation.corrections import Correction
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ import torch
 from dfssd.config import Config
 from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Boxes, Row
+from dfssd.models.families import family_of
 from dfssd.pseudo.shards import fuse_views, shard_images, shards
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.progress import Progress
@@ -31,11 +31,10 @@ def look(
     teachers = load_teachers(plain, run, [weights], names, device)
     pooled: list[np.ndarray] = []
 
-    def keep(module: Any, inputs: tuple[Any, ...]) -> None:
-        maps = inputs[0]
+    def keep(maps: Sequence[torch.Tensor]) -> None:
         pooled.append(torch.cat([m.float().mean((2, 3)) for m in maps], 1).cpu().numpy())
 
-    handle = teachers.models[0].model[-1].register_forward_pre_hook(keep)
+    handle = family_of(teachers.models[0]).watch(teachers.models[0], keep)
     boxes: list[Boxes] = []
     progress = Progress(what, len(rows), "img")
     try:

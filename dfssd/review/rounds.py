@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dfssd.config import Config, Data
-from dfssd.data.corrections import as_boxes, write_corrections
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
+from dfssd.data.preparation.corrections import as_boxes, write_corrections
 from dfssd.errors import DfssdError
-from dfssd.pipeline.stages import best_teacher
 from dfssd.pseudo.quality import Quality, measure
 from dfssd.pseudo.shards import read_shards
 from dfssd.report.pictures import draw
@@ -19,7 +18,7 @@ from dfssd.review.exports import Format, Proposal, export
 from dfssd.review.incoming import read_corrected
 from dfssd.review.network import look
 from dfssd.review.sheets import captioned, table
-from dfssd.runtime.artefact_names import DATASET, PSEUDO, STUDENT, is_finished, newest_round
+from dfssd.runtime.artefact_names import DATASET, PSEUDO, STUDENT, ArtefactName, is_finished, newest_round
 from dfssd.runtime.storage import Storage
 
 LOOKED_AT = 2000  # images a network looks at for features and disagreement; the best by the teacher's candidates first
@@ -62,8 +61,13 @@ def read_labelled(config: Config, run: Storage) -> Labelled:
     return Labelled(manifest, list(rows), list(boxes), measure(config, run, str(pseudo)))
 
 
-def suggest_images(config: Config, run: Storage, k: int, fmt: Format | None, root: str) -> list[str]:
+def suggest_images(
+    config: Config, run: Storage, teacher: ArtefactName, k: int, fmt: Format | None, root: str
+) -> list[str]:
     """Choose `k` images; leaves suggest.csv, scores.csv, suggest.png and the export below `<run>/suggest`.
+
+    Args:
+        teacher: the one that labelled the images; it looks at them where there is no student.
 
     Returns:
         names of what was written.
@@ -72,7 +76,6 @@ def suggest_images(config: Config, run: Storage, k: int, fmt: Format | None, roo
     first = suggest.score(state.manifest, state.boxes, None, state.tau_c)
     order = np.argsort(-first.total(), kind="stable")[: max(LOOKED_AT, 4 * k)]
     rows, boxes = [state.rows[i] for i in order], [state.boxes[i] for i in order]
-    teacher = best_teacher(run, newest_round(run))
     network = STUDENT if is_finished(run, STUDENT) else teacher
     known = state.manifest.labelled_rows()[:LOOKED_AT]
     everything, features = look(

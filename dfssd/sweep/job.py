@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dfssd.config import Config
-from dfssd.config_checks import check_weights, refuse_relative_paths_in_a_job
-from dfssd.data.formats import read_source
+from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job
+from dfssd.data.formats.read import read_source
 from dfssd.errors import DfssdError
 from dfssd.pipeline.timing import StepTimer
 from dfssd.report.tables import render

@@ -148,7 +148,7 @@ def _check(space: Space, path: str) -> None:
             raise DfssdError(
                 f"{key!r} is not a setting{_meant(key, known)}",
                 where=path,
-                todo="keys are section.field as in dfssd/config.py",
+                todo="keys are section.field as in dfssd/config/sections.py",
             )
         if key.startswith("run."):
             raise DfssdError(f"{key!r} cannot be swept: the sweep sets it", where=path, todo="SEEDS sets the seeds")

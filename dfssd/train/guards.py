@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfssd.distill.criterion import StudentOutput, Terms, grouped
 from dfssd.errors import DfssdError
-from dfssd.models.detector import TeacherOutput
+from dfssd.models.head import TeacherOutput
 from dfssd.runtime.worker_group import WorkerGroup
 
 REMEDY = {

@@ -78,6 +78,13 @@ class TrainJob:
         return self.training.distils
 
     @property
+    def strong_view(self) -> float:
+        """How strongly the network's view of unlabelled images is changed; 0: it sees what labels them and teaches."""
+        if self.labels_itself:
+            return self.config.mean_teacher.strong_view
+        return self.config.distill.student_view if self.distills else 0.0
+
+    @property
     def patience(self) -> int:
         """Validations without a better one after which training stops; 0: never."""
         return self.config.train.teacher_patience if self.trains_teacher else 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,23 +12,22 @@ from torch import Tensor, nn
 from dfssd.data.dataset import network_input
 from dfssd.distill.criterion import Terms
 from dfssd.errors import DfssdError
-from dfssd.evaluate.validation import validate
 from dfssd.models import precision
-from dfssd.models.detector import detector_bytes
-from dfssd.runtime.progress import clock
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
+from dfssd.train.best import collapsed, finish, out_of_patience, validate_and_keep_best
+from dfssd.train.build import build_session
 from dfssd.train.clocks import Meter, traced
 from dfssd.train.feed import MicroBatch
 from dfssd.train.interrupt import STOP, Interrupt
 from dfssd.train.job import TrainJob
+from dfssd.train.log import Log, progress_line, record, say, step_metrics
 from dfssd.train.memory import fit_micro_batch, told_when_full
 from dfssd.train.optim import learning_rate
-from dfssd.train.session import Session, build_session
+from dfssd.train.session import Session
 from dfssd.train.signals import Signals
-from dfssd.train.step import Gradient, accumulate
+from dfssd.train.step import accumulate
 
-Log = Callable[[dict[str, float], int], None]
 Save = Callable[[dict[str, Any], Session], None]
 
 
@@ -44,7 +41,16 @@ def train(
 ) -> dict[str, Any]:
     """Train to the last step, from the newest whole checkpoint if there is one; leave `best.pt` and `last.pt`.
 
-    The collectives of a step, which every worker makes in the same order, stand at the head of `dfssd.train.step`.
+    Collectives of a step, in the order in which every worker makes them:
+
+    0. where the network's own average labels (`label_in_loop`): counts of its scores and of labelled boxes;
+    1. `accumulate`: normalisers, values of the layers, counts, and what workers ask for (a checkpoint, an end);
+    2. every 20th step under `--balance gradnorm`: squared gradient norms of the terms;
+    3. the gradient, by DDP during the backward pass of the last micro-batch;
+    4. at log steps: squared gradient norms at the student's outputs (in the first step at its first layer);
+    5. at log steps: the loss terms, for the log;
+    6. at validations: running statistics of batch norm, then what was matched on val;
+    7. before a checkpoint: running statistics of batch norm.
 
     Args:
         log: takes (metrics, step) at every log step and validation, on every rank.
@@ -197,131 +203,3 @@ def stopped(s: Session) -> DfssdError:
         where=s.job.store.uri,
         todo="the same command goes on from there",
     )
-
-
-def record(s: Session, metrics: dict[str, float], log: Log) -> None:
-    """Keep the numbers of one step in the run's history (which a checkpoint carries) and pass them on."""
-    s.history.append({"step": s.step, **metrics})
-    log(metrics, s.step)
-
-
-def step_metrics(s: Session, gradient: Gradient, lr: float, norm: float, meter: Meter) -> dict[str, float]:
-    """Numbers of one log step, with units in the names; loss terms are those of the global batch."""
-    losses, config = gradient.terms.losses, s.job.config
-    flat = s.world.sum(torch.stack([v.detach() for v in losses.values()]))
-    step_s, data_s = meter.read()
-    images = config.train.batch + (config.unlabelled_batch() if "unlabelled" in s.streams.streams else 0)
-    metrics = {f"loss/{k}": float(v) for k, v in zip(losses, flat, strict=True)}
-    metrics["loss/total"] = float(flat.sum())
-    metrics |= {k: float(v) for k, v in gradient.terms.counts.items()}
-    metrics |= {f"grad/{k}": v for k, v in gradient.norms.items()}
-    metrics |= {"lr": lr, "grad/norm": norm, "time/step (s)": step_s, "time/data wait (s)": data_s}
-    metrics |= {f"time/{k} (s)": v for k, v in s.clock.read().items()}
-    metrics |= {"speed (img/s)": images / max(step_s, 1e-9), "workers": float(s.world.size)}
-    if s.device.type == "cuda":
-        metrics["memory/peak (GiB)"] = torch.cuda.max_memory_allocated(s.device) / 2**30
-    if s.scaler:
-        metrics["scale"] = float(s.scaler.get_scale())
-    if s.policy:
-        tau = s.policy.thresholds().tolist()
-        metrics |= {f"threshold/{n}": t for n, t in zip(s.manifest.names, tau, strict=True)}
-    return metrics
-
-
-def progress_line(stage: str, step: int, steps: int, metrics: dict[str, float], left_s: float) -> str:
-    parts = {k.split("/")[1]: 0.0 for k in metrics if k.startswith("loss/") and k != "loss/total"}
-    for key, value in metrics.items():
-        if key.startswith("loss/") and key != "loss/total":
-            parts[key.split("/")[1]] += value
-    terms = " + ".join(f"{k} {v:.3f}" for k, v in parts.items())
-    return (
-        f"{stage}: step {step}/{steps} ({100 * step / steps:.0f} %)  loss {metrics['loss/total']:.3f} = {terms}  "
-        f"lr {metrics['lr']:.1e}  {metrics['time/step (s)'] * 1e3:.0f} ms/step "
-        f"({metrics['time/data wait (s)'] * 1e3:.0f} data)  {metrics['speed (img/s)']:.0f} img/s  left {clock(left_s)}"
-    )
-
-
-def validate_and_keep_best(s: Session) -> dict[str, float]:
-    """Measure the weight average on the val split; remember its weights if mAP50-95 was never higher."""
-    begun = time.monotonic()
-    s.average_statistics()
-    with precision.for_validation(s.device):
-        result = validate(s.ema.ema, s.val, s.ema.ema.names, s.world, s.device)
-    metrics = {k: v for k, v in result.items() if isinstance(v, float)}
-    before = s.best["metrics"]["map50_95"] if s.best else -math.inf
-    if s.best is None or metrics["map50_95"] >= before:
-        weights = {k: v.detach().cpu().clone() for k, v in s.ema.ema.state_dict().items()}
-        risen = s.best is None or metrics["map50_95"] > before
-        since = s.step if risen or s.best is None else s.best["since"]  # an equal value is no progress
-        s.best = {"step": s.step, "since": since, "metrics": metrics, "ema": weights}
-    say(
-        s.world,
-        f"{s.job.stage}: step {s.step}  val mAP50 {metrics['map50']:.4f}  mAP50-95 {metrics['map50_95']:.4f}  "
-        f"(best mAP50-95 {s.best['metrics']['map50_95']:.4f} at step {s.best['step']})  "
-        f"{time.monotonic() - begun:.1f} s",
-    )
-    reached = s.teaching.reached if s.teaching else None
-    if reached is not None:
-        s.criterion.lead = lead(reached, metrics["map50_95"], s.job.config.distill.fade)
-        if before <= reached < metrics["map50_95"]:
-            fades = s.job.config.distill.fade > 0
-            hint = (
-                "its teacher's terms fade, its own average takes over"
-                if fades
-                else "which may hold it back: set --fade"
-            )
-            say(s.world, f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}); {hint}")
-    return metrics
-
-
-def lead(teacher: float, student: float, fade: float) -> float:
-    """Weight (0..1) of the teacher's terms by val mAP50-95: 1 while the student is no better, 0 where it is `fade` ahead."""
-    return 1.0 if fade <= 0 else min(1.0, max(0.0, 1 - (student - teacher) / fade))
-
-
-def out_of_patience(s: Session) -> bool:
-    """Has validation not improved for as long as the settings allow?"""
-    since = s.step - s.best["since"] if s.best else 0
-    if not s.job.patience or since < s.job.patience * s.job.val_every():
-        return False
-    say(s.world, f"{s.job.stage}: no better validation for {since} steps, stops at step {s.step} of {s.job.steps}")
-    return True
-
-
-def collapsed(s: Session, last: dict[str, float]) -> bool:
-    """Has a teacher that labels for itself stopped learning anything good? Its best weights are kept."""
-    reason = s.in_loop.failing(last["map50_95"]) if s.in_loop and last else ""
-    if reason and s.best is not None:
-        kept = f"its best weights (step {s.best['step']}) are kept"
-        say(s.world, f"{s.job.stage}: {reason}; stops at step {s.step}, {kept}")
-    return bool(reason)
-
-
-def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
-    """Write `best.pt` and `last.pt` in Ultralytics' format, and return what is worth knowing."""
-    assert s.best is not None, "a run ends with a validation"
-    meter.read()
-    result: dict[str, Any] = {
-        "best": {"step": s.best["step"], **s.best["metrics"]},
-        "last": last,
-        "steps": s.step,
-        "before_s": s.before_s,
-        "seconds_per_step": meter.total_step_s / max(meter.total_steps, 1),
-        "data_wait_share": meter.total_data_s / max(meter.total_step_s, 1e-9),
-        "precision": str(s.dtype or torch.float32),
-        "device": str(s.device),
-        "threads": torch.get_num_threads(),
-    }
-    if s.world.rank == 0:
-        best = deepcopy(s.ema.ema)
-        best.load_state_dict(s.best["ema"])
-        note = {"stage": s.job.stage, "fingerprint": s.job.fingerprint()}
-        s.job.store.write("best.pt", detector_bytes(best, {**note, **result["best"]}))
-        s.job.store.write_json("history.json", s.history)
-        s.job.store.write("last.pt", detector_bytes(s.ema.ema, {**note, "step": s.step}))
-    return result
-
-
-def say(world: WorkerGroup, text: str) -> None:
-    if world.rank == 0:
-        print(text, flush=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dfssd.config import Config
-from dfssd.models.predict import predict
+from dfssd.models.families import predict
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.runtime.worker_group import WorkerGroup
 

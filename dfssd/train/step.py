@@ -7,11 +7,7 @@ first, which gives the exact normalisers for one more forward pass of the studen
 then each with its graph. So memory for activations is that of one micro-batch, and gradients are those of the global
 batch: exactly, whoever computes which.
 
-Collectives of a step, in order, on every worker: (1) the sum of normalisers, layer values, counts and what workers ask
-for; (2) every 20th step under `--balance gradnorm`: squared gradient norms of the terms; (3) at log steps: the same at
-the outputs (or the first layer); (4) the gradient, by DDP during the backward pass of the last micro-batch; (5) at log
-steps: the terms, for the log. A teacher that labels inside the loop adds (0): counts of its scores. Validation: buffers
-of batch norm, matches.
+The collectives of a step stand at the head of `dfssd.train.loop.train`, in order.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dfssd.data.dataset import network_input
 from dfssd.data.sampling import stable_seed
 from dfssd.distill.criterion import Measured, StudentOutput, Terms, Totals
-from dfssd.models.detector import TeacherOutput
+from dfssd.models.head import TeacherOutput
 from dfssd.train.feed import MicroBatch
 from dfssd.train.guards import check_finite, check_teacher, judge, reach
 from dfssd.train.session import Session

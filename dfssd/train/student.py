@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from ultralytics.nn.tasks import DetectionModel
 
 from dfssd.distill.criterion import StudentOutput
 from dfssd.distill.features import Projections
-from dfssd.models.detector import feature_channels
-from dfssd.models.head import branches
-from dfssd.models.taps import Taps
+from dfssd.models.families import family_of
+from dfssd.models.head import MAIN
 
 
 class Student(nn.Module):
@@ -28,22 +26,25 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        detector: DetectionModel,
+        detector: nn.Module,
         teacher_channels: list[int] | None = None,
         layers: Sequence[int] = (),
         generators: bool = False,
-        online: DetectionModel | None = None,
+        online: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.detector, self.online = detector, online
-        self.taps = Taps(detector, layers, "student") if layers and teacher_channels else None
-        own = self.taps.channels if self.taps else feature_channels(detector)
-        self.projections = Projections(own, teacher_channels, generators) if teacher_channels else None
+        self.family = family_of(detector)
+        self.taps = self.family.taps(detector, layers, "student") if layers and teacher_channels else None
+        self.projections = None
+        if teacher_channels:
+            own = self.taps.channels if self.taps else self.family.channels(detector)
+            self.projections = Projections(own, teacher_channels, generators)
 
     def forward(self, images_bchw: Tensor, labelled: int = 0) -> StudentOutput:
         """One pass; the first `labelled` images also go through an online teacher."""
-        raw = branches(self.detector(images_bchw))
-        taps = self.taps.take() if self.taps else raw["one2many"].feats
+        raw = self.family.raw(self.detector, images_bchw)
+        taps = self.taps.take() if self.taps else raw[MAIN].feats
         projected = self.projections(taps) if self.projections is not None else []
-        teacher = branches(self.online(images_bchw[:labelled])) if self.online is not None else None
+        teacher = family_of(self.online).raw(self.online, images_bchw[:labelled]) if self.online is not None else None
         return StudentOutput(raw, taps, projected, teacher)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from ultralytics.nn.tasks import DetectionModel
+from torch import nn
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Config
 from dfssd.data.manifest import Manifest
 from dfssd.errors import DfssdError
-from dfssd.models.detector import Teacher, build_detector, load_detector
-from dfssd.models.pairing import Pairing, pair
+from dfssd.models.families import build_model, class_names, family_of, load_model, pair
+from dfssd.models.family import TeacherNetwork
+from dfssd.models.pairing import Pairing
 from dfssd.models.precision import autocast_dtype
 from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
@@ -32,18 +33,21 @@ class Teaching:
         reached: mAP50-95 on the val split of the run's own frozen teacher; None of any other.
     """
 
-    teacher: Teacher
+    teacher: TeacherNetwork
     pairing: Pairing
-    online: DetectionModel | None = None
+    online: nn.Module | None = None
     ema: ModelEMA | None = None
     reached: float | None = None
-    own: Teacher | None = None
+    own: TeacherNetwork | None = None
 
 
 def build_teaching(
-    job: TrainJob, run: Storage, student: DetectionModel, manifest: Manifest, device: torch.device
+    job: TrainJob, run: Storage, student: nn.Module, average: ModelEMA, manifest: Manifest, device: torch.device
 ) -> Teaching | None:
     """Load and check the teacher; None where no enabled term needs one.
+
+    Args:
+        average: the student's own, which takes over once it has passed the teacher.
 
     Raises:
         DfssdError: it cannot be loaded, or cannot teach this student.
@@ -58,31 +62,34 @@ def build_teaching(
     layers = layers if config.distill.lambda_f > 0 else ()
     dtype = autocast_dtype(config.distill.teacher_amp, device)
     if config.distill.teacher_mode == "frozen":
-        frozen = load_detector(data, where, config.train.imgsz)
-        teacher, online, ema = Teacher(frozen, device, layers, dtype=dtype), None, None
+        frozen = load_model(data, where, config.train.imgsz)
+        teacher, online, ema = family_of(frozen).teacher(frozen, device, layers, dtype=dtype), None, None
     else:
         online, ema = _online(data, where, config, manifest, device)
-        teacher = Teacher(ema.ema, device, layers, frozen=False, dtype=dtype)
+        teacher = family_of(online).teacher(ema.ema, device, layers, frozen=False, dtype=dtype)
     try:
-        pairing = pair(teacher, student.model[-1], manifest.names, config.distill.prediction)
+        pairing = pair(teacher, student, manifest.names, config.distill.prediction)
     except DfssdError as error:
         raise DfssdError(error.what, where=where, todo=error.todo) from error
     known = online is None and not given and store.exists("stage.json")
     reached = store.read_json("stage.json")["summary"]["best"]["map50_95"] if known else None
-    return Teaching(teacher, pairing, online, ema, reached)
+    own = None
+    if reached is not None and config.distill.fade > 0:
+        own = family_of(student).teacher(average.ema, device, frozen=False, dtype=dtype)
+    return Teaching(teacher, pairing, online, ema, reached, own)
 
 
 def _online(
     data: bytes, where: str, config: Config, manifest: Manifest, device: torch.device
-) -> tuple[DetectionModel, ModelEMA]:
+) -> tuple[nn.Module, ModelEMA]:
     """The teacher as a network that trains, and its weight average."""
-    known = load_detector(data, where, config.train.imgsz).names
-    if list(known.values()) != list(manifest.names):
+    known = class_names(load_model(data, where, config.train.imgsz))
+    if known != list(manifest.names):
         raise DfssdError(
-            f"an online teacher trains on the labels, but knows other classes: {', '.join(known.values())}",
+            f"an online teacher trains on the labels, but knows other classes: {', '.join(known)}",
             where=where,
             todo="take --teacher-mode frozen, or a teacher of exactly these classes",
         )
-    online = build_detector(where, manifest.names, config.train.imgsz, data).to(device).train()
+    online = build_model(where, manifest.names, config.train.imgsz, data)[0].to(device).train()
     online.to(memory_format=torch.channels_last)
     return online, ModelEMA(online, decay=config.train.ema_decay, tau=EMA_TAU)

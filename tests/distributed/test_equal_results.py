@@ -11,7 +11,7 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 from torch import nn
 
 from dfssd.config import Data
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.models.ghost_norm import GhostNorm
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from dfssd.models.detector import read_detector
+from dfssd.models.yolo.detector import read_detector
 
 ROOT = Path(__file__).parents[2]
 KILLS, SEED = int(os.environ.get("CHAOS_KILLS", "30")), int(os.environ.get("CHAOS_SEED", "0"))

@@ -194,7 +194,7 @@ def test_a_checkpoint_of_format_1_still_loads(prepared):
 
     What later versions write may hold more; what is missing here must then have a default.
     """
-    from dfssd.train.session import build_session
+    from dfssd.train.build import build_session
 
     give_teacher_and_candidates(prepared)
     job = make_job("student", str(prepared / "r"), tiny_config(prepared))

@@ -14,13 +14,13 @@ from ultralytics.nn.tasks import yaml_model_load
 
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes, load_detector, resolve_weights
-from dfssd.models.layout import refuse_code, require_safe_loader
+from dfssd.models.yolo.detector import build_detector, detector_bytes, load_detector, resolve_weights
+from dfssd.models.yolo.layout import refuse_code, require_safe_loader
 from dfssd.pipeline.settings import given_weights
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
-from dfssd.train.session import build_session
+from dfssd.train.build import build_session
 
 
 class Touch:

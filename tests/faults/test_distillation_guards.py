@@ -6,9 +6,9 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.config import Config, Distill
 from dfssd.errors import DfssdError
-from dfssd.models import taps as taps_module
-from dfssd.models.detector import detector_bytes, load_detector
-from dfssd.models.taps import Taps
+from dfssd.models.yolo import taps as taps_module
+from dfssd.models.yolo.detector import detector_bytes, load_detector
+from dfssd.models.yolo.taps import Taps
 from dfssd.runtime.storage import Storage
 from dfssd.train import loop
 from dfssd.train.in_process import train_in_process
@@ -38,14 +38,14 @@ def test_detached_taps(prepared, monkeypatch):
 
 
 def test_detached_neck(prepared, monkeypatch):
-    from dfssd.train import session
+    from dfssd.train import build
 
-    class Detached(session.Student):
+    class Detached(build.Student):
         def forward(self, images, labelled=0):
             out = super().forward(images, labelled)
             return type(out)(out.raw, out.taps, [p.detach() for p in out.projected])
 
-    monkeypatch.setattr(session, "Student", Detached)
+    monkeypatch.setattr(build, "Student", Detached)
     _stops(prepared, monkeypatch, "'feat' is not connected to the student")
 
 

@@ -16,13 +16,13 @@ import psutil
 import pytest
 from small import tiny_config
 
-from dfssd.choices import POLICIES
 from dfssd.config import Data
+from dfssd.config.choices import POLICIES
 from dfssd.data.manifest import read_manifest, read_pseudo, read_table
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes
+from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pseudo import labeller
 from dfssd.pseudo.shards import read_shards
 from dfssd.runtime.storage import Storage
@@ -209,8 +209,9 @@ def test_a_teacher_of_other_classes_ends_the_job_before_an_actor_is_started(run,
 PREPARE = """
 import os, signal, sys
 from dfssd.config import Data
-from dfssd.data import check_cluster, check_shards
-from dfssd.data.prepare import prepare
+from dfssd.data.preparation import check_cluster
+from dfssd.data.preparation import check_shards
+from dfssd.data.preparation.prepare import prepare
 from dfssd.runtime.storage import Storage
 
 check_shards.SHARD = 8
@@ -232,7 +233,7 @@ def test_a_killed_prepare_on_the_cluster_goes_on_and_finds_what_one_process_find
 ):
     import ray
 
-    from dfssd.data import check_shards
+    from dfssd.data.preparation import check_shards
 
     data, here, there = tmp_path / "data", Storage(str(tmp_path / "here")), Storage(str(tmp_path / "there"))
     make_dataset(data, images=300, side=48, seed=7)

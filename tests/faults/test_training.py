@@ -17,14 +17,14 @@ from small import give_teacher_and_candidates, make_job, tiny_config
 from dfssd.data.manifest import read_manifest
 from dfssd.data.reading import decode
 from dfssd.errors import DfssdError
-from dfssd.models.detector import build_detector, detector_bytes, read_detector
+from dfssd.models.yolo.detector import build_detector, detector_bytes, read_detector
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint, ending, guards, loop
+from dfssd.train.build import build_session
 from dfssd.train.ending import REQUEST, Watch, ask_for_checkpoint
 from dfssd.train.in_process import train_in_process
 from dfssd.train.interrupt import Interrupt
-from dfssd.train.session import build_session
 
 
 class Killed(Exception):

@@ -1,0 +1,114 @@
+"""Settings as a file: `--config run.yaml` or `.json`. What reports and stage records hold can be given back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dfssd.config.sections import SECTIONS, Config, all_keys
+from dfssd.errors import DfssdError, nearest
+
+# A stage's record knows these by their content: what they were called says nothing about its result.
+_BY_CONTENT = ("data.data", "data.unlabelled", "pseudo.label_teachers", "distill.distill_teacher")
+
+
+def read_config(path: str, base: Config | None = None) -> Config:
+    """Settings from a file: sections with fields, dotted keys, or a record (`stage.json`) with them under `config`.
+
+    Args:
+        base: what the file does not say; default the defaults.
+
+    Raises:
+        DfssdError: no such file, neither YAML nor JSON, an unknown key (with the nearest) or a value that cannot be.
+    """
+    tree = (base or Config()).model_dump()
+    for key, value in _flat(_read(path), path).items():
+        name, _, field = key.partition(".")
+        if field:
+            tree[name][field] = value
+        else:
+            tree[name] = value
+    return checked(tree, where=path)
+
+
+def checked(tree: dict[str, Any], where: str = "") -> Config:
+    """The settings, checked as a whole.
+
+    Raises:
+        DfssdError: what is wrong with them, by flag.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise DfssdError("; ".join(_said(e) for e in error.errors()), where=where) from error
+
+
+def _said(error: Any) -> str:
+    """One fault in words: the flag, the value, and what is allowed."""
+    said = error["msg"].removeprefix("Value error, ")
+    field = [part for part in error["loc"] if isinstance(part, str) and part not in SECTIONS]
+    if not field or said.startswith(("--", repr(error["input"]))):
+        return str(said)
+    return f"--{field[-1].replace('_', '-')} {error['input']}: {said.replace('Input should be', 'must be')}"
+
+
+def to_yaml(config: Config, keys: tuple[str, ...]) -> str:
+    """These settings as YAML that `read_config` takes."""
+    import yaml
+
+    plain, tree = config.model_dump(mode="json"), dict[str, Any]()
+    for key in keys:
+        name, _, field = key.partition(".")
+        if field:
+            tree.setdefault(name, {})[field] = plain[name][field]
+        else:
+            tree[name] = plain[name]
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def _read(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = Path(path).expanduser().read_text()
+        found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DfssdError(f"the settings cannot be read: {error}", where=path) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise DfssdError(f"the file is neither YAML nor JSON: {error}", where=path) from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise DfssdError(
+            "the file holds no settings", where=path, todo="write sections with fields, see --print-config"
+        )
+    if not {"config", "inputs"} <= set(found):
+        return {str(k): v for k, v in found.items()}
+    record = {name: dict(v) if isinstance(v, dict) else v for name, v in found["config"].items()}
+    for name, _, field in (key.partition(".") for key in _BY_CONTENT):
+        if record.get(name, {}).pop(field, None):
+            print(
+                f"WARNING: {path} knows {name}.{field} by its content alone: give --{field.replace('_', '-')}",
+                flush=True,
+            )
+    return record
+
+
+def _flat(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    """Values by dotted key, each known."""
+    known, flat = all_keys(), dict[str, Any]()
+    for name, value in tree.items():
+        own = {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}
+        for key, setting in own.items():
+            if key not in known:
+                same = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+                raise DfssdError(
+                    f"{key!r} is not a setting{nearest(key, same or known)}",
+                    where=path,
+                    todo="--print-config shows all settings of a command",
+                )
+            flat[key] = setting
+    return flat

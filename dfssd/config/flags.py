@@ -1,0 +1,142 @@
+"""Flags of the command line, made from the settings: names, defaults, ranges and help stand in `dfssd.config` alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+from dfssd.config.choices import Choice
+from dfssd.config.file import checked, read_config, to_yaml
+from dfssd.config.sections import SECTIONS, Config, section
+from dfssd.version import __version__
+
+_Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+COMMON: dict[str, Any] = {
+    "config": (str, FieldInfo(default="", description="Settings from a YAML or JSON file; flags win over it.")),
+    "print_config": (
+        _Switch,
+        FieldInfo(default=False, description="Print the settings as YAML for --config, and stop."),
+    ),
+    "version": (_Switch, FieldInfo(default=False, description="Print the version, and stop.")),
+}
+
+
+def parse(
+    doc: str,
+    shown: Sequence[str],
+    args: Sequence[str] | None = None,
+    base: Config | None = None,
+    *,
+    prog: str | None = None,
+    example: str = "",
+    **extra: Any,
+) -> tuple[Config, Any]:
+    """Read the command line of a job.
+
+    Args:
+        doc: the job's description, shown by --help.
+        shown: settings that the job shows and accepts: dotted keys, or names of whole sections. The others keep their values.
+        args: words of the command line; default those of the process.
+        base: what flags that are not given mean; default the defaults.
+        prog: how the command is called in its help.
+        example: a command line, shown by --help.
+        extra: further flags of the job, name=(type, pydantic's Field(...)).
+
+    Returns:
+        the full config, and the parsed flags with the extra ones as attributes.
+
+    Raises:
+        DfssdError: values that cannot be, or an unreadable --config.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    base = base or Config()
+    if file := _value_of("--config", words):
+        base = read_config(file, base)
+    keys = expand(shown)
+    model = _model(keys, base, {**extra, **COMMON})
+    text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
+    parsed = tyro.cli(model, args=words, description=text, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    if parsed.version:
+        print(f"dfssd {__version__}")
+        sys.exit(0)
+    tree = base.model_dump()
+    for key in keys:
+        name, _, field = key.partition(".")
+        if field:
+            tree[name][field] = getattr(getattr(parsed, name), field)
+        else:
+            tree[name] = getattr(parsed, name)
+    config = checked(tree)
+    if parsed.print_config:
+        print(to_yaml(config, keys), end="")
+        sys.exit(0)
+    return config, parsed
+
+
+def expand(shown: Sequence[str]) -> tuple[str, ...]:
+    """Dotted keys in the order of the config, each once; a section's name stands for all of its fields."""
+    wanted = {key for name in shown for key in (section(name) if name in SECTIONS else (name,))}
+    found = [key for name in Config.model_fields for key in (section(name) if name in SECTIONS else (name,))]
+    assert wanted <= set(found), f"unknown settings: {wanted - set(found)}"
+    return tuple(key for key in found if key in wanted)
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str:
+    """What was given to a flag that is needed before the others are read."""
+    for k, word in enumerate(words):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag and k + 1 < len(words):
+            return words[k + 1]
+    return ""
+
+
+def _model(keys: Sequence[str], base: Config, extra: dict[str, Any]) -> Any:
+    """A dataclass with the fields of these settings, unchecked: the config checks them, in words of its own."""
+    fields: list[Any] = []
+    for name in Config.model_fields:
+        own = [key.partition(".")[2] for key in keys if key.startswith(f"{name}.")]
+        if own:
+            values, infos = getattr(base, name), SECTIONS[name].model_fields
+            part = dataclasses.make_dataclass(
+                SECTIONS[name].__name__,
+                [_field(field, infos[field], infos[field].annotation, getattr(values, field)) for field in own],
+                frozen=True,
+            )
+            part.__doc__ = SECTIONS[name].__doc__
+            fields.append((name, part, part()))
+        elif name in keys:
+            info = Config.model_fields[name]
+            fields.append(_field(name, info, info.annotation, getattr(base, name)))
+    for name, (annotation, info) in extra.items():
+        fields.append(_field(name, info, annotation, info.default))
+    return dataclasses.make_dataclass("Job", fields)
+
+
+def _field(name: str, info: FieldInfo, annotation: Any, default: Any) -> tuple[str, Any, Any]:
+    if any(isinstance(m, BeforeValidator) for m in info.metadata):  # written in a form of its own: read as words
+        annotation, default = tuple[str, ...], tuple(map(str, default))
+    for choice in (m for m in info.metadata if isinstance(m, Choice)):
+        annotation = Literal[choice.names]
+    said = f"{info.description or ''}{allowed(info)}"
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    flag = str(extra["flag"]) if "flag" in extra else None  # where the field's name would say too little
+    return name, Annotated[annotation, tyro.conf.arg(help=said, name=flag)], default
+
+
+def allowed(info: FieldInfo) -> str:
+    """The range of a number in words, in brackets; '' where any value will do."""
+    bounds = {}
+    for rule in info.metadata:
+        for kind in ("ge", "gt", "le", "lt", "multiple_of"):
+            if getattr(rule, kind, None) is not None:
+                bounds[kind] = getattr(rule, kind)
+    words = {"ge": "from", "gt": "above", "le": "to", "lt": "below", "multiple_of": "in steps of"}
+    said = " ".join(f"{words[kind]} {bounds[kind]:g}" for kind in words if kind in bounds)
+    return f" [{said}]" if said else ""

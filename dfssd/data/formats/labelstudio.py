@@ -1,0 +1,110 @@
+"""Label Studio's JSON and JSON-MIN (labelstud.io/guide/export, labelstud.io/guide/task_format)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlparse
+
+from dfssd.data.checks import Label
+from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.matching import Reference, slashes
+from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned
+from dfssd.data.formats.source import Sheet, Source, unusable
+
+
+def is_label_studio(content: Any) -> bool:
+    """Tasks (`data` with `annotations` or `predictions`), or JSON-MIN (`image` with `annotator` or `label`)."""
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        return False
+    first = content[0]
+    tasks = isinstance(first.get("data"), dict) and any(
+        k in first for k in ("annotations", "completions", "predictions")
+    )
+    small = isinstance(first.get("image"), str) and ("annotation_id" in first or isinstance(first.get("label"), list))
+    return tasks or small
+
+
+def task_image(address: str) -> str:
+    """Name of a picture in a task: a path, a URL, an upload (`/data/upload/1/ab12-x.png`) or local storage (`?d=x.png`)."""
+    parts = urlparse(slashes(address))
+    if "d" in (query := parse_qs(parts.query)):
+        return slashes(query["d"][0])
+    return slashes(unquote(parts.path)).lstrip("/")
+
+
+def read_label_studio(tree: Tree, contents: dict[str, Any]) -> Source:
+    """Label Studio's JSON; a task that nobody finished is unlabelled, a finished one without a box is free of defects."""
+    sheets: list[Sheet] = []
+    unsure = 0
+    for path, content in contents.items():
+        for task in filter(lambda t: isinstance(t, dict), content):
+            address, results = _task(task)
+            if results is None:
+                unsure += sum(len(p.get("result") or []) for p in task.get("predictions") or [] if isinstance(p, dict))
+                continue
+            name = task_image(address)
+            sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_studio_shapes, results)))
+    source = collect(tree, "labelstudio", sheets)
+    source.counts["unsure"] += unsure
+    return source
+
+
+def _task(task: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | None]:
+    """Address of the picture, and the results of the annotation that counts: the newest that was not skipped."""
+    if "data" not in task:
+        return str(task.get("image") or ""), [_as_result(v) for v in task.get("label") or []]
+    address = next((str(v) for v in task["data"].values() if isinstance(v, str)), "")
+    address = str(task["data"].get("image") or address)
+    done = [a for a in task.get("annotations") or task.get("completions") or [] if not a.get("was_cancelled")]
+    done.sort(key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or a.get("created_at") or "")))
+    return address, list(done[-1].get("result") or []) if done else None
+
+
+def _as_result(value: dict[str, Any]) -> dict[str, Any]:
+    """A shape of JSON-MIN as one of a task."""
+    kind = next((k for k in value if k.endswith("labels")), "rectanglelabels")
+    return {**{k: value.get(k) for k in ("original_width", "original_height")}, "type": kind, "value": value}
+
+
+def _studio_shapes(results: list[dict[str, Any]]) -> tuple[list[str], Label]:
+    shapes: list[Shape] = []
+    counts: Counter[str] = Counter()
+    size = None
+    for result in results:
+        value, kind = result.get("value") or {}, str(result.get("type") or "")
+        if not any(k in kind for k in ("rectangle", "polygon", "ellipse", "brush", "keypoint")):
+            continue  # choices, texts, relations: nothing that is drawn
+        width, height = float(result.get("original_width") or 0), float(result.get("original_height") or 0)
+        names = next((v for k, v in value.items() if k.endswith("labels") and isinstance(v, list)), None) or [""]
+        if "brush" in kind:
+            return [], unusable("label_unreadable", "a painted mask; export rectangles, or as COCO")
+        if "keypoint" in kind:
+            counts["other_shapes"] += 1
+            continue
+        if min(width, height) <= 0:
+            return [], unusable("label_unreadable", "a shape without original_width and original_height")
+        size = (int(width), int(height))
+        shapes += [(str(n).strip(), *_studio_box(value, kind, width, height, counts)) for n in names]  # type: ignore[misc]
+    return label_of(shapes, size, counts)
+
+
+def _studio_box(
+    value: dict[str, Any], kind: str, width: float, height: float, counts: Counter[str]
+) -> tuple[float, ...]:
+    """Corners in px; Label Studio counts in percent, and turns a rectangle about its upper left corner."""
+    if "polygon" in kind:
+        counts["polygons"] += 1
+        return around([[p[0] * width / 100, p[1] * height / 100] for p in value["points"]])
+    if "ellipse" in kind:
+        counts["polygons"] += 1
+        cx, cy, rx, ry = (float(value[k]) for k in ("x", "y", "radiusX", "radiusY"))
+        low, high = (cx - rx, cy - ry), (cx + rx, cy + ry)
+        return around([[x * width / 100, y * height / 100] for x, y in (low, high)])
+    x, y, w, h = (float(value[k]) for k in ("x", "y", "width", "height"))
+    x, y, w, h = x * width / 100, y * height / 100, w * width / 100, h * height / 100
+    if rotation := float(value.get("rotation") or 0):
+        counts["rotated"] += 1
+        return turned(x, y, w, h, rotation, (x, y))
+    return x, y, x + w, y + h

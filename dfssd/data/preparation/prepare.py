@@ -1,0 +1,108 @@
+"""Stage `prepare`: check every image and label, group near-duplicates, split, choose the labelled subset, write."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from dfssd.config import Data, Run
+from dfssd.data.checks import Checked
+from dfssd.data.formats.read import read_source
+from dfssd.data.formats.unpack import resolve_zip
+from dfssd.data.manifest import Manifest, write_manifest, write_table, write_withheld
+from dfssd.data.preparation import grouping
+from dfssd.data.preparation.assignment import Pairs, choose_labelled, make_rows, split_images
+from dfssd.data.preparation.bad_files import write_bad
+from dfssd.data.preparation.checking import check_all, drop_duplicates, set_white_levels, stop_if_too_bad
+from dfssd.data.preparation.corrections import lay_over, read_corrections, write_provenance
+from dfssd.data.preparation.summary import budget, contact_sheet, statements, summarise
+from dfssd.data.preparation.val_from_labels import take_val, without_val
+from dfssd.data.preparation.versions import read_previous
+from dfssd.runtime.storage import Storage
+
+
+def prepare(
+    config: Data, seed: int, store: Storage, run_settings: Run | None = None, cluster: bool | None = None
+) -> dict[str, Any]:
+    """Write `manifest.parquet`, `withheld.parquet`, `bad_files.parquet`, the split and pictures; return a summary.
+
+    Args:
+        run_settings: how long to wait for room on the cluster.
+        cluster: check the images there, or in this process; None: as their number says (`check_shards.on_cluster`).
+
+    Raises:
+        DfssdError: unknown layout, too many bad files, or too few images for the splits asked for.
+    """
+    run = Storage(store.uri.rpartition("/")[0])
+    data = resolve_zip(config.data, run)
+    source = read_source(data, config.format, config.names)
+    classes = len(source.names)
+    print(
+        f"data: {len(source.items)} images as {source.format}, {classes} classes: {', '.join(source.names)}", flush=True
+    )
+    good, bad, thumbnails = check_all(source, config, store, run_settings or Run(), cluster)
+    corrections = read_corrections(run)
+    corrected = lay_over(good, source.names, corrections)
+    stop_if_too_bad(bad, len(good) + len(bad), config, store)
+    images, duplicates, conflicts = drop_duplicates(good)
+    bad += duplicates
+    levels, level_notes = set_white_levels(images, config)
+    hashes = thumbnails.hashes_of(images)
+    groups, pairs = grouping.group_hashes(hashes, config.near_duplicate, config.max_group_share)
+    previous = read_previous(store)
+    split_names = split_images(images, groups, pairs, config, seed, source, previous)
+    if config.val_from_labels:
+        split_names = without_val(images, split_names, groups, config)
+    labelled, hidden = choose_labelled(images, split_names, config, seed, classes, previous)
+    # What a person labelled for this run is never hidden from it.
+    labelled |= {
+        i.image_id for i, s in zip(images, split_names, strict=True) if s == "train" and i.image_id in corrections
+    }
+    if config.val_from_labels:
+        split_names, labelled = take_val(images, split_names, labelled, groups, pairs, config, seed, classes, previous)
+    rows, withheld = make_rows(images, split_names, labelled, groups, levels)
+    meta = {"format": source.format, "seed": seed, "label_fraction": config.label_fraction, "split": config.split}
+    meta["val_from_labels"] = config.val_from_labels
+    meta["grey"] = all(i.facts.grey for i in images)
+    meta["version"] = previous.version + 1 if previous else 1
+    write_manifest(store, Manifest(rows, source.names, meta))
+    write_withheld(store, withheld)
+    write_provenance(store, corrections, {r.image_id for r in rows})
+    write_bad(store, bad)
+    write_pairs(store, [i.image_id for i in images], pairs)
+    write_split_list(store, images, split_names, labelled)
+    store.write("groups.png", contact_sheet(lambda k: thumbnails.thumb_of(images[k]), groups))
+    summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
+    summary["duplicates_with_other_labels"] = conflicts
+    summary["version"] = meta["version"]
+    summary["corrected_images"] = corrected
+    summary["data_settings"] = config.model_dump(mode="json")
+    own = [f"{corrected} images have corrected labels"] if corrected else []
+    summary["notes"] = own + source.notes + level_notes + statements(source, summary, hidden)
+    summary["notes"] += [budget(summary, config.val_from_labels)]
+    store.write_json("summary.json", summary)
+    thumbnails.remove()
+    return summary
+
+
+def write_pairs(store: Storage, ids: list[str], pairs: Pairs) -> None:
+    """`near_duplicates.parquet`: image ids of all pairs of near-duplicates, also those that a cut of a group separated."""
+    columns = [pa.array([ids[k] for k in ends.tolist()], pa.string()) for ends in pairs[:2]]
+    table = pa.table([*columns, pa.array(pairs[2], pa.float32())], names=["a", "b", "correlation"])
+    write_table(store, "near_duplicates.parquet", table)
+
+
+def write_split_list(store: Storage, images: list[Checked], split_names: list[str], labelled: set[str]) -> None:
+    """`split.csv`, to be published: image id, file name, split, labelled."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image_id", "file", "split", "labelled"])
+    rows = zip(images, split_names, strict=True)
+    writer.writerows(
+        sorted((i.image_id, i.uri.rsplit("/", 1)[-1], split, int(i.image_id in labelled)) for i, split in rows)
+    )
+    store.write("split.csv", text.getvalue().encode())

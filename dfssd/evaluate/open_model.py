@@ -1,0 +1,64 @@
+"""Open any model for `dfssd predict`: an exported one, or a .pt (which needs torch) behind the same call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfssd.errors import DfssdError
+from dfssd.line.detector import LineDetector, letterbox, network_input
+from dfssd.line.predict import Detector
+
+
+def open_model(file: str, imgsz: int = 640, threads: int = 0) -> Detector:
+    """A detector from an .onnx file, an OpenVINO folder or a .pt.
+
+    Args:
+        imgsz: side of the input (px), of a .pt only: exported models know theirs.
+
+    Raises:
+        DfssdError: it is not there, or not a model of this kind.
+    """
+    path = Path(file)
+    if not path.exists():
+        raise DfssdError("there is no such model", where=file, todo="give an .onnx file, an OpenVINO folder or a .pt")
+    if path.suffix == ".pt":
+        return _Network(path, imgsz)
+    try:
+        return LineDetector(path, threads)
+    except (ValueError, RuntimeError, StopIteration, ImportError) as error:
+        raise DfssdError(
+            f"cannot be opened: {str(error).splitlines()[0]}", where=file, todo="write it with dfssd export"
+        ) from error
+
+
+class _Network:
+    """A .pt: it has no operating point of its own, so 0.25 is meant where no score is given."""
+
+    def __init__(self, path: Path, imgsz: int) -> None:
+        from dfssd.models.families import ready_model
+
+        self.model: Any
+        self.model, self.names = ready_model(path.read_bytes(), str(path), imgsz)
+        self.imgsz, self.metadata = imgsz, dict[str, Any]()
+
+    def thresholds(self, score: float | None = None) -> np.ndarray:
+        return np.full(len(self.names), 0.25 if score is None else score, np.float32)
+
+    def __call__(self, pictures: Sequence[np.ndarray], tau_c: np.ndarray | None = None) -> list[np.ndarray]:
+        from dfssd.evaluate.squares import network
+
+        tau_c = self.thresholds() if tau_c is None else tau_c
+        ready = [letterbox(p, self.imgsz) for p in pictures]
+        found = network(self.model, float(tau_c.min()) * 0.999)(network_input([r[0] for r in ready]))
+        result = []
+        for boxes, picture, (_, gain, edge) in zip(found, pictures, ready, strict=True):
+            own = boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]].copy()
+            size = np.array([picture.shape[1], picture.shape[0]])
+            for k in (0, 2):
+                own[:, k : k + 2] = ((own[:, k : k + 2] - edge) / gain).clip(0, size)
+            result.append(own)
+        return result

@@ -1,0 +1,1 @@
+"""YOLO as a model family: the one place that touches the insides of Ultralytics."""

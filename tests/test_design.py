@@ -1,0 +1,73 @@
+"""The map of docs/design.md (section 4): every file of the package stands in it, and imports go down it, in no circle."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import dfssd
+
+ROOT = Path(dfssd.__file__).parent
+HALL = ("__init__", "cli", "jobs", "api")  # they start things, and may import any room
+
+
+def sections() -> dict[str, str]:
+    """Text of the map by room or file of the hall, in its order."""
+    page = (ROOT.parent / "docs" / "design.md").read_text()
+    lines = page.split("## 4. Map of the code", 1)[1].split("```")[1].splitlines()
+    found, room, inner = dict[str, str](), "", ""
+    for line in lines[next(k for k, text in enumerate(lines) if text.startswith("dfssd/")) + 1 :]:
+        if not line.startswith(" "):
+            break
+        if name := re.match(r"  (\w+)(/|\.py) ", line):
+            room = inner = name[1]
+        elif name := re.match(r"    (\w+)/ ", line):
+            inner = f"{room}/{name[1]}"
+        found[inner] = found.get(inner, "") + " " + line
+    return found
+
+
+def modules() -> dict[str, Path]:
+    """Files of the package by dotted name."""
+    paths = {p: p.relative_to(ROOT.parent).with_suffix("").parts for p in ROOT.rglob("*.py")}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): p for p, parts in paths.items()}
+
+
+def imports(name: str, path: Path, known: dict[str, Path], top_level: bool) -> set[str]:
+    """Modules of the package that a file imports: at its top level, or anywhere."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dfssd"):
+            full = {f"{node.module}.{a.name}" for a in node.names}
+            found |= {f if f in known else node.module for f in full}
+    return found & known.keys() - {name}
+
+
+def test_every_file_is_in_the_map():
+    places = sections()
+    for name, path in modules().items():
+        room = "/".join(path.relative_to(ROOT).parts[:-1])
+        if path.stem == "__init__" or room == "jobs":  # a file a command
+            continue
+        text = places.get(room or path.stem, "")
+        assert re.search(rf"\b{path.stem}\b", text), f"{name} is not named under {room or path.stem}/ in docs/design.md"
+
+
+def test_imports_go_down_the_map():
+    order = [name for name in sections() if "/" not in name]
+    known = modules()
+    for name, path in known.items():
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room in HALL:
+            continue
+        for other in imports(name, path, known, top_level=False):
+            target = other.split(".")[1]
+            assert target == room or order.index(target) < order.index(room), (
+                f"{name} imports {other}, which is above it"
+            )
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    known = modules()
+    TopologicalSorter({n: imports(n, p, known, top_level=True) for n, p in known.items()}).prepare()
