@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo check docs test test-slow format clean-demo faults
+.PHONY: install demo check docs test test-slow format clean-demo faults chaos reliability
 
 install: $(STAMP)
 
@@ -32,10 +32,16 @@ test: install
 	$(BIN)/pytest -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -m "slow and not faults"
+	$(BIN)/pytest -m "slow and not faults and not chaos"
 
 faults: install
-	$(BIN)/pytest tests/faults tests/test_tracking.py tests/test_properties.py tests/distributed
+	$(BIN)/pytest -m "not chaos" tests/faults tests/test_tracking.py tests/test_properties.py tests/distributed
+
+chaos: install
+	$(BIN)/pytest -s -m chaos tests/faults
+
+reliability: install
+	$(BIN)/python benchmarks/reliability.py --write docs/reliability.md
 
 format: install
 	$(BIN)/ruff format .

@@ -9,6 +9,9 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 os.environ.setdefault("YOLO_VERBOSE", "false")
 # It would evaluate a word of a model's layout as Python, and unpickle anything; read when it is imported, too.
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")
+# ONNX Runtime and MLflow would tell their makers what runs here; both read it when they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from dfssd.runtime.environment import set_driver_environment
 from dfssd.version import __version__

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small import terms_of
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
@@ -122,7 +123,9 @@ def _step(
 ) -> dict[str, float]:
     torch.manual_seed(11 + number)
     targets = targets_of({**boxes(), "img": images}, LABELLED, None if alone else policy.thresholds(), rules)
-    terms = criterion(student(images, LABELLED), teacher(images) if teacher else None, targets, 0.3 + number / 10)
+    terms = terms_of(
+        criterion, student(images, LABELLED), teacher(images) if teacher else None, targets, 0.3 + number / 10
+    )
     if policy.learns:
         policy.update(*terms.policy.chunk(2))
     student.zero_grad()

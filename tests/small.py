@@ -9,8 +9,11 @@ import torch
 
 from dfssd.config import Config, Data, Distill, Models, Pseudo, Run, Thresholds, Train
 from dfssd.data.manifest import pseudo_table, read_manifest, write_table
+from dfssd.distill.criterion import Criterion, StudentOutput, Terms
+from dfssd.models.head import TeacherOutput
 from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pipeline.training import train_job
+from dfssd.pseudo.selection import StepTargets
 from dfssd.runtime.artefact_names import PSEUDO, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.train.job import TrainJob
@@ -77,3 +80,22 @@ def give_teacher_and_candidates(storage):
         numbers = np.stack([rng.uniform(low, high, 2) for low, high in columns], 1)
         boxes.append(np.concatenate([rng.integers(0, 3, (2, 1)), numbers], 1).astype(np.float32))
     write_table(run.at("pseudo"), "shard-00000.parquet", pseudo_table([r.image_id for r in rows], "t", boxes))
+
+
+def terms_of(
+    criterion: Criterion,
+    out: StudentOutput,
+    teacher: TeacherOutput | None,
+    targets: StepTargets,
+    progress: float,
+    own: TeacherOutput | None = None,
+) -> Terms:
+    """The terms of a step of one micro-batch a worker."""
+    measured = criterion.measure(out, teacher, targets, progress, own)
+    totals = measured.named(criterion.world.sum(measured.flat()))
+    if criterion.balance:
+        if criterion.balance.due:
+            names, squares = criterion.squares(measured, totals)
+            criterion.balance.follow(names, criterion.world.sum(squares))
+        criterion.balance.advance()
+    return criterion.terms(measured, totals, progress)

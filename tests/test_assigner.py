@@ -8,7 +8,7 @@ from ultralytics.utils.tal import TaskAlignedAssigner
 
 from dfssd.models.anchors import anchors_of
 from dfssd.models.yolo import assigner
-from dfssd.models.yolo.assigner import Rule, assign
+from dfssd.models.yolo.assigner import AssignmentInputs, Rule, assign
 from dfssd.models.yolo.detection_loss import decoded, distribution_focal
 
 SIDE, CLASSES = 96, 3
@@ -44,7 +44,7 @@ def test_it_is_ultralytics_choice_bit_by_bit(seed, topk, monkeypatch):
     )
     for pairs in (assigner.PAIRS, 1):  # all images at once, and one by one
         monkeypatch.setattr(assigner, "PAIRS", pairs)
-        got = assign(scores, predicted, points, cls, truth, valid, Rule.of(theirs))
+        got = assign(AssignmentInputs(scores, predicted, cls, truth, valid), points, Rule.of(theirs))
         assert torch.equal(got.foreground, foreground) and torch.equal(got.box[foreground], index[foreground])
         assert torch.equal(got.score, targets.sum(-1)) and foreground.sum() > 20
 
@@ -53,7 +53,7 @@ def test_scores_against_a_plain_reference_in_float64():
     """Of a single box: its ten best points, score = metric / best metric x best overlap."""
     scores, predicted, points, cls, truth, valid = _case(5, images=1, places=8, boxes=1)
     truth[0, 0] = torch.tensor([20.0, 24.0, 70.0, 80.0])
-    got = assign(scores, predicted, points, cls, truth, valid, Rule(10, 10, 0.5, 6.0, 16.0))
+    got = assign(AssignmentInputs(scores, predicted, cls, truth, valid), points, Rule(10, 10, 0.5, 6.0, 16.0))
 
     def ciou(a, b):
         ax, ay, aw, ah = (a[0] + a[2]) / 2, (a[1] + a[3]) / 2, a[2] - a[0], a[3] - a[1]

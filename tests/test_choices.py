@@ -1,37 +1,73 @@
 """One table an enumeration: what follows from it agrees with it."""
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 
 from dfssd.config import Config, Distill, Thresholds
 from dfssd.config.checks import settings_without_effect
-from dfssd.config.choices import DIVERGENCES, POLICIES, floors, temperatures
+from dfssd.config.choices import (
+    BOX_LOSSES,
+    DIVERGENCES,
+    FORMATS,
+    IN_LOOP_POLICIES,
+    POLICIES,
+    PRECISIONS,
+    floors,
+    temperatures,
+)
 from dfssd.config.flags import parse
+from dfssd.data.formats import read
+from dfssd.data.formats.read import JSON_FORMATS
 from dfssd.distill import divergences
 from dfssd.errors import DfssdError
+from dfssd.models.precision import DTYPES
+from dfssd.models.yolo.box_loss import BOX_LOSSES as BOX_LOSS_FUNCTIONS
 from dfssd.pseudo.thresholds import THRESHOLDS
+
+TABLES = {  # by flag: the section of its setting, and the table
+    "--divergence": ("distill", DIVERGENCES),
+    "--threshold-policy": ("thresholds", POLICIES),
+    "--mean-teacher-policy": ("mean_teacher", IN_LOOP_POLICIES),
+    "--amp": ("train", PRECISIONS),
+    "--teacher-amp": ("distill", PRECISIONS),
+    "--box-loss": ("train", BOX_LOSSES),
+    "--format": ("data", FORMATS),
+}
 
 
 def test_every_row_has_its_function():
     assert set(THRESHOLDS) == set(POLICIES)
     assert all(callable(getattr(divergences, row.function)) for row in DIVERGENCES.values())
+    assert set(DTYPES) == set(PRECISIONS) - {"auto"} and set(BOX_LOSS_FUNCTIONS) == set(BOX_LOSSES)
+    assert all(callable(one) for pair in JSON_FORMATS.values() for one in pair)
+    asked = set(re.findall(r'"([\w-]+)"', " ".join(re.findall(r"_asked\((.*?)\)", inspect.getsource(read)))))
+    assert asked | set(JSON_FORMATS) == set(FORMATS) - {"auto"}
+
+
+def test_the_page_on_data_names_every_format():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    assert not [name for name in FORMATS if f"`{name}`" not in page]
 
 
 def test_the_command_line_offers_the_rows_and_says_what_they_are(capsys):
-    for name in DIVERGENCES:
-        assert parse("", ["distill"], ["--divergence", name])[0].distill.divergence == name
-    for name in POLICIES:
-        assert parse("", ["thresholds"], ["--threshold-policy", name])[0].thresholds.threshold_policy == name
-    for words in (["--divergence", "kll"], ["--threshold-policy", "all"]):
+    for flag, (section, table) in TABLES.items():
+        field = flag[2:].replace("-", "_")
+        for name in table:
+            config, _ = parse("", [f"{section}.{field}"], [flag, name])
+            assert getattr(getattr(config, section), field) == name
         with pytest.raises(SystemExit) as ended:
-            parse("", ["distill", "thresholds"], words)
+            parse("", [f"{section}.{field}"], [flag, "all"])
         assert ended.value.code == 2
     with pytest.raises(ValueError, match=f"'kll' is none of {', '.join(DIVERGENCES)}"):
         Distill(divergence="kll")
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        parse("", ["distill", "thresholds"], ["--help"])
+        parse("", sorted({section for section, _ in TABLES.values()}), ["--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert all(row.says in said for row in (*DIVERGENCES.values(), *POLICIES.values()))
+    assert all(row.says in said for _, table in TABLES.values() for row in table.values())
     assert f"0: {temperatures()}." in said and f"0: {floors()}." in said
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import terms_of
 
 from dfssd.config import Distill
 from dfssd.distill import criterion as criterion_module
@@ -51,7 +52,7 @@ def _run(batch, progress=0.0, **settings):
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     out = student(images)
     out.raw["one2many"].scores.retain_grad()
-    terms = criterion(out, teacher(images), _targets(batch, criterion.config), progress)
+    terms = terms_of(criterion, out, teacher(images), _targets(batch, criterion.config), progress)
     return student, out.raw["one2many"], terms
 
 
@@ -238,7 +239,7 @@ def test_two_workers_add_up_to_one(settings, monkeypatch):
     def terms(world, rows, sub, labelled):
         criterion = Criterion(DetectionLoss(student.detector, box_loss), config, world, one.pairing)
         targets = targets_of(sub, labelled, torch.full((3,), 0.3), Rules.of(config))
-        return criterion(student(images[rows]), teacher(images[rows]), targets, 0.0)
+        return terms_of(criterion, student(images[rows]), teacher(images[rows]), targets, 0.0)
 
     alone = terms(WorkerGroup(), [0, 1, 2, 3], batch, 2)
     shards = []

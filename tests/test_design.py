@@ -71,3 +71,13 @@ def test_imports_go_down_the_map():
 def test_no_file_imports_itself_by_way_of_others():
     known = modules()
     TopologicalSorter({n: imports(n, p, known, top_level=True) for n, p in known.items()}).prepare()
+
+
+def test_the_doors_of_the_walks_are_there():
+    doors = re.findall(r"`([\w/]+\.py):(\w+)`", (ROOT.parent / "docs" / "design.md").read_text())
+    assert len(doors) > 20
+    for file, name in doors:
+        defined = {
+            n.name for n in ast.parse((ROOT / file).read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)
+        }
+        assert name in defined, f"{file} defines no {name}"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import give_teacher_and_candidates, make_job, tiny_config
+from small import give_teacher_and_candidates, make_job, terms_of, tiny_config
 from torch import nn
 
 from dfssd.config import Distill
@@ -82,7 +82,7 @@ def test_a_pair_of_families(teacher_spec, student_spec, taps, teacher_taps):
     both = {"one2many", "one2one"}
     assert set(pairing.branches) == (both if "26" in teacher_spec and "26" in student_spec else {"one2many"})
     assert pairing.bins == (("26" in teacher_spec) == ("26" in student_spec))
-    terms = criterion(out, said, _targets(), 0.0)
+    terms = terms_of(criterion, out, said, _targets(), 0.0)
     assert {"pred/cls", "pred/loc", f"feat/{Distill().divergence}"} <= set(terms.losses)
     first = next(p for p in student.parameters() if p.requires_grad)
     norms = guards.check_reach(terms.losses, out, first, terms.silent)
@@ -102,7 +102,7 @@ def test_an_end_to_end_student_is_taught_in_both_branches():
         student, teacher, criterion, _ = _together(teacher_spec, "yolo26n.yaml")
         images = torch.rand(4, 3, 64, 64)
         out = student(images)
-        losses = criterion(out, teacher(images), _targets(), 0.0).losses
+        losses = terms_of(criterion, out, teacher(images), _targets(), 0.0).losses
         grads = torch.autograd.grad(
             losses["pred/cls"], [out.raw[b].scores for b in ("one2many", "one2one")], allow_unused=True
         )
@@ -115,7 +115,7 @@ def test_every_divergence_trains_the_student_through_any_tap(kind):
         "yolov8s.yaml", "yolov8n.yaml", (4, 15, 21), divergence=kind, lambda_p=0, lambda_l=0, lambda_u=0
     )
     images = torch.rand(4, 3, 64, 64)
-    losses = criterion(student(images), teacher(images), _targets(), 0.0).losses
+    losses = terms_of(criterion, student(images), teacher(images), _targets(), 0.0).losses
     losses[f"feat/{kind}"].backward()
     assert student.detector.model[0].conv.weight.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.projections.convs.parameters()) or kind in (
@@ -135,7 +135,7 @@ def test_a_teacher_with_more_classes_teaches_those_of_the_same_name():
     batch = _batch()
     batch["cls"] = torch.tensor([0.0, 1.0, 1.0])
     images = torch.rand(4, 3, 64, 64)
-    criterion(student(images), teacher(images), _targets(batch, 2), 0.0).total().backward()
+    terms_of(criterion, student(images), teacher(images), _targets(batch, 2), 0.0).total().backward()
     with pytest.raises(DfssdError, match="does not know e") as caught:
         pair(teacher, student.detector.model[-1], ["a", "e"], "soft")
     assert caught.value.todo
@@ -147,7 +147,7 @@ def test_raw_mse_needs_heads_of_one_shape():
     assert "--prediction soft" in caught.value.todo
     student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml", prediction="mse")
     images = torch.rand(4, 3, 64, 64)
-    losses = criterion(student(images), teacher(images), _targets(), 0.0).losses
+    losses = terms_of(criterion, student(images), teacher(images), _targets(), 0.0).losses
     assert "pred/mse" in losses and "pred/cls" not in losses and "pred/loc" not in losses
 
 
@@ -233,9 +233,9 @@ def test_balance_changes_the_losses_and_nothing_else():
     student, teacher, criterion, _ = _together("yolov8s.yaml", "yolov8n.yaml")
     images = torch.rand(4, 3, 64, 64)
     out, said = student(images), teacher(images)
-    plain = criterion(out, said, _targets(), 0.0).losses
+    plain = terms_of(criterion, out, said, _targets(), 0.0).losses
     criterion.balance = Balance(Distill(balance="gradnorm"))
-    scaled = criterion(out, said, _targets(), 0.0).losses
+    scaled = terms_of(criterion, out, said, _targets(), 0.0).losses
     for name, value in scaled.items():
         factor = criterion.balance.factors.get(name.split("/")[0], 1.0)
         torch.testing.assert_close(value, plain[name] * factor)
@@ -268,7 +268,7 @@ def test_compiled_networks_give_the_same_losses_and_gradients(prepared, taps):
         s = build_session(make_job("student", str(prepared / "r"), config), WorkerGroup(), CPU)
         images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         targets = s.targets({**_batch(), "img": images}, 4)
-        terms = s.criterion(s.wrapped(images), s.teacher(images), targets, 0.0)
+        terms = terms_of(s.criterion, s.wrapped(images), s.teacher(images), targets, 0.0)
         terms.total().backward()
         losses.append({k: v.detach() for k, v in terms.losses.items()})
         gradients.append([p.grad for p in s.student.parameters() if p.requires_grad])

@@ -169,6 +169,15 @@ def test_the_interval_covers_the_truth_with_duplicates_and_without():
     assert naive < 50  # each picture five times, taken for five pictures: too sure
 
 
+def test_axes_have_round_numbers():
+    from dfssd.report.charts import ticks
+
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1] and ticks(0, 20.68) == [0, 5, 10, 15, 20]
+    assert ticks(1, 220) == [50, 100, 150, 200] and ticks(0, 0.03) == [0, 0.01, 0.02, 0.03]
+    for high in (3.0, 7.0, 123.0, 4e-4, 9e6):
+        assert 3 <= len(ticks(0, high)) <= 7
+
+
 def test_no_event_is_not_certainty():
     low, high = intervals.rate_interval(np.zeros(30, bool), np.arange(30))
     assert low == 0 and high == pytest.approx(1 - 0.025 ** (1 / 30), abs=1e-9)

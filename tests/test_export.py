@@ -61,7 +61,7 @@ def _rows(prepared):
 def test_onnx_with_nms_inside_and_outside_equals_the_network(net, prepared, tmp_path, inside):
     detector = _open(tmp_path, onnx_bytes(net, 64, META, inside))
     assert detector.names == NAMES and detector.metadata["operating_point"] == POINT
-    [found] = write.check_parity(net, {"m": detector}, _rows(prepared), NAMES, 64)
+    [found] = write.check_parity(net, {"m": detector}, _rows(prepared), NAMES, 64, POINT)
     assert found.boxes > 100 and found.missing == 0 and found.box_px < 0.01 and found.score < 1e-4
     parity.require([found])
 
@@ -99,7 +99,9 @@ def test_a_file_that_is_not_the_network_stops_the_export(net, onnx, prepared, tm
         if tensor.data_type == library.TensorProto.FLOAT and len(tensor.dims) == 4:
             values = torch.tensor(library.numpy_helper.to_array(tensor).copy()).bfloat16().float().numpy()
             tensor.CopyFrom(library.numpy_helper.from_array(values, tensor.name))
-    [found] = write.check_parity(net, {"m": _open(tmp_path, graph.SerializeToString())}, _rows(prepared), NAMES, 64)
+    [found] = write.check_parity(
+        net, {"m": _open(tmp_path, graph.SerializeToString())}, _rows(prepared), NAMES, 64, POINT
+    )
     assert found.box_px > 10 * 0.01 and found.failures
     with pytest.raises(DfssdError, match="does not find what the network finds"):
         parity.require([found])
@@ -112,7 +114,7 @@ def test_openvino_computes_in_float32_because_it_is_told_to(net, onnx, prepared,
         (tmp_path / "m_openvino" / name).write_bytes(data)
     detector = LineDetector(tmp_path / "m_openvino", 1)
     assert "float32" in detector.precision and detector.metadata["operating_point"] == POINT
-    [found] = write.check_parity(net, {"m": detector}, _rows(prepared)[:16], NAMES, 64)
+    [found] = write.check_parity(net, {"m": detector}, _rows(prepared)[:16], NAMES, 64, POINT)
     assert found.precision == "fp32" and not found.failures and found.box_px < 0.05
 
 
@@ -121,7 +123,7 @@ def test_int8_says_what_it_loses(net, onnx, prepared, tmp_path):
     images = np.random.default_rng(0).random((16, 3, 64, 64), np.float32)
     small = int8_bytes(onnx, images)
     assert len(small) < 0.4 * len(onnx)
-    [found] = write.check_parity(net, {"m int8": _open(tmp_path, small)}, rows, NAMES, 64)
+    [found] = write.check_parity(net, {"m int8": _open(tmp_path, small)}, rows, NAMES, 64, POINT)
     assert found.precision == "int8" and found.score > 1e-3
     parity.require([found])  # a loss, not an error
     assert "mAP50-95" in found.in_words()

@@ -60,6 +60,21 @@ def test_network_input_is_rgb_between_0_and_1():
     )
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_deep_pictures_are_those_that_training_saw(kind):
+    from dfssd.data.images import to_uint8 as trained_on
+    from dfssd.line.detector import to_uint8
+
+    deep = (
+        np.random.default_rng(0).random((20, 30)) * (1 if kind is np.float32 else 255 if kind is np.uint8 else 4095)
+    ).astype(kind)
+    for white in (0.0, 1.0 if kind is np.float32 else 4095.0):
+        np.testing.assert_array_equal(
+            to_uint8(deep, white)[..., None].repeat(3, 2)[..., 0],
+            trained_on(deep[..., None].repeat(3, 2), white)[..., 0],
+        )
+
+
 def _stream(rng, count, light=0.5, score=0.8):
     empty = np.zeros((0, 6))
     for _ in range(count):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small import make_job, tiny_config
+from small import make_job, terms_of, tiny_config
 
 from dfssd.config import Thresholds
 from dfssd.data.dataset import network_input
@@ -123,7 +123,7 @@ def test_the_average_labels_the_weak_view_and_the_network_learns_from_the_strong
     s.student.zero_grad()
     images = given[0]
     # The loss of the pseudo-labels reaches the network, and the network alone.
-    terms = s.criterion(s.student(images), None, targets, 0.1)
+    terms = terms_of(s.criterion, s.student(images), None, targets, 0.1)
     (terms.losses["pse/cls"] + terms.losses["pse/box"]).backward()
     assert next(s.student.parameters()).grad.abs().sum() > 0
     assert all(p.grad is None for p in s.ema.ema.parameters())

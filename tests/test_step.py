@@ -61,3 +61,15 @@ def test_a_step_waits_for_nothing_and_is_not_chopped_up(prepared, stage, ops):
     print(sum(counted.ops.values()), dict(counted.ops.most_common(90)), dict(counted.waits))
     assert sum(counted.waits.values()) <= 5, counted.waits
     assert sum(counted.ops.values()) <= ops, counted.ops
+
+
+def test_gradients_by_term_are_those_at_the_outputs_in_the_first_step_too(prepared):
+    """The first step also follows them to the first layer, as a guard; what is logged is one quantity all along."""
+    give_teacher_and_candidates(prepared)
+    found = []
+    for deep in (False, True):
+        s = build_session(make_job("student", str(prepared / "r"), tiny_config(prepared)), WorkerGroup(), CPU)
+        layer = next(p for p in s.student.parameters() if p.requires_grad) if deep else None
+        found.append(accumulate(s, s.feed().take(), 0.0, True, layer).norms)
+    assert set(found[0]) == {"sup", "pse", "pred", "feat"} and min(found[0].values()) > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

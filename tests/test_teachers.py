@@ -60,8 +60,8 @@ class Labeller:
     def __call__(self, row):
         return fuse_and_write(self.actor(row), self.run.uri, "pseudo", self.config.pseudo, self.config.train.imgsz)
 
-    def candidates(self, images, geometry, sizes):
-        row = {"ids": [str(k) for k in range(len(images))], "images": images, "geometry": geometry, "sizes": sizes}
+    def candidates(self, images, sizes):
+        row = {"ids": [str(k) for k in range(len(images))], "images": images, "sizes": sizes}
         return fuse_views(self.teachers(row), self.config.pseudo, self.config.train.imgsz)
 
 
@@ -116,10 +116,10 @@ def test_flips_make_labels_independent_of_orientation(tmp_path):
     """A mirrored image gets the mirrored boxes: with all four forms there is no preferred one."""
     actor = _actor(tmp_path, _weights("yolov8n.yaml"), tta="flips")
     row = _shard(tmp_path, count=1, shape=(64, 64))
-    (plain,) = actor.candidates(row["images"], row["geometry"], row["sizes"])
+    (plain,) = actor.candidates(row["images"], row["sizes"])
     for flip in FLIPS[1:]:
         axes = [a for a, on in zip((2, 1), flip, strict=True) if on]
-        (turned,) = actor.candidates(np.flip(row["images"], axes).copy(), row["geometry"], row["sizes"])
+        (turned,) = actor.candidates(np.flip(row["images"], axes).copy(), row["sizes"])
         back = unflip(turned, *flip)
         clear = plain[plain[:, 5] > 0.3]
         overlap = iou(corners(clear), corners(back)) * (clear[:, :1] == back[None, :, 0])
@@ -133,7 +133,7 @@ def test_an_ensemble_agrees_less_than_one_teacher(tmp_path):
     twins = _actor(tmp_path / "b", _weights("yolov8n.yaml"), _weights("yolov8n.yaml"), tta="none")
     other = _actor(tmp_path / "c", _weights("yolov8n.yaml"), _weights("yolo11n.yaml", seed=5), tta="none")
     row = _shard(tmp_path, count=1)
-    args = row["images"], row["geometry"], row["sizes"]
+    args = row["images"], row["sizes"]
     (single,), (same,), (mixed,) = one.candidates(*args), twins.candidates(*args), other.candidates(*args)
     assert (same[:, 6] > 0.999).mean() > 0.5 and same[0, 5] == pytest.approx(single[0, 5], abs=1e-5)
     assert mixed[:, 6].mean() < same[:, 6].mean()
@@ -146,7 +146,7 @@ def test_classes_are_matched_by_name(tmp_path):
     names = ["dirt", "patch", "pit", "scratch"]  # one more, in another order
     actor = _actor(tmp_path, _weights("yolov8n.yaml", names), tta="none")
     assert actor.teachers.maps[0].tolist() == [-1, 2, 0, 1]
-    (boxes,) = actor.candidates(*(lambda r: (r["images"], r["geometry"], r["sizes"]))(_shard(tmp_path, count=1)))
+    (boxes,) = actor.candidates(*(lambda r: (r["images"], r["sizes"]))(_shard(tmp_path, count=1)))
     assert set(boxes[:, 0]) <= {0, 1, 2} and len(boxes)
     with pytest.raises(DfssdError, match=r"does not know the classes \['patch'\]"):
         class_map({0: "pit", 1: "scratch"}, NAMES, "t.pt")
@@ -195,6 +195,6 @@ def test_boxes_come_out_of_the_letterbox_where_they_were(tmp_path, shape):
         truth = np.array(box)
         centre, size = low + truth[:2] * (high - low), truth[2:] * (high - low)
         inside = np.array([[0, *centre / 64, *size / 64, 0.9, 1.0], [0, 0.5, 0.5, 3.0, 3.0, 0.9, 1.0]], np.float32)
-        out = out_of_letterbox(inside, *row["geometry"][0].tolist(), row["sizes"][0], 64)
+        out = out_of_letterbox(inside, row["sizes"][0], 64)
         np.testing.assert_allclose(out[:, 1:5], [truth, [0.5, 0.5, 1, 1]], atol=2e-6)
         assert iou(corners(out[:1]), corners(np.array([[0, *box]])))[0, 0] > 1 - 1e-4

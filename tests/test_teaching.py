@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import give_teacher_and_candidates, make_job, tiny_config
+from small import give_teacher_and_candidates, make_job, terms_of, tiny_config
 
 from dfssd.data.dataset import network_input
 from dfssd.errors import DfssdError
@@ -52,7 +52,7 @@ def test_an_online_teacher_trains_on_labels_alone_and_its_average_teaches(prepar
     images = torch.rand(8, 3, 64, 64)
     out, said = s.student(images, 4), s.teacher(images)
     assert out.teacher["one2many"].scores.shape[0] == 4 and said.raw["one2many"].scores.shape[0] == 8
-    terms = s.criterion(out, said, s.targets(_batch(), 4), 0.0)
+    terms = terms_of(s.criterion, out, said, s.targets(_batch(), 4), 0.0)
     taught = [p for p in s.student.online.parameters() if p.requires_grad]
     for name, loss in terms.losses.items():
         grads = torch.autograd.grad(loss, taught, retain_graph=True, allow_unused=True)
@@ -139,7 +139,7 @@ def test_a_teacher_in_bf16_teaches_a_student_in_fp32_nearly_the_same(prepared):
         out, said = forward(s, images, images, 4)
         assert out.raw["one2many"].feats[0].dtype == torch.float32  # the student's pass is not touched
         assert said.taps[0].dtype == (torch.float32 if amp == "fp32" else torch.bfloat16)
-        losses = s.criterion(out, said, s.targets(batch, 4), 0.5).losses
+        losses = terms_of(s.criterion, out, said, s.targets(batch, 4), 0.5).losses
         sum(losses.values()).backward()
         grad = next(p for p in s.student.parameters() if p.requires_grad).grad
         found[amp] = ({k: float(v) for k, v in losses.items()}, grad.flatten())

@@ -4,6 +4,7 @@ import http.server
 import json
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,8 +15,9 @@ import pytest
 
 from dfssd.errors import DfssdError
 from dfssd.pipeline import replay as replay_module
-from dfssd.pipeline.replay import deliver, deliver_later, replay
+from dfssd.pipeline.replay import deliver, deliver_later, replay, summary_numbers
 from dfssd.runtime import outbox as outbox_module
+from dfssd.runtime import system_metrics
 from dfssd.runtime import tracker as tracker_module
 from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import ArtefactName
@@ -113,6 +115,50 @@ def _finish(run, name="label_only", steps=6):
     stage.store.write("best.pt", b"weights")
     stage.finish(["history.json", "best.pt"], {"best": {"map50": 0.5}})
     return stage
+
+
+def test_a_summary_is_a_few_columns_and_its_tables_stay_in_files():
+    cell = {"per_image": 1.5, "tau": None}
+    quality = {
+        "chosen": "gmm",
+        "policies": {p: dict.fromkeys(("pit", "all"), cell) for p in ("gmm", "ema")},
+        "warnings": [],
+    }
+    assert summary_numbers(quality) == {"quality/per_image": 1.5}
+    data = {
+        "images": 9,
+        "splits": {"val": {"images": 2, "boxes": {"pit": 7}}},
+        "labelled_boxes": {"pit": 3},
+        "notes": ["x"],
+    }
+    assert summary_numbers(data) == {"summary/images": 9.0, "summary/labelled_boxes.pit": 3.0}
+
+
+def test_how_busy_the_machine_is_goes_with_the_numbers(storage, mlflow, monkeypatch):
+    """The data set lies on the stage's run and on the pipeline's, where people look for it; the page opens at the runs."""
+    monkeypatch.setattr(system_metrics, "EVERY_S", 0.02)
+    runs = Runs(storage, "e", "r", {}, {})
+    run_id = runs.stage("student", None, {})
+    for one in (run_id, runs.parent()):
+        runs.dataset(one, "data/manifest.parquet", "d1", {"images": 9})
+        runs.dataset(one, "data/manifest.parquet", "d1", {"images": 9})  # by each stage
+    assert runs.close(20)
+    tracker, deadline, step = Tracker(runs.uri, run_id, system=True), time.monotonic() + 30, 0
+    while "system/cpu_utilization_percentage" not in (found := mlflow.get_run(run_id)).data.metrics:
+        assert time.monotonic() < deadline
+        step += 1
+        tracker.log({"loss/total": 1.0}, step)
+        time.sleep(0.05)
+    tracker.close(20)
+    assert {"loss/total", "system/system_memory_usage_percentage", "system/disk_usage_percentage"} <= set(
+        found.data.metrics
+    )
+    for one in (found, mlflow.get_run(runs.parent())):
+        assert [(d.dataset.name, d.dataset.digest) for d in one.inputs.dataset_inputs] == [("manifest", "d1")]
+        assert one.data.tags["mlflow.user"] and one.data.tags["mlflow.source.name"]
+    experiment = mlflow.get_experiment_by_name("e")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert storage.at("r").read_json("run.json")["experiment_id"] == experiment.experiment_id
 
 
 def _steps(mlflow, run_id, name):
@@ -324,6 +370,33 @@ def test_a_create_whose_answer_was_lost_is_not_made_twice(storage, mlflow, monke
     while len(made) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert made[0] == made[1] and mlflow.get_run(made[0]).data.params == {"a": "1"}
+
+
+@pytest.mark.slow  # sqlite waits for the lock
+@pytest.mark.faults
+def test_a_locked_sqlite_file_stops_nothing_and_gets_everything_later(storage, mlflow):
+    """Another program holds the file, as a backup or a browser of databases does."""
+    run, runs = storage.at("r"), Runs(storage, "exp", "r")
+    stage = _finish(run)
+    run_id = runs.stage("label_only", None, {}, keep=stage.record_run_id)
+    assert runs.close(60)
+    other = sqlite3.connect(f"{storage.root}/mlflow.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    begun = time.monotonic()
+    tracker = Tracker(runs.uri, run_id)
+    for step in range(1, 7):
+        tracker.log({"loss/total": 1.0 / step}, step)
+    tracker.close(patience_s=1)
+    again = Runs(storage, "exp", "r")
+    assert again.stage("label_only", stage.recorded_run_id(), {}, keep=stage.record_run_id) == run_id
+    assert not again.close(1) and len(tracker.undelivered) == 6
+    assert time.monotonic() - begun < 60
+    other.execute("COMMIT")
+    other.close()
+    later = Runs(storage, "exp", "r")
+    deliver_later(later, run, "label_only")
+    assert later.close(60) and _steps(mlflow, run_id, "loss/total") == [1, 2, 3, 4, 5, 6]
+    assert len(mlflow.search_runs([mlflow.get_experiment_by_name("exp").experiment_id])) == 2
 
 
 def test_replay_by_hand(storage, mlflow, monkeypatch):

@@ -1,6 +1,7 @@
 """Our numbers must be those of stock Ultralytics on the same weights and images."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,20 +191,23 @@ def test_last_weights_are_measured_beside_the_best(measured):
     assert f"; with the weights of the last step, which nothing chose, mAP50 {gained:+.1f} points" in on_test(two)
 
 
-def test_what_a_user_sees_last(measured, capsys):
+def test_what_a_user_sees_last(measured, capsys, tmp_path):
     """Verdict on val and test, escapes and rejects, and commands that name only files that are there."""
     from dfssd.report.terminal import print_results
 
     config, run, results = measured
     run.write_json("report/metrics.json", results)
-    strange = config.model_copy(update={"data": config.data.model_copy(update={"data": "/a b/data"})})
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "1.png").touch()
+    strange = config.model_copy(update={"data": config.data.model_copy(update={"data": str(tmp_path / "a b")})})
     print_results(strange)
     text = capsys.readouterr().out
     for words in ("val mAP50", "Val chose weights and scores", "On test, which chose nothing",
                   "measured on val and test; labels used: ", "Labels used: those of ", "Labels of test only measure",
                   "defective pictures pass",
                   "clean test picture", "THE MACHINE WAS BUSY" if results["latency"]["busy"] else "interleaved rounds",
-                  f"conf={results['student']['operating_point']['score']}", "source='/a b/data'"):  # fmt: skip
+                  f"conf={results['student']['operating_point']['score']}", f"source='{tmp_path}/a b'",
+                  "dfssd export --storage-path"):  # fmt: skip
         assert words in text, words
     assert "…" not in text
     kept = run.read("student/best.pt")
@@ -213,6 +217,8 @@ def test_what_a_user_sees_last(measured, capsys):
     run.write("student/best.pt", kept)
     text = capsys.readouterr().out
     assert "label_only/best.pt" in text and "student/best.pt" not in text
+    folder = str(Path(read_manifest(run.at("dataset")).of_split("test")[0].uri).parent)
+    assert f"source={folder} " in text and "PICTURES" not in text  # the pictures' own folder: yolo looks no deeper
 
 
 def test_the_row_of_labels_stands_under_its_classes():
@@ -274,7 +280,6 @@ def test_the_report_in_a_browser(page, tmp_path, dark):
     import re
     import subprocess
     from html import unescape
-    from pathlib import Path
 
     browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), "")
     if not browser:
@@ -296,6 +301,32 @@ def test_the_report_in_a_browser(page, tmp_path, dark):
         assert said["dark"] == dark and said["wide"] <= 0 and said["broken"] == 0 and not said["bad"], said
 
 
+def _the_point_is_that_of_the_line(file, manifest, measured):
+    """The exported file, asked picture by picture as `dfssd predict` asks it, decides what the report counted; and its own
+    scores on val give the report's score. Scores of the rectangular batches of `yolo val` are others."""
+
+    from dfssd.data.images import open_image
+    from dfssd.line.detector import LineDetector
+
+    line, point = LineDetector(file, 1), measured["operating_point"]
+    for split in ("val", "test"):
+        rows = [r for r in manifest.of_split(split) if r.boxes is not None]
+        pictures = [open_image(Path(r.uri).read_bytes()) for r in rows]
+        rejected = [len(line([p])[0]) > 0 for p in pictures]
+        for kind, wrong in (("escape", False), ("overkill", True)):
+            counted = [
+                r for r, hit in zip(rows, rejected, strict=True) if hit is wrong and (len(r.boxes) > 0) is not wrong
+            ]
+            assert measured[split]["line"][kind]["count"] == len(counted), (split, kind)
+        if split == "val":
+            low = np.full(len(manifest.names), 0.01)
+            best = sorted(
+                line([p], low)[0][:, 4].max(initial=0) for p, r in zip(pictures, rows, strict=True) if len(r.boxes)
+            )
+            allowed = int(point["max_escape"] * len(best))
+            assert point["score"] == pytest.approx(max(best[allowed], 0.01), abs=1.1e-3)
+
+
 def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_path, capsys):
     """A .pt and its .onnx give the same numbers; a folder in another format is read as prepare reads it."""
     from dfssd.evaluate.files import measure_files
@@ -314,6 +345,9 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     one, two = found.values()
     assert one["map50_95"] == pytest.approx(two["map50_95"], abs=1e-3)
     assert two["operating_point"] == point and one["operating_point"]["chosen_on"] == "val"
+    _the_point_is_that_of_the_line(
+        file, read_manifest(Storage(str(storage / "r")).at("dataset")), results["label_only"]
+    )
     everything = measure_files(config, [str(file)], str(strip))[str(file)]
     assert sum(c["boxes"] for c in everything["by_class"].values()) > sum(c["boxes"] for c in two["by_class"].values())
     print_files(found, "test")

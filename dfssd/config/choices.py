@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Gpu = Literal["auto", "never", "require"]  # a GPU a worker: where the cluster has them, never, or not without
 LineStyle = str | tuple[int, tuple[int, ...]]  # as Matplotlib takes it
 
 
@@ -54,28 +55,79 @@ class ThresholdPolicy:
         uses: fields of section `thresholds` that it reads; the others have no effect with it.
         floor: its lowest threshold where `--tau-min` is 0.
         line: how the report draws its thresholds.
+        in_loop: can it follow the scores of the last steps, where a teacher labels inside the training loop?
     """
 
     says: str
     uses: frozenset[str]
     line: LineStyle
     floor: float = 0.1
+    in_loop: bool = False
 
 
 POLICIES = {
-    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":"),
+    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":", in_loop=True),
     "ema": ThresholdPolicy(
         "a moving average of confidences (DFSSD)", frozenset({"tau_min", "tau_max", "tau_decay"}), "--", floor=0.5
     ),
-    "gmm": ThresholdPolicy("a mixture of two a class", frozenset({"tau", "tau_min", "tau_max"}), "-."),
+    "gmm": ThresholdPolicy("a mixture of two a class", frozenset({"tau", "tau_min", "tau_max"}), "-.", in_loop=True),
     "match": ThresholdPolicy(
-        "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2))
+        "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2)), in_loop=True
     ),
     "precision": ThresholdPolicy("right as often as --precision asks, by val", frozenset({"precision"}), "-"),
 }
+IN_LOOP_POLICIES = {name: row for name, row in POLICIES.items() if row.in_loop}
 
 
-def in_words(table: Mapping[str, Divergence | ThresholdPolicy]) -> str:
+@dataclass(frozen=True)
+class Option:
+    """A choice that is a name and nothing else. Args: says: one line for help and documentation."""
+
+    says: str
+
+
+# `models/precision.py` has their types, `models/yolo/box_loss.py` the functions.
+PRECISIONS = {
+    "auto": Option("bf16 where the hardware computes it natively, else fp16 on a GPU and fp32 on a CPU"),
+    "fp32": Option("TF32 in training where a card has it, unless --no-tf32"),
+    "fp16": Option("with scaled gradients"),
+    "bf16": Option("no scaling needed"),
+}
+BOX_LOSSES = {
+    "ciou": Option("Complete-IoU, Ultralytics'"),
+    "inner_focaler_eiou": Option("the published DFSSD's, on boxes as it meant them"),
+}
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """A layout that labels come in.
+
+    Args:
+        says: one line for help and documentation.
+        json: of one whose label files are JSON, "file.name" in `dfssd.data.formats`: that file has `is_name(content)` and
+            `read_name(tree, contents)`. The others are told apart by their folders (`formats/read.py`).
+    """
+
+    says: str
+    json: str = ""
+
+
+FORMATS = {
+    "auto": DataFormat("the first that fits"),
+    "yolo": DataFormat("a text file a picture, with or without a data.yaml"),
+    "voc": DataFormat("Pascal VOC, an XML a picture"),
+    "coco": DataFormat("COCO", json="coco.coco"),
+    "cr7-det": DataFormat("as CR7-DET is published"),
+    "cvat": DataFormat("CVAT for images, one XML"),
+    "labelstudio": DataFormat("Label Studio", json="labelstudio.label_studio"),
+    "labelme": DataFormat("labelme, a JSON a picture", json="other_formats.labelme"),
+    "createml": DataFormat("CreateML", json="other_formats.createml"),
+    "csv": DataFormat("TensorFlow's table"),
+}
+
+
+def in_words(table: Mapping[str, Divergence | ThresholdPolicy | Option | DataFormat]) -> str:
     """All choices and what they are, for help."""
     return "; ".join(f"{name}: {row.says}" for name, row in table.items())
 

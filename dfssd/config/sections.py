@@ -11,7 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from dfssd.config.choices import DIVERGENCES, POLICIES, Choice, floors, in_words, temperatures
+from dfssd.config.choices import (
+    BOX_LOSSES,
+    DIVERGENCES,
+    FORMATS,
+    IN_LOOP_POLICIES,
+    POLICIES,
+    PRECISIONS,
+    Choice,
+    Gpu,
+    floors,
+    in_words,
+    temperatures,
+)
 
 
 def split_layers(value: Any) -> Any:
@@ -45,9 +57,7 @@ class Run(Section):
         "holds, following its size), or auto (one a GPU; without GPUs one a node).",
     )
     cpus_per_worker: int = Field(0, ge=0, description="CPU cores a worker; 0: all there are, shared evenly.")
-    gpu: Literal["auto", "never", "require"] = Field(
-        "auto", description="A GPU a worker: where the cluster has them, never, or not without."
-    )
+    gpu: Gpu = Field("auto", description="A GPU a worker: where the cluster has them, never, or not without.")
     wait_min: float = Field(
         0.0, ge=0, description="Minutes to wait for nodes that an autoscaler is still to start, before giving up."
     )
@@ -82,9 +92,7 @@ class Data(Section):
     """What `prepare` reads and how it splits."""
 
     data: str = Field("", description="Folder, data.yaml or .zip with images and labels (docs/data.md).")
-    format: Literal["auto", "yolo", "voc", "coco", "cr7-det", "cvat", "labelstudio", "labelme", "createml", "csv"] = (
-        Field("auto", description="Format of --data.")
-    )
+    format: Annotated[str, Choice(FORMATS)] = Field("auto", description=f"Format of --data. {in_words(FORMATS)}.")
     names: tuple[str, ...] = Field(
         (), description="Class names in order of their id where the data has none; else the order of its own names."
     )
@@ -164,10 +172,8 @@ class Train(Section):
     weight_decay: float = Field(0.0005, ge=0, description="AdamW weight decay, on weights only.")
     grad_clip: float = Field(10.0, gt=0, description="Largest norm of the gradient.")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="Decay of the weight average, reached over some 100 steps.")
-    amp: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto",
-        description="Precision of the forward pass; auto: bf16 where the hardware computes it natively, else fp16 with "
-        "scaled gradients on a GPU and fp32 on a CPU.",
+    amp: Annotated[str, Choice(PRECISIONS)] = Field(
+        "auto", description=f"Precision of the forward pass. {in_words(PRECISIONS)}."
     )
     mosaic: float = Field(1.0, ge=0, le=1, description="Probability of a mosaic.")
     close_mosaic: float = Field(0.1, ge=0, le=1, description="Share of the steps, at the end, without mosaic.")
@@ -193,9 +199,8 @@ class Train(Section):
     )
     cache_dir: str = Field("", description="Folder on each machine for files fetched from s3:// or gs://; '': none.")
     cache_dir_gib: float = Field(20.0, gt=0, description="Most that is kept in --cache-dir, per machine (GiB).")
-    box_loss: Literal["ciou", "inner_focaler_eiou"] = Field(
-        "ciou",
-        description="Box regression loss; inner_focaler_eiou is the published DFSSD's, on boxes as it meant them.",
+    box_loss: Annotated[str, Choice(BOX_LOSSES)] = Field(
+        "ciou", description=f"Box regression loss. {in_words(BOX_LOSSES)}."
     )
     compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
     micro_batch: int = Field(
@@ -272,7 +277,7 @@ class Distill(Section):
     teacher_mode: Literal["frozen", "online"] = Field(
         "frozen", description="online: the teacher goes on training on the labelled images; its weight average teaches."
     )
-    teacher_amp: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+    teacher_amp: Annotated[str, Choice(PRECISIONS)] = Field(
         "auto",
         description="Precision of the teacher's pass, whatever --amp is; auto: as --amp auto.",
     )
@@ -349,8 +354,9 @@ class MeanTeacher(Section):
     mean_teacher_steps: int = Field(0, ge=0, description="Its optimiser steps; 0: as many as the teacher's.")
     mean_teacher_lr: float = Field(0.0005, gt=0, description="Its peak learning rate: the teacher has learnt already.")
     mean_teacher_decay: float = Field(0.998, gt=0, lt=1, description="Decay of the weight average that labels.")
-    mean_teacher_policy: Literal["match", "gmm", "fixed"] = Field(
-        "match", description="How its class thresholds follow from the scores of the last steps."
+    mean_teacher_policy: Annotated[str, Choice(IN_LOOP_POLICIES)] = Field(
+        "match",
+        description=f"How its class thresholds follow from the scores of the last steps. {in_words(IN_LOOP_POLICIES)}.",
     )
     mean_teacher_power: float = Field(0.5, ge=0, description="Weight of a pseudo-label: its score to this power.")
     mean_teacher_weight: float = Field(1.0, gt=0, description="Weight of its pseudo-label loss.")
@@ -378,8 +384,10 @@ class Evaluate(Section):
 class Export(Section):
     """Files for the machine at the line."""
 
-    formats: tuple[Literal["onnx", "openvino"], ...] = Field(
-        ("onnx",), description="What is written: onnx always, openvino too; without any the pipeline exports nothing."
+    formats: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = Field(
+        ("onnx",),
+        description="What is written: onnx always; openvino and tensorrt where they are installed, the last on a GPU like "
+        "that at the line. Without any the pipeline exports nothing.",
     )
     nms_inside: bool = Field(
         False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."

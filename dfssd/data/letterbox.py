@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from dfssd.config import Train
 from dfssd.data.fit import Fit, fit_of, into
@@ -26,13 +25,13 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
         train: settings that name a cache on disk; none: no cache.
 
     Returns:
-        images: (n,imgsz,imgsz,3) uint8 RGB. geometry: (n,3) float [scale, left, top]: input px = image px * scale + edge;
-        scale 0 marks an image that cannot be read. sizes: (n,2) width, height (px). Everything else is passed on.
+        images: (n,imgsz,imgsz,3) uint8 RGB. sizes: (n,2) width, height (px), 0 of an image that cannot be read. Everything
+        else is passed on.
     """
     cache = disk_cache(train) if train else None
     n = len(row["uris"])
     images = np.full((n, imgsz, imgsz, 3), 114, np.uint8)
-    geometry, sizes = np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32)
+    sizes = np.zeros((n, 2), np.float32)
 
     def load(place: tuple[str, float, str]) -> tuple[np.ndarray, Fit] | None:
         try:
@@ -49,21 +48,11 @@ def decode_shard(row: dict[str, Any], imgsz: int, train: Train | None = None) ->
             continue
         image, fit = found
         images[k] = image[..., ::-1]
-        geometry[k] = imgsz / max(fit.image_wh), *fit.left_top
         sizes[k] = fit.image_wh
-    return {**row, "images": images, "geometry": geometry, "sizes": sizes}
+    return {**row, "images": images, "sizes": sizes}
 
 
-def in_shares(found: Tensor, classes: np.ndarray, side: int) -> Boxes:
-    """(n,6) [x1, y1, x2, y2 px of the input, score, class of the teacher] -> candidates in shares of the input."""
-    own = found.float().cpu().numpy()
-    xyxy = (own[:, :4] / side).clip(0, 1)
-    cls = classes[own[:, 5].astype(int)].astype(np.float32)
-    columns = [cls[:, None], (xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2], own[:, 4:5]]
-    return np.asarray(np.concatenate([*columns, np.ones((len(own), 1))], 1).astype(np.float32)[cls >= 0])
-
-
-def out_of_letterbox(boxes: Boxes, scale: float, left: float, top: float, size_wh: np.ndarray, side: int) -> Boxes:
+def out_of_letterbox(boxes: Boxes, size_wh: np.ndarray, side: int) -> Boxes:
     """Candidates in shares of the letterboxed input -> in shares of the image, cut at its edges."""
     width, height = (int(length) for length in size_wh)
     moved = fit_of((width, height), (side, side)).boxes_out(boxes[:, 1:5])

@@ -174,7 +174,26 @@ class Loader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with _without_main():
-            return iter(self._loader)
+            batches = iter(self._loader)
+        return _named(batches)
+
+
+class LoaderLost(RuntimeError):
+    """A loading process has ended by itself. No user error: a worker group goes on from its newest checkpoint, and may well
+    find room then."""
+
+
+def _named(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same batches; where a process that makes them is lost, it is said what that mostly means."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LoaderLost(
+            f"a process that loads images was ended from outside ({str(error).splitlines()[0]}): mostly the machine has run "
+            "out of memory; if it comes again, give fewer --loader-workers, a smaller --batch or more memory"
+        ) from error
 
 
 def validation_batches(

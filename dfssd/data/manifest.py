@@ -28,8 +28,9 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 
 FORMAT_VERSION = 1
+TRAIN, VAL, TEST, UNLABELLED_ONLY = "train", "val", "test", "unlabelled-only"
 LEFT_OUT = "left-out"  # near-duplicates of images of val or test: nothing trains on them, nothing is measured on them
-SPLITS = ("train", "val", "test", "unlabelled-only", LEFT_OUT)
+SPLITS = (TRAIN, VAL, TEST, UNLABELLED_ONLY, LEFT_OUT)
 
 _BOX = pa.struct(
     [("cls", pa.int16()), ("cx", pa.float32()), ("cy", pa.float32()), ("w", pa.float32()), ("h", pa.float32())]
@@ -88,7 +89,7 @@ class Manifest:
 
     def unlabelled_rows(self) -> list[Row]:
         """Images to be pseudo-labelled, in the order of their ids; never one of val or test."""
-        rows = (r for r in self.rows if r.split in ("train", "unlabelled-only") and not r.labelled)
+        rows = (r for r in self.rows if r.split in (TRAIN, UNLABELLED_ONLY) and not r.labelled)
         return sorted(rows, key=lambda r: r.image_id)
 
 

@@ -121,24 +121,6 @@ class Criterion:
         self.balance = Balance(config) if config and config.balance == "gradnorm" else None
         self.lead = 1.0  # weight of the teacher's terms; what is missing to 1 goes to the student's own average
 
-    def __call__(
-        self,
-        out: StudentOutput,
-        teacher: TeacherOutput | None,
-        targets: StepTargets,
-        progress: float,
-        own: TeacherOutput | None = None,
-    ) -> Terms:
-        """The terms of a step of one micro-batch a worker (arguments as in `measure`)."""
-        measured = self.measure(out, teacher, targets, progress, own)
-        totals = measured.named(self.world.sum(measured.flat()))
-        if self.balance:
-            if self.balance.due:
-                names, squares = self.squares(measured, totals)
-                self.balance.follow(names, self.world.sum(squares))
-            self.balance.advance()
-        return self.terms(measured, totals, progress)
-
     def measure(
         self,
         out: StudentOutput,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dfssd.config import Config
-from dfssd.data.manifest import Manifest, Row, read_manifest
+from dfssd.data.manifest import TEST, VAL, Manifest, Row, read_manifest
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError, nearest
 from dfssd.evaluate.escapes import Pictures, operating_point
@@ -26,7 +26,7 @@ from dfssd.models.families import predict, ready_model
 from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.storage import Storage
 
-SPLITS = ("val", "test")
+SPLITS = (VAL, TEST)
 
 
 def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, An
                 Pictures.of(chosen, len(manifest.names)), manifest.names, config.evaluate.max_escape
             )
             point = {**point, "chosen_on": where}
-        numbers = measure_split(records, manifest.names, thresholds_of(point, manifest.names))
+        numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
         results[file] = {**numbers, "operating_point": point, "imgsz": imgsz}
     sizes = {one["imgsz"] for one in results.values()}
     for imgsz in sorted(sizes):
@@ -80,7 +80,7 @@ def _pictures(config: Config, on: str) -> tuple[Manifest, list[Row], list[Row]]:
                 todo="give --storage-path and --run-name of a run, or a folder with labels",
             )
         manifest = read_manifest(run.at("dataset"))
-        val = [r for r in manifest.of_split("val") if r.boxes is not None]
+        val = [r for r in manifest.of_split(VAL) if r.boxes is not None]
         return manifest, [r for r in manifest.of_split(on) if r.boxes is not None], val
     if "://" not in on and not Path(on).exists():
         raise DfssdError(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ultralytics.utils.metrics import compute_ap
 
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
 from dfssd.runtime.storage import Storage
 
 RESAMPLES = 300
@@ -86,8 +87,8 @@ def compare(base: list[dict[str, Any]], other: list[dict[str, Any]], seed: int =
     low, high = np.percentile(np.stack(draws), [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
     result: dict[str, Any] = {
         name: {
-            "label_only": float(points[0, k]),
-            "student": float(points[1, k]),
+            LABEL_ONLY.role: float(points[0, k]),
+            STUDENT.role: float(points[1, k]),
             "difference": float(points[1, k] - points[0, k]),
             "low": float(low[k]),
             "high": float(high[k]),
@@ -99,7 +100,7 @@ def compare(base: list[dict[str, Any]], other: list[dict[str, Any]], seed: int =
 
 def better(gate: dict[str, Any]) -> str:
     """'student' or 'label_only': which has the higher val mAP50-95, the measure by which weights are chosen."""
-    return "student" if gate["map50_95"]["difference"] > 0 else "label_only"
+    return (STUDENT if gate["map50_95"]["difference"] > 0 else LABEL_ONLY).role
 
 
 def verdict(gate: dict[str, Any]) -> str:

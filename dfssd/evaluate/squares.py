@@ -1,7 +1,8 @@
 """Any detector on any pictures, as a line would run it: decode, letterbox to a square, detect, boxes back to the picture.
 
-`validation.collect` measures with the rectangular batches of `yolo val`; exported models have a fixed square input, so
-whatever is compared with one is measured here.
+`validation.collect` measures with the rectangular batches of `yolo val` (whose edges are wider even for square pictures);
+exported models have a fixed square input. Scores of the two differ, so whatever is decided by a score that travels to the
+line is measured here: operating point, escapes, rejects.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ BATCH = 16
 
 
 def network(model: nn.Module, conf: float = CONF) -> SquareDetect:
-    """A torch detector in fp32."""
+    """A torch detector in fp32, on the device that it lies on."""
+    device = next(model.parameters()).device
 
     @torch.no_grad()
     def detect(images_bchw: np.ndarray) -> list[np.ndarray]:
-        return [f.numpy() for f in predict(model, torch.from_numpy(images_bchw), conf, NMS_IOU, MAX_BOXES)]
+        found = predict(model, torch.from_numpy(images_bchw).to(device), conf, NMS_IOU, MAX_BOXES)
+        return [f.cpu().numpy() for f in found]
 
     return detect
 
@@ -58,7 +61,7 @@ def collect_squares(
     records = []
     for first in range(0, len(rows), BATCH):
         part = rows[first : first + BATCH]
-        ready = [letterbox(decode(row.uri), imgsz) for row in part]
+        ready = [letterbox(decode(row.uri, white=row.white), imgsz) for row in part]
         found = detect(network_input([square for square, _, _ in ready]))
         for row, boxes, (_, gain, edge) in zip(part, found, ready, strict=True):
             own = boxes.astype(np.float32).copy()

@@ -1,4 +1,4 @@
-"""Other formats than ONNX, all of them made from it: OpenVINO, and int8 calibrated on unlabelled pictures."""
+"""Other formats than ONNX, all of them made from it: OpenVINO, TensorRT, and int8 calibrated on unlabelled pictures."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ from typing import Any
 import numpy as np
 
 from dfssd.errors import DfssdError
+from dfssd.line.detector import quiet_openvino
+from dfssd.line.tensorrt_engine import INPUT, packed
 
 CALIBRATION_BATCH = 8
+ENGINE_BATCH = 8  # pictures at most that a TensorRT engine takes at a time; it is tuned for one
+NEEDS = {  # modules that a format needs beside ONNX, and what to install for them
+    "openvino": (("openvino",), "pip install 'dfssd[openvino]'"),
+    "tensorrt": (
+        ("tensorrt", "cuda"),
+        "pip install tensorrt cuda-python, on the machine at the line or one with its GPU",
+    ),
+}
 
 
 def check_formats(formats: tuple[str, ...]) -> None:
@@ -22,20 +32,19 @@ def check_formats(formats: tuple[str, ...]) -> None:
     Raises:
         DfssdError: a format's library is missing.
     """
-    needs = {"openvino": "openvino", "tensorrt": "tensorrt"}
     for name in formats:
-        module = needs.get(name)
-        if module and importlib.util.find_spec(module) is None:
+        modules, install = NEEDS.get(name, ((), ""))
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        if missing:
             raise DfssdError(
-                f"--formats {name} needs the package {module}, which is not installed",
-                todo=f"pip install {module}, or leave {name} out (the .onnx file can be converted later)",
+                f"--formats {name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+                todo=f"{install}; or leave {name} out: dfssd export makes it from the finished run later",
             )
 
 
 def openvino_files(onnx: bytes, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """Files of an OpenVINO model in fp32, by name; the metadata lies under "dfssd" in its runtime information."""
-    import openvino
-
+    openvino = quiet_openvino()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
         source.write_bytes(onnx)
@@ -43,6 +52,54 @@ def openvino_files(onnx: bytes, metadata: Mapping[str, Any]) -> dict[str, bytes]
         model.set_rt_info(json.dumps(metadata), ["dfssd"])
         openvino.save_model(model, str(Path(folder) / "model.xml"), compress_to_fp16=False)
         return {name: (Path(folder) / name).read_bytes() for name in ("model.xml", "model.bin")}
+
+
+def engine_bytes(onnx: bytes, imgsz: int, known: Mapping[str, str]) -> bytes:
+    """Content of a TensorRT `.engine` file in fp32 (without TF32), for the GPU of this machine and this version of TensorRT.
+
+    Args:
+        onnx: without NMS inside. known: its metadata, which goes in front of the plan.
+
+    Raises:
+        DfssdError: TensorRT refuses the model.
+    """
+    import tensorrt
+
+    logger = tensorrt.Logger(tensorrt.Logger.WARNING)
+    builder = tensorrt.Builder(logger)
+    # TensorRT below 10 must be told so; from 10 on every network is of an explicit batch, and the flag means nothing.
+    explicit = getattr(tensorrt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)
+    network = builder.create_network(0 if explicit is None else 1 << int(explicit))
+    parser = tensorrt.OnnxParser(network, logger)
+    if not parser.parse(onnx):
+        said = "; ".join(str(parser.get_error(k)) for k in range(parser.num_errors))
+        raise DfssdError(f"TensorRT {tensorrt.__version__} cannot read the model: {said}", todo="update TensorRT")
+    config = builder.create_builder_config()
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # on by default; ten bits of mantissa are not parity
+    profile = builder.create_optimization_profile()
+    one = (1, 3, imgsz, imgsz)
+    profile.set_shape(INPUT, one, one, (ENGINE_BATCH, *one[1:]))
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise DfssdError("TensorRT built no engine", todo="its log above says why; leave tensorrt out of --formats")
+    return packed(bytes(plan), known)
+
+
+def metadata_of(onnx: bytes) -> dict[str, str]:
+    """Metadata of an ONNX file, by key."""
+    import onnx as library
+
+    return {entry.key: entry.value for entry in library.load_from_string(onnx).metadata_props}
+
+
+def with_metadata(onnx: bytes, known: Mapping[str, str]) -> bytes:
+    """The same model with these entries in its metadata, in place of those of the same key."""
+    import onnx as library
+
+    model = library.load_from_string(onnx)
+    library.helper.set_model_props(model, {**metadata_of(onnx), **known})
+    return bytes(model.SerializeToString())
 
 
 def int8_bytes(onnx: bytes, images_bchw: np.ndarray) -> bytes:
@@ -86,10 +143,4 @@ def int8_bytes(onnx: bytes, images_bchw: np.ndarray) -> bytes:
             op_types_to_quantize=["Conv"],
             nodes_to_exclude=final,
         )
-        model = library.load(small)
-        known = {entry.key for entry in model.metadata_props}
-        for entry in library.load_from_string(onnx).metadata_props:
-            if entry.key not in known:
-                copy = model.metadata_props.add()
-                copy.key, copy.value = entry.key, entry.value
-        return bytes(model.SerializeToString())
+        return with_metadata(Path(small).read_bytes(), metadata_of(onnx))

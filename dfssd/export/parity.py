@@ -36,6 +36,7 @@ class Parity:
         pictures, boxes: compared; missing: boxes of one that the other does not have, although its score is not marginal.
         swapped: boxes where NMS decided a tie of scores the other way (mAP judges these).
         box_px, score: largest difference of the other pairs. map50, map50_95: network's and exported model's.
+        passed: defective pictures (of `defective`) in which network and model find nothing, each at its own operating point.
         precision: what the runtime computed in.
     """
 
@@ -49,6 +50,8 @@ class Parity:
     score: float
     map50: tuple[float, float]
     map50_95: tuple[float, float]
+    passed: tuple[int, int]
+    defective: int
 
     @property
     def loss(self) -> float:
@@ -77,7 +80,7 @@ class Parity:
         return (
             f"{self.name} ({self.precision}): {self.boxes} boxes on {self.pictures} pictures, at most {self.box_px:.2g} px "
             f"and {self.score:.2g} of score off, {self.missing} without counterpart; mAP50-95 {self.map50_95[0]:.4f} -> "
-            f"{self.map50_95[1]:.4f}"
+            f"{self.map50_95[1]:.4f}, defective pictures that pass {self.passed[0]} -> {self.passed[1]} of {self.defective}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,9 +89,18 @@ class Parity:
 
 
 def compare(
-    name: str, precision: str, own: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], names: Sequence[str]
+    name: str,
+    precision: str,
+    own: Sequence[dict[str, Any]],
+    other: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    passed: tuple[int, int],
 ) -> Parity:
-    """Records of the network and of the exported model on the same pictures, in the same order."""
+    """Records of the network and of the exported model on the same pictures, in the same order.
+
+    Args:
+        passed: defective pictures in which they find nothing, at their operating points.
+    """
     boxes = missing = swapped = 0
     box_px = score = 0.0
     for one, two in zip(own, other, strict=True):
@@ -100,7 +112,21 @@ def compare(
             boxes += seen if counts else 0
     metrics = [summarise(list(records), dict(enumerate(names))) for records in (own, other)]
     pairs = {k: (round(metrics[0][k], 5), round(metrics[1][k], 5)) for k in ("map50", "map50_95")}
-    return Parity(name, precision, len(own), boxes, missing, swapped, round(box_px, 5), round(score, 6), **pairs)
+    defective = sum(len(one["target_cls"]) > 0 for one in own)
+    return Parity(
+        name,
+        precision,
+        pictures=len(own),
+        boxes=boxes,
+        missing=missing,
+        swapped=swapped,
+        box_px=round(box_px, 5),
+        score=round(score, 6),
+        map50=pairs["map50"],
+        map50_95=pairs["map50_95"],
+        passed=passed,
+        defective=defective,
+    )
 
 
 def _differences(one: dict[str, Any], two: dict[str, Any]) -> tuple[int, int, float, float, int]:

@@ -6,6 +6,7 @@ Nothing is left in the run before parity holds. The operating point and what dri
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,18 @@ from torch import nn
 from dfssd.config import Config
 from dfssd.data.dataset import decode
 from dfssd.data.manifest import Manifest, Row, read_manifest
-from dfssd.errors import DfssdError
+from dfssd.evaluate.escapes import Pictures, operating_point
 from dfssd.evaluate.latency import measure_latency
 from dfssd.evaluate.measure import thresholds_of
 from dfssd.evaluate.squares import collect_squares, exported, network
-from dfssd.export.formats import check_formats, int8_bytes, openvino_files
+from dfssd.export.formats import (
+    check_formats,
+    engine_bytes,
+    int8_bytes,
+    metadata_of,
+    openvino_files,
+    with_metadata,
+)
 from dfssd.export.onnx_model import INSIDE_CONF, onnx_bytes
 from dfssd.export.parity import Parity, compare, require
 from dfssd.line import drift
@@ -44,8 +52,8 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
         model: its artefact, e.g. "student"; `report` must have measured it.
 
     Returns:
-        model, files (size by name), operating_point, parity and latency (by format), speedup (teacher to student in ONNX
-        Runtime; None without a teacher).
+        model, files (size by name), operating_point, int8_operating_point (None without int8), parity and latency (by
+        format), speedup (teacher to student in ONNX Runtime; None without a teacher).
 
     Raises:
         DfssdError: a format is not installed, or an exported file is not the network (then nothing is written).
@@ -56,39 +64,26 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
     manifest, results = read_manifest(run.at("dataset")), run.read_json("report/metrics.json")
     net = _load(run, model, config.train.imgsz)
     measured = run.read_json(f"{model}/stage.json").get("published", model)
-    names = class_names(net)
-    metadata = {
-        "names": names,
-        "imgsz": config.train.imgsz,
-        "operating_point": results[measured]["operating_point"],
-        "reference": _reference(net, names, results[measured]["operating_point"], manifest, config.train.imgsz),
-        "weights_sha256": hashlib.sha256(run.read(f"{model}/best.pt")).hexdigest(),
-        "trained": f"{config.run.run_name}/{model}",
-        "code": code_version(),
-        "license": "AGPL-3.0",
-    }
+    metadata = _metadata(config, run, model, net, manifest, results[measured]["operating_point"])
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        onnx = onnx_bytes(net, config.train.imgsz, metadata, settings.nms_inside)
-        files = {f"{model}.onnx": onnx}
-        if "openvino" in settings.formats:
-            made = openvino_files(onnx, {**metadata, "nms_inside": settings.nms_inside})
-            files |= {f"{model}_openvino/{name}": data for name, data in made.items()}
-        if settings.int8:
-            if settings.nms_inside:
-                raise DfssdError("--int8 and --nms-inside exclude each other", todo="leave one of them out")
-            files[f"{model}_int8.onnx"] = int8_bytes(onnx, _calibration(manifest, config))
+        files = _files(config, manifest, net, model, metadata)
         for name, data in files.items():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_bytes(data)
+        if settings.int8:
+            name = f"{model}_int8.onnx"
+            files[name] = _with_own_point(place / name, manifest, metadata, threads)
+            (place / name).write_bytes(files[name])
         detectors = _open(place, model, threads)
+        rows = _labelled(manifest, settings.parity_pictures)
         parities = check_parity(
-            net, detectors, _labelled(manifest, settings.parity_pictures), names, config.train.imgsz
+            net, detectors, rows, metadata["names"], config.train.imgsz, metadata["operating_point"]
         )
         for parity in parities:
             print(f"export: {parity.in_words()}", flush=True)
         require(parities)
-        picture = letterbox(decode(_labelled(manifest, 1)[0].uri), config.train.imgsz)[0]
+        picture = letterbox(decode(rows[0].uri, white=rows[0].white), config.train.imgsz)[0]
         latency = _latency(config, run, model, net, detectors, place, threads, network_input([picture]))
     store = run.at("export")
     for name, data in files.items():
@@ -99,6 +94,9 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
         "model": model,
         "files": {name: len(data) for name, data in files.items()},
         "operating_point": metadata["operating_point"],
+        "int8_operating_point": next(
+            (d.metadata["operating_point"] for n, d in detectors.items() if "int8" in n), None
+        ),
         "parity": {p.name: p.as_dict() for p in parities},
         "latency": latency,
         "speedup": round(pair[0]["p50_ms"] / pair[1]["p50_ms"], 2) if all(pair) and model != "teacher" else None,
@@ -106,17 +104,78 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
     }
 
 
+def _metadata(
+    config: Config, run: Storage, model: str, net: nn.Module, manifest: Manifest, point: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an exported file says of itself: what runs it, what drift is judged by, and where it comes from."""
+    names, imgsz = class_names(net), config.train.imgsz
+    return {
+        "names": names,
+        "imgsz": imgsz,
+        "operating_point": point,
+        "white": max((row.white for row in manifest.rows), default=0.0),
+        "reference": _reference(net, names, point, manifest, imgsz),
+        "weights_sha256": hashlib.sha256(run.read(f"{model}/best.pt")).hexdigest(),
+        "trained": f"{config.run.run_name}/{model}",
+        "code": code_version(),
+        "license": "AGPL-3.0",
+    }
+
+
+def _files(
+    config: Config, manifest: Manifest, net: nn.Module, model: str, metadata: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Content of what is asked for, by name."""
+    settings, imgsz = config.export, config.train.imgsz
+    onnx = onnx_bytes(net, imgsz, metadata, settings.nms_inside)
+    files = {f"{model}.onnx": onnx}
+    if "openvino" in settings.formats:
+        made = openvino_files(onnx, {**metadata, "nms_inside": settings.nms_inside})
+        files |= {f"{model}_openvino/{name}": data for name, data in made.items()}
+    if "tensorrt" in settings.formats:
+        files[f"{model}.engine"] = engine_bytes(onnx, imgsz, metadata_of(onnx))
+    if settings.int8:
+        files[f"{model}_int8.onnx"] = int8_bytes(onnx, _calibration(manifest, config))
+    return files
+
+
+def _with_own_point(file: Path, manifest: Manifest, metadata: Mapping[str, Any], threads: int) -> bytes:
+    """An int8 model with an operating point of its own, chosen on val for the same escapes: its scores are others."""
+    names, point = metadata["names"], metadata["operating_point"]
+    val = [r for r in manifest.of_split("val") if r.boxes is not None]
+    records = collect_squares(exported(LineDetector(file, threads)), val, metadata["imgsz"])
+    own = operating_point(Pictures.of(records, len(names)), names, point["max_escape"])
+    known = {"dfssd": json.dumps({**metadata, "operating_point": own, "nms_inside": False})}
+    return with_metadata(file.read_bytes(), known)
+
+
 def check_parity(
-    net: nn.Module, detectors: Mapping[str, LineDetector], rows: Sequence[Row], names: Sequence[str], imgsz: int
+    net: nn.Module,
+    detectors: Mapping[str, LineDetector],
+    rows: Sequence[Row],
+    names: Sequence[str],
+    imgsz: int,
+    point: Mapping[str, Any],
 ) -> list[Parity]:
-    """Parity of each exported model with its network, on labelled pictures."""
-    found = []
+    """Parity of each exported model with its network, on labelled pictures.
+
+    Args:
+        point: the network's operating point; each file brings its own.
+    """
+    found, tau_c = [], thresholds_of(point, names)
     for name, detector in detectors.items():
         conf = INSIDE_CONF if detector.inside else 0.001  # a model with NMS inside keeps no lower scores
         own = collect_squares(network(net, conf), rows, imgsz)
         other = collect_squares(exported(detector, conf), rows, imgsz)
-        found.append(compare(name, _precision(name, detector), own, other, names))
+        passed = _passed(own, tau_c), _passed(other, detector.tau_c.astype(np.float64))
+        found.append(compare(name, _precision(name, detector), own, other, names, passed))
     return found
+
+
+def _passed(records: Sequence[dict[str, Any]], tau_c: np.ndarray) -> int:
+    """Defective pictures in which nothing is found."""
+    pictures = Pictures.of(records, len(tau_c))
+    return int((~pictures.rejected(tau_c))[pictures.defective].sum())
 
 
 def _precision(name: str, detector: LineDetector) -> str:
@@ -131,6 +190,7 @@ def _open(place: Path, model: str, threads: int) -> dict[str, LineDetector]:
     known = {
         f"{model} ONNX Runtime": f"{model}.onnx",
         f"{model} OpenVINO": f"{model}_openvino",
+        f"{model} TensorRT": f"{model}.engine",
         f"{model} ONNX Runtime int8": f"{model}_int8.onnx",
     }
     return {title: LineDetector(place / name, threads) for title, name in known.items() if (place / name).exists()}
@@ -155,7 +215,7 @@ def _unlabelled(manifest: Manifest, most: int) -> list[Row]:
 def _calibration(manifest: Manifest, config: Config) -> np.ndarray:
     """(n,3,S,S) float32 unlabelled pictures that set the ranges of int8."""
     rows = _unlabelled(manifest, config.export.calibration_pictures)
-    return network_input([letterbox(decode(r.uri), config.train.imgsz)[0] for r in rows])
+    return network_input([letterbox(decode(r.uri, white=r.white), config.train.imgsz)[0] for r in rows])
 
 
 def _reference(
@@ -164,7 +224,7 @@ def _reference(
     """Numbers of unlabelled pictures (which the model was made for but has no labels of) and the scores it gives them."""
     detect, tau_c, numbers = network(net, 0.01), thresholds_of(point, names), []
     for row in _unlabelled(manifest, REFERENCE):
-        picture = decode(row.uri)
+        picture = decode(row.uri, white=row.white)
         boxes = detect(network_input([letterbox(picture, imgsz)[0]]))[0]
         numbers.append(drift.picture_numbers(picture, boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]]))
     return drift.reference(numbers)

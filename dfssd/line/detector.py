@@ -1,7 +1,7 @@
 """An exported detector: pictures in, boxes at the operating point out. One file that stands alone.
 
 It needs numpy, OpenCV and ONNX Runtime (or OpenVINO), and nothing of this project: it is copied into the MLflow model, and
-may be copied to a machine at the line.
+may be copied to a machine at the line. For TensorRT, `tensorrt_engine.py` has to lie beside it.
 
 Legend: B pictures, A anchor points, C classes. Boxes are (n,6) float32 [x1, y1, x2, y2, score, class].
 """
@@ -9,12 +9,16 @@ Legend: B pictures, A anchor points, C classes. Boxes are (n,6) float32 [x1, y1,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when ONNX Runtime is imported: nothing is sent from the line
 
 NMS_IOU, MOST = 0.7, 300  # as in `yolo val`
 PAD = 114  # grey of the letterbox's edges
@@ -39,6 +43,22 @@ def letterbox(picture: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, n
     square = np.full((side, side, 3), PAD, np.uint8)
     square[top : top + size[1], left : left + size[0]] = small
     return square, np.array([size[0] / width, size[1] / height]), np.array([left, top], np.float64)
+
+
+def to_uint8(picture: np.ndarray, white: float = 0.0) -> np.ndarray:
+    """Grey levels of a camera of more than 8 bits as training has seen them: one white level for the whole data set.
+
+    Args:
+        picture: (H,W) or (H,W,3); uint8 is left as it is.
+        white: value that becomes 255; 0: the largest of a 16-bit file (1 of floats).
+    """
+    if picture.dtype == np.uint8:
+        return picture
+    if picture.dtype.kind in "ui":
+        scaled = picture.astype(np.float32) * (256 / ((white or 65535.0) + 1))
+    else:
+        scaled = np.nan_to_num(picture.astype(np.float32)) * (255 / (white or 1.0)) + 0.5
+    return np.asarray(scaled.clip(0, 255).astype(np.uint8))
 
 
 def network_input(squares: Sequence[np.ndarray]) -> np.ndarray:
@@ -69,36 +89,52 @@ def decode(raw: np.ndarray, floor: float) -> list[np.ndarray]:
     return found
 
 
+def quiet_openvino() -> Any:
+    """OpenVINO without its telemetry.
+
+    Importing it would send a message to its maker from a forked process, which may hang where other threads run, and then the
+    whole program never ends. It does without where this module is not to be found.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed"
+    import openvino
+
+    return openvino
+
+
 class LineDetector:
     """An ONNX or OpenVINO model that `jobs/export.py` has written.
 
     Args:
-        file: `.onnx` file, or the folder or `.xml` of an OpenVINO model.
+        file: `.onnx` file, the folder or `.xml` of an OpenVINO model, or a TensorRT `.engine`.
         threads: CPU threads of the runtime; 0: its own choice.
         providers: ONNX Runtime's execution providers; none: CUDA where there is one, else the CPU.
 
     Attributes:
-        names: class names. imgsz: side of the square input (px). inside: is NMS part of the model? metadata: what the export
-        wrote (operating_point, reference statistics, digest of the weights).
+        names: class names. imgsz: side of the square input (px). inside: is NMS part of the model? white: value of a deep
+        picture that becomes 255 (0: see `to_uint8`). metadata: what the export wrote (operating_point, reference statistics,
+        digest of the weights).
 
     Raises:
         ValueError: the model was not written by `jobs/export.py`, or its kind is not known.
     """
 
     def __init__(self, file: str | Path, threads: int = 0, providers: Sequence[str] = ()) -> None:
-        self.file = Path(file)
+        self.file, self._most = Path(file), 0  # pictures in a batch at most; 0: any number
+        self._run: Callable[[np.ndarray], Any]
         if self.file.suffix == ".onnx":
             meta = self._open_onnx(threads, providers)
         elif self.file.suffix == ".xml" or self.file.is_dir():
             meta = self._open_openvino(threads)
+        elif self.file.suffix == ".engine":
+            meta = self._open_tensorrt()
         else:
-            raise ValueError(f"not an exported model: {file} (give an .onnx file or an OpenVINO folder)")
+            raise ValueError(f"not an exported model: {file} (give an .onnx file, an OpenVINO folder or an .engine)")
         if "dfssd" not in meta:
             raise ValueError(f"{file} holds no operating point: it was not written by jobs/export.py")
         self.metadata: dict[str, Any] = json.loads(meta["dfssd"])
         self.names: list[str] = self.metadata["names"]
         self.imgsz, self.inside = int(self.metadata["imgsz"]), bool(self.metadata["nms_inside"])
-        self.fixed_batch: int = int(self.metadata.get("fixed_batch", 0))
+        self.white = float(self.metadata.get("white", 0.0))
         self.tau_c = self.thresholds()
 
     def _open_onnx(self, threads: int, providers: Sequence[str]) -> Mapping[str, str]:
@@ -115,8 +151,7 @@ class LineDetector:
         return dict(session.get_modelmeta().custom_metadata_map)
 
     def _open_openvino(self, threads: int) -> Mapping[str, str]:
-        import openvino
-
+        openvino = quiet_openvino()
         xml = next(self.file.glob("*.xml")) if self.file.is_dir() else self.file
         # Without the hint OpenVINO computes in bf16 on CPUs that have it: boxes are off by pixels.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -129,6 +164,17 @@ class LineDetector:
         self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT"))
         return {"dfssd": model.get_rt_info(["dfssd"]).astype(str)} if model.has_rt_info(["dfssd"]) else {}
 
+    def _open_tensorrt(self) -> Mapping[str, str]:
+        try:  # beside this file, where it was copied
+            from tensorrt_engine import Engine
+        except ImportError:
+            from dfssd.line.tensorrt_engine import Engine
+        engine = Engine(self.file)
+        self._run, self._most = engine, engine.most
+        self.precision = "fp32"  # TF32 was switched off when it was built
+        known: Mapping[str, str] = engine.metadata
+        return known
+
     def thresholds(self, score: float | None = None) -> np.ndarray:
         """(C,) scores from which a box counts: the model's operating point, or one for all classes."""
         point = self.metadata["operating_point"]
@@ -137,7 +183,7 @@ class LineDetector:
 
     def raw(self, images_bchw: np.ndarray) -> np.ndarray:
         """(B,4+C,A) output of a model without NMS inside."""
-        step = self.fixed_batch or len(images_bchw)
+        step = self._most or len(images_bchw)
         return np.concatenate([self._run(images_bchw[k : k + step]) for k in range(0, len(images_bchw), step)])
 
     def boxes_of_input(self, images_bchw: np.ndarray, floor: float) -> list[np.ndarray]:
@@ -152,11 +198,11 @@ class LineDetector:
         """Boxes (px of the picture, cut at its edges) at or above their class's threshold.
 
         Args:
-            pictures: (H,W,3) uint8 BGR each, of any size.
+            pictures: (H,W,3) BGR or (H,W) each, of any size; uint8, or as a deeper file holds them.
             tau_c: (C,) thresholds; none: the operating point.
         """
         tau_c = self.tau_c if tau_c is None else tau_c
-        ready = [letterbox(p, self.imgsz) for p in pictures]
+        ready = [letterbox(to_uint8(p, self.white), self.imgsz) for p in pictures]
         found = self.boxes_of_input(network_input([r[0] for r in ready]), float(tau_c.min()) * 0.999)
         result = []
         for boxes, picture, (_, gain, edge) in zip(found, pictures, ready, strict=True):

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
+from dfssd.data.formats.listing import IMAGE_SUFFIXES
+from dfssd.data.images import BadImage, open_image
 from dfssd.errors import DfssdError
 from dfssd.line.drift import Drift, picture_numbers
 from dfssd.line.results import Results
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 UNREADABLE = "unreadable"  # folder beside the pictures that what cannot be decoded is moved to
 TRIES = 3  # looks at an unreadable picture before it is moved: it may still be being written
 SAY_S = 5.0
@@ -42,14 +43,16 @@ def find_pictures(places: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            found += sorted(p for p in place.rglob("*") if p.suffix.lower() in ENDINGS and UNREADABLE not in p.parts)
+            found += sorted(
+                p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and UNREADABLE not in p.parts
+            )
         elif place.is_file():
             found.append(place)
         else:
             raise DfssdError("no such picture or folder", where=str(place), todo="check the path")
     if not found:
         raise DfssdError(
-            "there is no picture", where=" ".join(places), todo=f"known endings: {', '.join(sorted(ENDINGS))}"
+            "there is no picture", where=" ".join(places), todo=f"known endings: {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     return found
 
@@ -71,7 +74,7 @@ class Labelling:
         say: Callable[[str], None] = print,
     ) -> None:
         self.detector, self.drawn, self.say = detector, drawn, say
-        self.tau_c = detector.thresholds(score)
+        self.tau_c, self.white = detector.thresholds(score), float(detector.metadata.get("white", 0.0))
         self.results = Results(out, detector.names)
         self.drift = Drift(detector.metadata.get("reference", {}))
         self.pictures = self.rejected = self.bad = 0
@@ -83,20 +86,18 @@ class Labelling:
         begun = time.perf_counter()
         try:
             stamp = stamp_of(file)
-            picture = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)
-        except (OSError, cv2.error):
-            picture = None
-        if picture is None:
+            picture = open_image(file.read_bytes(), self.white)
+        except (OSError, BadImage):
             return False
-        boxes = self.detector([np.asarray(picture)], self.tau_c)[0]
+        boxes = self.detector([picture], self.tau_c)[0]
         height, width = picture.shape[:2]
         one = self.results.add(file, stamp, (width, height), boxes)
-        self.drift.add(picture_numbers(np.asarray(picture), boxes))
+        self.drift.add(picture_numbers(picture, boxes))
         self.busy_s += time.perf_counter() - begun
         self.pictures += 1
         self.rejected += one["verdict"] == "reject"
         if self.drawn:
-            self._draw(file, np.asarray(picture), boxes)
+            self._draw(file, picture, boxes)
         return True
 
     def _draw(self, file: Path, picture: np.ndarray, boxes: np.ndarray) -> None:
@@ -192,7 +193,7 @@ def watch(labelling: Labelling, folder: Path, poll_s: float = 1.0, rounds: int |
 
 def _arrived(folder: Path) -> Iterator[tuple[Path, str]]:
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.is_file() and Path(entry.name).suffix.lower() in ENDINGS:
+        if entry.is_file() and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             try:
                 yield Path(entry.path), stamp_of(Path(entry.path))
             except OSError:  # taken away between two looks

@@ -38,9 +38,9 @@ class Served(mlflow.pyfunc.PythonModel):
 
 
 def decoded(one: Any, number: int) -> np.ndarray:
-    """(H,W,3) uint8 BGR of an encoded picture."""
+    """(H,W,3) BGR of an encoded picture, in as many bits as it has."""
     data = base64.b64decode(one) if isinstance(one, str) else bytes(one)
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
     if picture is None:
         raise ValueError(f"picture {number} cannot be decoded: send the bytes of a PNG or JPEG file")
     return np.asarray(picture)

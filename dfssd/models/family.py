@@ -125,7 +125,7 @@ class Family(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, box_loss: str) -> Loss:
-        """The detection loss of this network; `box_loss` is one of `dfssd.models.yolo.box_loss`."""
+        """The detection loss of this network; `box_loss` is one of `dfssd.config.choices`."""
 
     @abstractmethod
     def boxes(

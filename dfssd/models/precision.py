@@ -14,6 +14,8 @@ import torch
 
 from dfssd.errors import DfssdError
 
+# What each precision of `dfssd.config.choices` but auto is; None is float32.
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 NATIVE_BF16 = (8, 0)  # compute capability; `torch.cuda.is_bf16_supported()` also says yes to emulation
 
 
@@ -26,19 +28,14 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     Raises:
         DfssdError: bf16 is asked for on a GPU that only emulates it.
     """
-    if amp == "fp32":
-        return None
-    if amp == "fp16":
-        return torch.float16
-    native = bf16_is_native(device)
-    if amp == "bf16":
-        if not native and device.type == "cuda":
+    if amp != "auto":
+        if amp == "bf16" and device.type == "cuda" and not bf16_is_native(device):
             raise DfssdError(
                 f"--amp bf16: {torch.cuda.get_device_name(device)} computes it only by emulation, slower than fp32",
                 todo="take --amp auto (fp16 on this card) or --amp fp32",
             )
-        return torch.bfloat16
-    if native:
+        return DTYPES[amp]
+    if bf16_is_native(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else None
 

@@ -45,7 +45,8 @@ class Context:
         self.runs = Runs(storage, run.experiment, run.run_name, flatten(self.config.model_dump(mode="json")), self.tags)
 
     def log_dataset(self, run_id: str) -> None:
-        """Log the split, by its digest, as the data set of an MLflow run."""
+        """Log the split, by its digest, as the data set of an MLflow run and of the pipeline's."""
         record = self.run.read_json(f"{DATASET}/stage.json")
         profile = {k: record["summary"][k] for k in ("images", "labelled_images", "groups")}
-        self.runs.dataset(run_id, self.run.path(str(DATASET), "manifest.parquet"), record["digest"], profile)
+        for own in (run_id, self.runs.parent()):
+            self.runs.dataset(own, self.run.path(str(DATASET), "manifest.parquet"), record["digest"], profile)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from dfssd.config import Config, Data
+from dfssd.data.formats.listing import refuse_query
 from dfssd.data.formats.read import read_source
 from dfssd.data.formats.source import Item, Source, unlabelled_items
 from dfssd.data.formats.unpack import resolve_zip
@@ -48,6 +49,8 @@ def content(config: Config) -> str:
     """
     if not config.data.data:
         return ""
+    for uri in (config.data.data, *config.data.unlabelled):
+        refuse_query(uri)
     if is_remote(config.data.data) and not config.data.data.endswith((".yaml", ".yml", ".zip")):
         digest = listing_digest([config.data.data, *config.data.unlabelled])
     else:

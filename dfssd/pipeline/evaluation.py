@@ -39,6 +39,12 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     from dfssd.runtime.cluster import connect, result, task_resources
 
     models = list(map(str, finished_models(context.run)))
+    for name in models:
+        trained = context.run.read_json(f"{name}/stage.json")["config"].get("train", {}).get("imgsz")
+        if trained not in (None, context.config.train.imgsz):
+            print(
+                f"WARNING: {name} was trained at {trained} px and is measured at {context.config.train.imgsz}: --imgsz"
+            )
     connect()
     run = context.config.run
     resources = task_resources(run, run.gpu)

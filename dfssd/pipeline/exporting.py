@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dfssd.config import Config
 from dfssd.errors import DfssdError
 from dfssd.export.formats import check_formats
 from dfssd.export.write import export_model
@@ -11,7 +12,9 @@ from dfssd.line.registry import log_model
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.stages import exported_model
 from dfssd.runtime.artefact import Stage
-from dfssd.runtime.artefact_names import DATASET, REPORT
+from dfssd.runtime.artefact_names import DATASET, EXPORT, REPORT
+from dfssd.runtime.storage import Storage
+from dfssd.runtime.tracking import Runs
 
 
 def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
@@ -22,14 +25,22 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
     """
     settings = context.config.export
     check_formats(settings.formats)
-    if settings.int8 and settings.nms_inside:
-        raise DfssdError("--int8 and --nms-inside exclude each other", todo="leave one of them out")
+    if settings.nms_inside and (settings.int8 or "tensorrt" in settings.formats):
+        raise DfssdError("--nms-inside goes with neither --int8 nor tensorrt", todo="leave one of them out")
     if not context.run.exists(f"{REPORT}/stage.json") and REPORT not in planned:
         raise DfssdError(
             "nothing has measured the models, so there is no operating point to export",
             where=context.run.uri,
             todo="run jobs/evaluate.py first, or jobs/pipeline.py, which runs all in order",
         )
+    if REPORT not in planned:
+        size = context.run.read_json(f"{REPORT}/metrics.json")["environment"]["imgsz"]
+        if size != context.config.train.imgsz:
+            raise DfssdError(
+                f"--imgsz {context.config.train.imgsz}, but the operating point was chosen at {size} px: scores are others",
+                where=context.run.uri,
+                todo=f"give --imgsz {size}, or measure at the other size first: dfssd evaluate with it and --overwrite",
+            )
     return [f"export: {', '.join(settings.formats)}{' and int8' if settings.int8 else ''}"]
 
 
@@ -42,20 +53,29 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     model = str(exported_model(context.config, context.run))
     connect()
     run = context.config.run
-    resources = task_resources(run)
-    task = ray.remote(export_model).options(num_cpus=resources.cpus, max_retries=1)
+    resources = task_resources(run, "require" if "tensorrt" in context.config.export.formats else "never")
+    task = ray.remote(export_model).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=1)
     ref = task.remote(context.config, context.run.uri, model, resources.threads)
     done = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")
     stage.store.write_json("export.json", done)
     context.runs.artefact(run_id, "export.json", stage.store.read("export.json"))
     context.runs.metrics(run_id, tracked(done))
-    digest = context.run.read_json(f"{DATASET}/stage.json")["digest"]
-    measured = context.run.read_json(f"{REPORT}/metrics.json")
-    logged = log_model(
-        context.runs, run_id, stage.store, model, done, measured, digest, context.config.export.register_as
-    )
+    logged = _logged(context.config, context.runs, run_id, context.run, model, done)
     summary = {"model": model, "speedup": done["speedup"], "mlflow_model": logged, **_short(done)}
     return summary, [f for f in stage.store.files() if f != "started.json"]
+
+
+def export_and_register(config: Config, runs: Runs, run_id: str, run: Storage, model: str) -> None:
+    """Export a finished model in this process, and log it: that of a sweep's best trial."""
+    done = export_model(config, run.uri, model, 1)
+    run.write_json(f"{EXPORT}/export.json", done)
+    _logged(config, runs, run_id, run, model, done)
+
+
+def _logged(config: Config, runs: Runs, run_id: str, run: Storage, model: str, done: dict[str, Any]) -> str:
+    """Log the exported model in an MLflow run, and register it where that is asked for."""
+    digest, measured = run.read_json(f"{DATASET}/stage.json")["digest"], run.read_json(f"{REPORT}/metrics.json")
+    return log_model(runs, run_id, run.at(str(EXPORT)), model, done, measured, digest, config.export.register_as)
 
 
 def tracked(done: dict[str, Any]) -> dict[str, float]:

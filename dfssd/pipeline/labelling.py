@@ -44,7 +44,7 @@ def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
     manifest = read_manifest(context.run.at(str(DATASET)))
     if not manifest.unlabelled_rows():
         print(f"{stage.name}: there is no unlabelled image", flush=True)
-    tracker = Tracker(context.runs.uri, run_id, stage.store)
+    tracker = Tracker(context.runs.uri, run_id, stage.store, system=True)
     try:
         summary = label(context.config, context.run, str(stage.name), manifest, weights, tracker.log)
     finally:

@@ -89,6 +89,18 @@ def deliver(client: Any, runs: Runs, run: Storage, stage: str) -> Delivered:
     return Delivered(stage, run_id, len(rows), files)
 
 
+def summary_numbers(summary: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a stage's summary that MLflow gets: tables (by split and class, by policy and class) stay in its files,
+    since each would be a hundred columns; of the policies the chosen one's sums over all classes are there."""
+    numbers = {
+        f"summary/{key}": float(value)
+        for key, value in flatten(summary).items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key.count(".") <= 1
+    }
+    chosen = summary.get("policies", {}).get(summary.get("chosen"), {}).get("all", {})
+    return numbers | {f"quality/{key}": float(value) for key, value in chosen.items() if value is not None}
+
+
 def _log(client: Any, run_id: str, rows: Rows) -> None:
     for first in range(0, len(rows), BATCH):
         log_rows(client, run_id, rows[first : first + BATCH])
@@ -113,7 +125,7 @@ def _rows(store: Storage, record: dict[str, Any], ended_ms: int) -> Iterator[tup
             if (one[0], one[3]) not in seen:
                 seen.add((one[0], one[3]))
                 yield one
-    yield from metric_rows({f"summary/{k}": v for k, v in flatten(record["summary"]).items()}, 0, ended_ms)
+    yield from metric_rows(summary_numbers(record["summary"]), 0, ended_ms)
     yield from _measured(store, record, ended_ms)
 
 

@@ -9,7 +9,7 @@ from dfssd.config import Config
 from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
-from dfssd.pipeline.replay import deliver_later
+from dfssd.pipeline.replay import deliver_later, summary_numbers
 from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
@@ -92,16 +92,19 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
     run_id = context.runs.stage(str(name), stage.recorded_run_id(), params, context.title, keep=stage.record_run_id)
     status = "FAILED"
     try:
+        if name != DATASET:
+            context.log_dataset(run_id)
         summary, outputs = resolve(row.body)(context, stage, run_id)
         record = stage.finish(outputs, summary)
+        if name == DATASET:
+            context.log_dataset(run_id)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         context.runs.end(run_id, status)
-    numbers = {k: v for k, v in flatten(summary).items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    context.runs.metrics(run_id, {f"summary/{k}": float(v) for k, v in numbers.items()})
+    context.runs.metrics(run_id, summary_numbers(summary))
     context.runs.artefact(run_id, "stage.json", stage.store.read("stage.json"))
     deliver_later(context.runs, context.run, str(name))
     print(f"{name}: finished in {record['duration_s']:.0f} s", flush=True)

@@ -89,7 +89,6 @@ def train_stage(context: Context, stage: Stage, run_id: str) -> Result:
         stage.store.write("init.pt", weights)
     if job.distills and config.distill.distill_teacher and config.distill.uses_teacher:
         stage.store.write("teacher.pt", given_weights(config.distill.distill_teacher))  # workers may be elsewhere
-    context.log_dataset(run_id)
     if context.fit:
         summary = context.fit(job)
     else:

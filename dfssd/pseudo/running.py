@@ -29,7 +29,7 @@ class RunningThresholds:
     Args:
         classes: C.
         config: limits of the thresholds.
-        policy: 'match' (pseudo-labels an image as many as labelled boxes an image), 'gmm' or 'fixed'.
+        policy: one of `IN_LOOP_POLICIES`.
     """
 
     learns = False  # from what the criterion adds up; see `see`

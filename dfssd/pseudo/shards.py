@@ -98,7 +98,7 @@ def fuse_views(row: Shard, settings: Pseudo, side: int) -> list[Boxes | None]:
     """Candidates of each image from what the networks found in its views; None for an unreadable image.
 
     Args:
-        row: found, views (how many looked at each image), and geometry and sizes as `decode_shard` gives them.
+        row: found, views (how many looked at each image), and sizes as `decode_shard` gives them.
         side: of the network's input (px).
     """
     found, views = np.asarray(row["found"], np.float32).reshape(-1, 8), int(row["views"])
@@ -108,8 +108,8 @@ def fuse_views(row: Shard, settings: Pseudo, side: int) -> list[Boxes | None]:
     edges = np.searchsorted(key[order], np.arange(len(row["ids"]) * views + 1))
     own = [boxes[order[a:b]] for a, b in pairwise(edges)]
     result: list[Boxes | None] = []
-    for k, (scale, left, top) in enumerate(np.asarray(row["geometry"]).tolist()):
-        if scale == 0:
+    for k, size_wh in enumerate(np.asarray(row["sizes"])):
+        if not size_wh.all():
             result.append(None)
             continue
         turned = [
@@ -117,7 +117,7 @@ def fuse_views(row: Shard, settings: Pseudo, side: int) -> list[Boxes | None]:
             for v, one in enumerate(own[k * views : (k + 1) * views])
         ]
         one = fuse(turned, settings.fuse_iou, settings.floor, settings.max_candidates)
-        result.append(out_of_letterbox(one, scale, left, top, np.asarray(row["sizes"][k]), side))
+        result.append(out_of_letterbox(one, size_wh, side))
     return result
 
 

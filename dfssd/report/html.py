@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from dfssd.config import Config
 from dfssd.data.manifest import read_manifest
@@ -21,6 +20,7 @@ from dfssd.evaluate.detections import read_detections
 from dfssd.evaluate.measure import thresholds_of
 from dfssd.evaluate.verdict import share
 from dfssd.report import cases, charts, pictures, tables
+from dfssd.report.point import point_charts, point_text, svg
 from dfssd.report.quality import rows as quality_rows
 from dfssd.report.terminal import said
 from dfssd.runtime.artefact_names import QUALITY, newest_round
@@ -77,11 +77,6 @@ def _table(title: str, rows: Rows) -> dict[str, Any]:
     return {"title": title, "header": rows[0], "rows": rows[1]}
 
 
-def _svg(*args: Any, **kwargs: Any) -> Markup:
-    """A chart, whose texts are escaped by `charts`."""
-    return Markup(charts.line_chart(*args, **kwargs))
-
-
 def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str, Any]:
     """Verdict, operating point, worst cases, side by side."""
     titles = tables.models_in(results)
@@ -91,13 +86,13 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
     tau = {m: thresholds_of(results[m]["operating_point"], names) for m in titles}
     lines = [line for line in said(results) if line]
     found = detections.get((best, "test"), {})
-    line = test["line"]
+    line, prose = test["line"], tables.in_prose(best, titles[best])
     return {
-        "said": [text.strip() for text in lines if not _is_note(text)],
+        "said": [(text.startswith("  "), text.strip()) for text in lines if not _is_note(text)],
         "notes": [text.strip() for text in lines if _is_note(text)],
         "cards": [
             (
-                f"escapes of the {titles[best]}",
+                f"escapes of {prose}",
                 share(line["escape"]).split(" (")[0],
                 "defective test pictures that pass",
             ),
@@ -108,10 +103,10 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
         "models": _table(f"Models, {tables.model_title(results)}", tables.model_rows(results)),
         "chosen": tables.CHOSEN,
         "latency_note": results["latency"]["note"],
-        "point_text": _point_text(point, titles[best]),
-        "point_charts": _point_charts(results, titles, point),
+        "point_text": point_text(point, prose),
+        "point_charts": point_charts(results, titles, point, names, prose),
         "escapes": _table("Escapes by class", tables.escape_rows(results, names, best)),
-        "best_title": f"the {titles[best]}",
+        "best_title": prose,
         "misses": cases.worst_misses(manifest, found, tau[best]),
         "alarms": cases.worst_alarms(manifest, found, tau[best]),
         "side": cases.side_by_side(
@@ -122,37 +117,6 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
 
 def _is_note(text: str) -> bool:
     return any(word in text for word in ("cannot measure", "cannot be", "cannot confirm", "common score is used"))
-
-
-def _point_text(point: dict[str, Any], title: str) -> str:
-    reached = "" if point["reachable"] else " It cannot be reached: the lowest usable score stands instead."
-    return (
-        f"Asked for: at most {point['max_escape']:.1%} of the defective pictures pass (--max-escape). For the {title} val "
-        f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which let no more pass "
-        f"and spare clean pictures.{reached} Test confirms it: it had no part in the choice."
-    )
-
-
-def _point_charts(results: dict[str, Any], titles: dict[str, str], point: dict[str, Any]) -> list[Markup]:
-    def over_score(key: str, split: str = "test") -> dict[str, Any]:
-        curves = {titles[m]: results[m][split]["curve"] for m in titles}
-        return {t: list(zip(c["score"], c[key], strict=True)) for t, c in curves.items()}
-
-    mark = point["score"]
-    trade = {
-        titles[m]: list(
-            zip(results[m]["test"]["curve"]["false_boxes"], results[m]["test"]["curve"]["escape"], strict=True)
-        )
-        for m in titles
-    }
-    chart = partial(_svg, x_label="score", x_range=(0, 1), mark_x=mark)
-    found = [
-        chart("Escapes on test (share of defective pictures)", over_score("escape")),
-        chart("Overkill on test (share of clean pictures)", over_score("overkill")),
-        chart("False boxes a test picture", over_score("false_boxes"), y_range=None),
-        _svg("Escapes against false boxes, on test", trade, "false boxes a picture", x_range=(0, 3)),
-    ]
-    return [c for c in found if c]
 
 
 def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +137,9 @@ def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
     honest = {
         titles[m]: [(b["score"], b["precision"]) for b in results[m]["test"]["calibration"]["bins"]] for m in titles
     }
-    chart = partial(_svg, x_label="score", x_range=(0, 1))
+    chart = partial(svg, x_label="score", x_range=(0, 1))
     drawn = [
-        _svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)),
+        svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)),
         chart("F1 over the score", curve("f1")),
         chart("Precision over the score", curve("precision")),
         chart("Recall over the score", curve("recall")),
@@ -194,23 +158,27 @@ def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
 def _training(run: Storage, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Curves of each training: loss, val, thresholds over time."""
     blocks = []
+    order = {name: k for k, name in enumerate(run.at("dataset").read_json("stage.json")["summary"]["names"])}
     for stage, title in tables.models_in(results).items():
         if not run.exists(f"{stage}/history.json"):
             continue
         history = run.read_json(f"{stage}/history.json")
 
         def series(prefix: str, history: list[dict[str, Any]] = history) -> dict[str, Any]:
-            keys = sorted({k for h in history for k in h if k.startswith(prefix)})
+            keys = sorted(
+                {k for h in history for k in h if k.startswith(prefix)}, key=lambda k: order.get(k[len(prefix) :], 0)
+            )
             return {
                 k[len(prefix) :]: charts.thinned([(h["step"], h[k]) for h in history if k in h and h[k] is not None])
                 for k in keys
             }
 
-        val = {k: v for k, v in series("val/").items() if k in ("map50", "map50_95")}
+        measured = series("val/")
+        val = {label: measured.get(k, []) for k, label in (("map50", "mAP50"), ("map50_95", "mAP50-95"))}
         drawn = [
-            _svg(f"Validation of the {title}", val, "step"),
-            _svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None),
-            _svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"),
+            svg(f"Validation of {tables.in_prose(stage, title)}", val, "step"),
+            svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None),
+            svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"),
         ]
         blocks.append({"title": title, "charts": [c for c in drawn if c]})
     return blocks
@@ -234,6 +202,7 @@ def _quality(run: Storage) -> list[dict[str, Any]]:
         if not run.exists(f"{folder}/stage.json"):
             continue
         numbers = run.read_json(f"{folder}/quality.json")
+        names = run.at("dataset").read_json("stage.json")["summary"]["names"]
         chosen = numbers["chosen"]
         titles = {
             "quality.png": "Precision and recall of pseudo-labels over the threshold",
@@ -243,9 +212,9 @@ def _quality(run: Storage) -> list[dict[str, Any]]:
             {
                 "title": f"Round {number}: policy '{chosen}'",
                 "warnings": numbers["warnings"],
-                "chosen": _table("Chosen policy", quality_rows(numbers, [chosen])),
+                "chosen": _table("Chosen policy", quality_rows(numbers, [chosen], names)),
                 "others": _table(
-                    "Other policies", quality_rows(numbers, [p for p in numbers["policies"] if p != chosen])
+                    "Other policies", quality_rows(numbers, [p for p in numbers["policies"] if p != chosen], names)
                 ),
                 "pictures": [
                     cases.embedded(run.read(f"{folder}/{n}"), t)
@@ -261,19 +230,23 @@ def _data(config: Config, run: Storage) -> dict[str, Any]:
     """Splits, what was set aside, near-duplicates and leaks."""
     summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
     bad = ", ".join(f"{n} {reason}" for reason, n in summary["bad_files"].items()) or "none"
-    shown = run.exists("dataset/groups.png")
+    shown, largest = run.exists("dataset/groups.png"), summary["largest_group"]
+    alike = (
+        f"{summary['groups']} groups of near-duplicates, the largest of {largest} images"
+        if largest > 1
+        else "no near-duplicates"
+    )
     return {
         "splits": _table("Splits", tables.split_rows(summary)),
         "balance": _table("Labelled classes", tables.balance_rows(manifest, config.train.repeat_threshold)),
         "data_text": (
-            f"{summary['files']} files, {summary['images']} images; set aside: {bad}. {summary['groups']} groups of "
-            f"near-duplicates, the largest has {summary['largest_group']} images; "
-            f"{summary['test_images_with_near_duplicate_in_train']} test images have a near-duplicate in train."
+            f"{summary['files']} files, {summary['images']} images; set aside: {bad}. {alike[0].upper()}{alike[1:]}; "
+            f"{summary['test_images_with_near_duplicate_in_train']} test images have one in train."
         ),
         "data_pictures": [
             cases.embedded(run.read("dataset/groups.png"), "The ten largest groups of near-duplicates, one a row")
         ]
-        if shown
+        if shown and largest > 1
         else [],
     }
 

@@ -14,18 +14,22 @@ from matplotlib import pyplot as plt
 
 def training_curves(history: list[dict[str, Any]], title: str) -> bytes:
     """PNG: loss terms, validation mAP, learning rate and speed over steps."""
-    figure, axes = plt.subplots(1, 4, figsize=(18, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4.4), layout="constrained")
     steps = [h for h in history if "loss/total" in h]
     checks = [h for h in history if "val/map50" in h]
-    for name in sorted({k for h in steps for k in h if k.startswith("loss/")}):
+    names = sorted(
+        {k for h in steps for k in h if k.startswith("loss/")}, key=lambda name: (name != "loss/total", name)
+    )
+    for k, name in enumerate(names):
         points = [(h["step"], h[name]) for h in steps if name in h]
-        axes[0].plot(*zip(*points, strict=True), label=name[5:], linewidth=2 if name == "loss/total" else 1)
+        look = {"color": "black", "linewidth": 2} if name == "loss/total" else {"color": f"C{(k - 1) % 10}"}
+        axes[0].plot(*zip(*points, strict=True), label=name[5:], **look)
     axes[0].set(title=f"{title}: loss terms", xlabel="step", yscale="log")
-    axes[0].legend(fontsize=7)
-    for name in ("map50", "map50_95"):
-        axes[1].plot([h["step"] for h in checks], [h[f"val/{name}"] for h in checks], marker=".", label=name)
+    for name, label in (("map50", "mAP50"), ("map50_95", "mAP50-95")):
+        axes[1].plot([h["step"] for h in checks], [h[f"val/{name}"] for h in checks], marker=".", label=label)
     axes[1].set(title="val split", xlabel="step", ylim=(0, 1))
-    axes[1].legend(fontsize=7)
+    for axis in axes[:2]:  # over the curves a legend hides some of them
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, frameon=False)
     axes[2].plot([h["step"] for h in steps], [h["lr"] for h in steps])
     axes[2].set(title="learning rate", xlabel="step")
     axes[3].plot([h["step"] for h in steps], [h["speed (img/s)"] for h in steps])

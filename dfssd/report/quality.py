@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv as csv_module
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -19,8 +20,12 @@ from dfssd.pseudo.scores import BINS
 from dfssd.report.tables import render
 
 
-def rows(numbers: dict[str, Any], policies: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one a policy and class. P precision, R recall, IoU mean over hits; boxes an image."""
+def rows(numbers: dict[str, Any], policies: list[str], names: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one a policy and class. P precision, R recall, IoU mean over hits; boxes an image.
+
+    Args:
+        names: classes in order; none: as in `numbers` (which a file of JSON sorts).
+    """
     sources = [s for s in ("val", "withheld") if any(f"{s}_recall" in v["all"] for v in numbers["policies"].values())]
     header = ["policy", "class", "threshold", "an image", "labelled"]
     header += [f"{s} {k}" for s in sources for k in ("P", "R", "IoU")]
@@ -28,7 +33,9 @@ def rows(numbers: dict[str, Any], policies: list[str]) -> tuple[list[str], list[
     usual = {**numbers["labelled_rate"], "all": sum(numbers["labelled_rate"].values())}
     table = []
     for policy in policies:
-        for name, one in numbers["policies"][policy].items():
+        found = numbers["policies"][policy]
+        for name in [*(n for n in names or found if n in found and n != "all"), "all"]:
+            one = found[name]
             cells = ["-" if one[k] is None else f"{one[k]:.3f}" for k in keys]
             table.append([policy, name, *cells[:2], f"{usual[name]:.3f}", *cells[2:]])
     return header, table

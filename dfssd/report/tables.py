@@ -15,6 +15,7 @@ from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName
 
 LABELS = {str(LABEL_ONLY): "student, labels alone", str(STUDENT): "student, distilled"}
 
+_ORDER = {"train": 0, "val": 1, "test": 2}  # of splits in a table; a record sorts them by the alphabet
 CHOSEN = (
     "Val chose weights and scores, so its numbers flatter; test chose nothing. Escapes and rejects: pictures, on test."
 )
@@ -26,6 +27,11 @@ def models_in(results: dict[str, Any]) -> dict[str, str]:
     teachers = [(folder, ArtefactName.parse(folder)) for folder in others]
     titles = {k: n.role.replace("_", " ") + ("" if n.round == 1 else f", round {n.round}") for k, n in teachers}
     return titles | {name: label for name, label in LABELS.items() if name in results}
+
+
+def in_prose(name: str, title: str) -> str:
+    """What a sentence calls a model."""
+    return {str(LABEL_ONLY): "the label-only student", str(STUDENT): "the distilled student"}.get(name, f"the {title}")
 
 
 def render(title: str, header: list[str], rows: list[list[str]]) -> str:
@@ -147,7 +153,7 @@ def split_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             str(s["labelled"]) if name == "train" else "-",
             *(str(s["boxes"][n]) for n in names),
         ]
-        for name, s in summary["splits"].items()
+        for name, s in sorted(summary["splits"].items(), key=lambda split: _ORDER.get(split[0], len(_ORDER)))
         if s["images"]
     ]
     boxes = [str(summary["labelled_boxes"][n]) for n in names]

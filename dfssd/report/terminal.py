@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from dfssd.config import Config
+from dfssd.data.formats.listing import IMAGE_SUFFIXES
+from dfssd.data.manifest import read_manifest
+from dfssd.errors import mask
 from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import publish_best, verdict
 from dfssd.evaluate.verdict import equal_footing, escapes_in_words, labels_in_words, on_test
@@ -44,7 +48,8 @@ def print_export(config: Config) -> None:
             off = f"{parity['box_px']:.2g} px, {parity['score']:.2g} of score"
             print(
                 f"parity    {parity['name']} ({parity['precision']}) on {parity['pictures']} pictures: {off} off at most; "
-                f"mAP50-95 {parity['map50_95'][0]:.4f} -> {parity['map50_95'][1]:.4f}"
+                f"mAP50-95 {parity['map50_95'][0]:.4f} -> {parity['map50_95'][1]:.4f}, defective pictures that pass "
+                f"{parity['passed'][0]} -> {parity['passed'][1]} of {parity['defective']}"
             )
         times = ", ".join(f"{name} {t['p50_ms']:.1f}" for name, t in done["latency"]["timings"].items())
         print(f"latency   {times} ms ({done['latency']['note']})")
@@ -53,6 +58,8 @@ def print_export(config: Config) -> None:
     print("\nnext:")
     for command in next_commands(config, run):
         print(f"  {command}")
+    if link := runs_page(config, run):
+        print(f"runs in MLflow: {link}")
 
 
 def said(results: dict[str, Any]) -> list[str]:
@@ -72,13 +79,16 @@ def said(results: dict[str, Any]) -> list[str]:
 def next_commands(config: Config, run: Storage) -> list[str]:
     """Commands that can be pasted: quoted, at the operating point, and only on files that are there."""
     commands = []
-    uri = tracking_uri(Storage(config.run.storage_path))
+    storage = Storage(config.run.storage_path)
+    uri, source = tracking_uri(storage), shlex.quote(_pictures(config, run))
     if uri.startswith("sqlite"):
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
-    source = shlex.quote(config.data.data) if config.data.data else "PICTURES"
-    exported = run.read_json("export/export.json")["files"] if run.exists("export/stage.json") else {}
-    for name in list(exported)[:1]:
-        commands.append(f"dfssd predict {shlex.quote(run.path('export', name))} {source}")
+    if run.exists("export/stage.json"):
+        first = next(iter(run.read_json("export/export.json")["files"]))
+        commands.append(f"dfssd predict {shlex.quote(run.path('export', first))} {source}")
+    else:
+        place = f"--storage-path {shlex.quote(config.run.storage_path)} --run-name {shlex.quote(config.run.run_name)}"
+        commands.append(f"dfssd export {place} --imgsz {config.train.imgsz}")
     results = run.read_json("report/metrics.json")
     best = next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
     if best:
@@ -87,6 +97,29 @@ def next_commands(config: Config, run: Storage) -> list[str]:
             f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"
         )
     return commands
+
+
+def _pictures(config: Config, run: Storage) -> str:
+    """A folder with pictures in it, as `yolo predict` wants one: the data's own, or that of the first test picture."""
+    own = Path(config.data.data)
+    if config.data.data and own.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in own.iterdir()):
+        return str(own)
+    row = next(iter(read_manifest(run.at("dataset")).of_split("test")), None)
+    return str(Path(row.uri).parent) if row and Path(row.uri).is_file() else "PICTURES"
+
+
+def runs_page(config: Config, run: Storage) -> str:
+    """Address of the experiment's runs in MLflow; '' where there is none."""
+    known = run.read_json("run.json") if run.exists("run.json") else {}
+    uri = tracking_uri(Storage(config.run.storage_path))
+    if not known.get("experiment_id") or not uri:
+        return ""
+    page = f"/#/experiments/{known['experiment_id']}/runs"
+    return (
+        mask(uri).rstrip("/") + page
+        if uri.startswith("http")
+        else f"http://127.0.0.1:5000{page} (while mlflow ui runs)"
+    )
 
 
 def print_files(results: dict[str, Any], on: str) -> None:

@@ -248,7 +248,7 @@ class Stage:
             "outputs": digests,
             "digest": digest_of(digests),
             "code_version": code_version(),
-            "duration_s": round(summary.get("before_s", 0.0) + time.time() - self.started, 1),
+            "duration_s": round(summary.get("before_s", 0.0) + max(0.0, time.time() - self.started), 1),  # clocks jump
             "finished_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "mlflow_run_id": self.recorded_run_id(),
             "summary": summary,

@@ -13,14 +13,15 @@ from typing import Any, TypeVar
 import ray
 
 from dfssd.config import Config, Run
+from dfssd.config.choices import Gpu
 from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
+from dfssd.runtime.local_ray import watch_local_ray
 from dfssd.runtime.placement import (
     LEAST_CPUS,
     Actors,
     Ask,
     CannotPlace,
-    Gpu,
     Node,
     Resources,
     auto_workers,
@@ -72,6 +73,7 @@ def connect() -> None:
     if _started is not None:
         _started.wait()
     if ray.is_initialized():
+        watch_local_ray()
         return
     set_driver_environment()
     try:
@@ -82,6 +84,7 @@ def connect() -> None:
             where=os.environ.get("RAY_ADDRESS", "local"),
             todo="check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
         ) from error
+    watch_local_ray()
 
 
 def _settings() -> dict[str, Any]:

@@ -33,8 +33,9 @@ def connect(uri: str) -> Any:
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent", "mlflow"):
+    for name in ("alembic", "mlflow.tracking.fluent", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # whole stack traces of a locked or full file
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():

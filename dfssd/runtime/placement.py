@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Gpu = Literal["auto", "never", "require"]
+from dfssd.config.choices import Gpu
 
 LEAST_CPUS = 0.1  # of a worker that shares a core with others; below it more workers do nothing but wait
 SIDE_TASKS_CPUS = (

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,70 +21,12 @@ from typing import Any, BinaryIO, TypeVar
 from pyarrow import fs as pafs
 
 from dfssd.errors import DamagedFile, DfssdError, StorageError, mask
+from dfssd.runtime.patience import patiently
 
-PATIENCE_S = 30.0  # how long a storage that fails is tried again
-FIRST_WAIT_S = 0.25  # before the second try; doubled each time
 FETCHES = 16  # requests to an object store at a time: each waits tens of milliseconds for its first byte
 WINDOW = 256  # items that `side_by_side` works on before it waits for the slowest of them
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-_FOR_GOOD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
-_REFUSED = (
-    "ACCESS_DENIED",
-    "NO_SUCH_BUCKET",
-    "INVALID_ACCESS_KEY_ID",
-    "SIGNATURE_DOES_NOT_MATCH",
-    "INVALID_CLIENT_TOKEN",
-)
-# By "is it a local path": when the first and the last failure since the last success were (monotonic seconds).
-_failing: dict[bool, tuple[float, float]] = {}
-
-
-def patiently(call: Callable[[], R], where: str) -> R:
-    """`call()`, tried again while its storage fails for a moment. A dead store is waited for once, not at every file.
-
-    Raises:
-        FileNotFoundError: as `call` raises it.
-        StorageError: it fails for good, or has failed for PATIENCE_S.
-    """
-    kind, begun, wait, tries = where.startswith("/"), time.monotonic(), FIRST_WAIT_S, 0
-    while True:
-        tries += 1
-        try:
-            result = call()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            now = time.monotonic()
-            first, last = _failing.get(kind, (begun, begun))
-            first = begun if now - last > 2 * PATIENCE_S else min(first, begun)
-            _failing[kind] = first, now
-            refused = error.errno in _FOR_GOOD or any(word in str(error) for word in _REFUSED)
-            if refused or now + wait - first > PATIENCE_S:
-                raise _storage_error(error, where, refused) from error
-            if tries == 1:
-                print(f"WARNING: storage fails, will try again for {PATIENCE_S:.0f} s: {mask(str(error))}", flush=True)
-            time.sleep(wait)
-            wait *= 2
-        else:
-            _failing.pop(kind, None)
-            return result
-
-
-def _storage_error(error: OSError, where: str, refused: bool) -> StorageError:
-    """What the user reads of a storage that failed."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what, todo = f"the storage is full: {error}", "make room; the same command goes on from here"
-    elif refused:
-        what, todo = f"the storage refuses: {error}", "give the rights or credentials for it, or another --storage-path"
-    else:
-        what = f"the storage does not answer, after {PATIENCE_S:.0f} s of trying: {error}"
-        todo = "nothing was marked or deleted; once it is back, the same command goes on from here"
-    return StorageError(what, where=where, todo=todo)
 
 
 def _write_local(path: str, data: bytes | memoryview) -> None:
@@ -245,18 +186,23 @@ class Storage:
 
     def files(self, folder: str = "", recursive: bool = True) -> list[str]:
         """Names of all files below `folder`, relative to this storage, sorted; unfinished ones are left out."""
-        base = self.path(folder) if folder else self.root
-        selector = pafs.FileSelector(base, allow_not_found=True, recursive=recursive)
-        found = patiently(lambda: self.fs.get_file_info(selector), base)
-        infos = [i for i in found if i.type == pafs.FileType.File]
+        infos = self._infos(folder, recursive, pafs.FileType.File)
         return sorted(i.path[len(self.root) :].lstrip("/") for i in infos if not i.path.endswith(".part"))
 
     def folders(self, folder: str = "") -> list[str]:
         """Names of the folders directly below `folder`, sorted."""
+        infos = self._infos(folder, False, pafs.FileType.Directory)
+        return sorted(i.path.rsplit("/", 1)[1] for i in infos)
+
+    def listing(self) -> dict[str, tuple[int, int | None]]:
+        """Size (bytes) and time of change (ns) of all files, by name relative to this storage, sorted."""
+        infos = self._infos("", True, pafs.FileType.File)
+        return dict(sorted((i.path[len(self.root) :].lstrip("/"), (i.size, i.mtime_ns)) for i in infos))
+
+    def _infos(self, folder: str, recursive: bool, kind: pafs.FileType) -> list[pafs.FileInfo]:
         base = self.path(folder) if folder else self.root
-        selector = pafs.FileSelector(base, allow_not_found=True)
-        infos = patiently(lambda: self.fs.get_file_info(selector), base)
-        return sorted(i.path.rsplit("/", 1)[1] for i in infos if i.type == pafs.FileType.Directory)
+        selector = pafs.FileSelector(base, allow_not_found=True, recursive=recursive)
+        return [i for i in patiently(lambda: self.fs.get_file_info(selector), base) if i.type == kind]
 
     def delete(self, name: str = "") -> None:
         """Remove a file or a folder with all in it; nothing happens where it does not exist."""
@@ -281,13 +227,8 @@ class Storage:
         try:
             self.write(".write-test", b"ok")
             self.delete(".write-test")
-        except OSError as error:
-            said = error.what if isinstance(error, DfssdError) else error
-            raise StorageError(
-                f"storage is not writable: {said}",
-                where=self.uri,
-                todo="give another --storage-path, or the rights and credentials to write there",
-            ) from error
+        except StorageError as error:
+            raise StorageError(f"storage is not writable: {error.what}", where=self.uri, todo=error.todo) from error
 
 
 def read_uri(uri: str) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 from dfssd.runtime.metric_names import metric_name
 from dfssd.runtime.outbox import RETRY_S, connect, first_line, hopeless
 from dfssd.runtime.storage import Storage
+from dfssd.runtime.system_metrics import SystemMetrics
 
 BATCH = 500  # metrics in one call; MLflow accepts 1000
 SLOW_S = 2.0  # a call that fails after longer is not repeated at once
@@ -25,9 +26,10 @@ class Tracker:
     Args:
         uri, run_id: of the MLflow run; uri '' logs nowhere.
         store: of the artefact; where run_id is '' the thread looks there for one that comes later.
+        system: also log how busy this machine is.
     """
 
-    def __init__(self, uri: str, run_id: str, store: Storage | None = None) -> None:
+    def __init__(self, uri: str, run_id: str, store: Storage | None = None, system: bool = False) -> None:
         self.uri, self.run_id, self.store = uri, run_id, store
         self.undelivered: list[tuple[str, float, int, int]] = []
         self._queue: queue.Queue[list[tuple[str, float, int, int]] | None] = queue.Queue()
@@ -36,6 +38,7 @@ class Tracker:
         self._hangs = self._said = False
         self._client: Any = None
         works = bool(uri and (run_id or store))
+        self._system = SystemMetrics() if system and works else None
         self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow-metrics") if works else None
         if self._thread:
             self._thread.start()
@@ -43,7 +46,8 @@ class Tracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Queue numbers of one step; NaN and infinities are left out (MLflow stores refuse some of them)."""
         if self._thread:
-            self._queue.put(metric_rows(metrics, step, int(time.time() * 1000)))
+            busy = self._system.read() if self._system else {}
+            self._queue.put(metric_rows({**metrics, **busy}, step, int(time.time() * 1000)))
 
     def _work(self) -> None:
         while True:
@@ -103,6 +107,8 @@ class Tracker:
         """Deliver what is left, for at most `patience_s` seconds; a server that hangs is not waited for."""
         if not self._thread:
             return
+        if self._system:
+            self._system.close()
         self._queue.put(None)
         self._thread.join(patience_s)
         if self.undelivered:

@@ -104,7 +104,9 @@ class Runs:
         def open_parent(c: Any) -> str:
             self._parent = self._open(c, known, self.run_name, lambda: {}, self.params, once)
             if self._parent != known:
-                run.write_json("run.json", {"mlflow_run_id": self._parent, "experiment": self.experiment})
+                number = str(c.get_run(self._parent).info.experiment_id)  # a link needs it
+                known_by = {"mlflow_run_id": self._parent, "experiment": self.experiment, "experiment_id": number}
+                run.write_json("run.json", known_by)
             return self._parent
 
         self._parent = self.attempt(open_parent, known)
@@ -167,7 +169,9 @@ class Runs:
             return str(found.experiment_id)
         # Without a location, MLflow would take ./mlruns of whichever process came first.
         place = f"{self.storage.uri}/mlartifacts" if self.uri.startswith("sqlite") else None
-        return str(client.create_experiment(self.experiment, artifact_location=place))
+        # Without this kind, MLflow's page opens where an experiment with language models would begin, and not with the runs.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(self.experiment, artifact_location=place, tags=kind))
 
     def _create(self, client: Any, experiment: str, name: str, tags: dict[str, str]) -> str:
         from dfssd.runtime.code_version import code_version

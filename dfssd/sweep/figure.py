@@ -75,7 +75,7 @@ def _curves(rows: list[Row], title: str) -> Figure:
     axes.set_xlabel("setting")
     axes.set_ylabel("test mAP50 (%)")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # over curves it hides some
     _bare(axes)
     return figure
 

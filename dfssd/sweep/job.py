@@ -237,16 +237,12 @@ def finish(runs: Runs, config: Config, store: Storage, done: list[dict[str, Any]
 
 def _register(runs: Runs, config: Config, store: Storage, best: dict[str, Any], model: str) -> None:
     """Export the best trial's model, and log and register it in the sweep's run."""
-    from dfssd.export.write import export_model
-    from dfssd.line.registry import log_model
+    from dfssd.pipeline.exporting import export_and_register
 
     trial = store.at("trials", str(best["trial"]))
     imgsz = trial.read_json(f"{model}/stage.json")["config"]["train"]["imgsz"]
     trained = config.model_copy(update={"train": config.train.model_copy(update={"imgsz": imgsz})})
-    done = export_model(trained, trial.uri, model, 1)
-    trial.write_json("export/export.json", done)
-    digest, measured = trial.read_json("dataset/stage.json")["digest"], trial.read_json("report/metrics.json")
-    log_model(runs, runs.parent(), trial.at("export"), model, done, measured, digest, config.export.register_as)
+    export_and_register(trained, runs, runs.parent(), trial, model)
 
 
 def write_table(store: Storage, done: list[dict[str, Any]], sweep: str, runs: Runs | None = None) -> None:

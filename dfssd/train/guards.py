@@ -2,7 +2,8 @@
 
 A term that is silently 0 or NaN, or that does not reach the student, is the commonest defect of distillation code in
 the field. So: no update is made from a term that is not finite; at the first step every term's gradient is followed to the
-student's first layer, and at every log step to the student's outputs (which costs no backward pass through the network).
+student's first layer, and at every log step, the first one too, to the student's outputs (which costs no backward pass
+through the network).
 """
 
 from __future__ import annotations

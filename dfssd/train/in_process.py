@@ -34,7 +34,7 @@ def train_in_process(
         DfssdError: of the user's making, or because SIGTERM asked it to stop; a checkpoint is stored then.
     """
     interrupt = interrupt or Interrupt(60 * job.config.train.checkpoint_min)
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store)
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store, system=True)
 
     def save(metrics: dict[str, Any], session: Session) -> None:
         checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)

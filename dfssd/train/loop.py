@@ -47,7 +47,7 @@ def train(
     1. `accumulate`: normalisers, values of the layers, counts, and what workers ask for (a checkpoint, an end);
     2. every 20th step under `--balance gradnorm`: squared gradient norms of the terms;
     3. the gradient, by DDP during the backward pass of the last micro-batch;
-    4. at log steps: squared gradient norms at the student's outputs (in the first step at its first layer);
+    4. at log steps: squared gradient norms at the student's outputs (in the first step at its first layer, too);
     5. at log steps: the loss terms, for the log;
     6. at validations: running statistics of batch norm, then what was matched on val;
     7. before a checkpoint: running statistics of batch norm.

@@ -50,7 +50,7 @@ class Gradient:
     Args:
         terms: this worker's share, summed over its micro-batches; numbers are those of the global batch.
         asked: (1,) what the workers ask for, added up (`Interrupt.wanted`).
-        norms: gradient norm by term, at log steps.
+        norms: gradient norm by term at the student's outputs, at log steps.
     """
 
     terms: Terms
@@ -64,7 +64,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
     Args:
         asked: what this worker asks the others for.
         log: also check that all is finite and that every term reaches the student.
-        first_layer: weight to follow the gradients to; None: the student's outputs.
+        first_layer: weight to follow the gradients to as well; None: to the student's outputs alone.
 
     Raises:
         DfssdError: a term is not finite or reaches nothing.
@@ -78,7 +78,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         _follow_balance(s, batches, alone, taught, totals)
     scale = HALF_SCALE if s.scaler else 1.0
     shares: list[Terms] = []
-    squares: list[Tensor] = []
+    squares: list[Tensor] = []  # of each micro-batch: (1 or 2, terms), at the outputs and the first layer
     for turn, batch in enumerate(batches):
         with _synchronised(s.wrapped, turn == len(batches) - 1):
             one = alone or _forward(s, batch, taught, s.wrapped, turn, len(batches))
@@ -86,7 +86,8 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
             if log:
                 check_teacher(one.teacher, s.step)
                 check_finite(terms.losses, s.step, batch.files)
-                squares.append(reach(terms.losses, one.out, first_layer, scale))
+                targets = (None,) if first_layer is None else (None, first_layer)
+                squares.append(torch.stack([reach(terms.losses, one.out, t, scale) for t in targets]))
                 s.clock.mark("checks")
             # Each term is a share of the global loss; DDP averages over workers, hence the factor. Times the batch as in
             # Ultralytics, whose clipping norm belongs to a loss of that size.
@@ -99,7 +100,9 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         total = s.world.sum(torch.stack(squares).sum(0))
         if s.scaler and not bool(torch.isfinite(total).all()):  # an overflow, which the scale will meet too
             return gradient
-        gradient.norms = judge(gradient.terms, total, first_layer is not None)
+        gradient.norms = judge(gradient.terms, total[0], at_first_layer=False)
+        if first_layer is not None:
+            judge(gradient.terms, total[1], at_first_layer=True)
     return gradient
 
 

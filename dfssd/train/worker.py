@@ -207,7 +207,7 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int, interrupt: Interrupt
 
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray's session logs every report through the root logger
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store) if world.rank == 0 else None
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store, system=True) if world.rank == 0 else None
     stepped = False
 
     def log(metrics: dict[str, float], step: int) -> None:

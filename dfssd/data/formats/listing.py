@@ -10,8 +10,6 @@ import posixpath
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from pyarrow import fs as pafs
-
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 
@@ -41,6 +39,23 @@ _SYSTEM = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "sy
 
 def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def refuse_query(uri: str) -> str:
+    """The URI of a data set, which must hold neither keys nor a query: both would end up in the manifest.
+
+    Raises:
+        DfssdError: it holds one.
+    """
+    base, mark, _ = uri.partition("?")
+    if "://" in uri and (mark or "@" in base.partition("://")[2].partition("/")[0]):
+        raise DfssdError(
+            "the URI of a data set may hold neither keys nor a query: they would be written into the manifest",
+            where=uri,
+            todo="give them in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role), AWS_REGION, "
+            "AWS_ENDPOINT_URL",
+        )
+    return uri
 
 
 def is_hidden(name: str) -> bool:
@@ -136,12 +151,7 @@ class Tree:
             self._scan(folder, folder, deep=True)
 
     def _list_remote(self, folder: str) -> None:
-        store = Storage(folder)
-        selector = pafs.FileSelector(store.root, allow_not_found=True, recursive=True)
-        for info in store.fs.get_file_info(selector):
-            if info.type != pafs.FileType.File:
-                continue
-            relative = info.path[len(store.root) :].lstrip("/")
+        for relative in Storage(folder).listing():
             if any(is_hidden(part) for part in relative.split("/")):
                 self.hidden += 1
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
@@ -77,16 +78,7 @@ def parse_yaml(data: bytes) -> Any:
     Raises:
         Unparsable: it is no YAML.
     """
-    text = decode_text(data)
-    try:
-        return yaml.load(text, yaml.BaseLoader)  # builds nothing but dicts, lists and strings
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}: " if mark else ""
-        hint = " (indent with blanks, not with tabs)" if "\\t" in str(error.problem) else ""
-        raise Unparsable(f"{where}no valid YAML, {error.problem or error.context}{hint}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise Unparsable(f"no valid YAML, {str(error).splitlines()[0]}") from error
+    return _parsed(data, "YAML", lambda text: yaml.load(text, yaml.BaseLoader))  # which builds dicts, lists and strings
 
 
 def parse_json(data: bytes) -> Any:
@@ -95,10 +87,22 @@ def parse_json(data: bytes) -> Any:
     Raises:
         Unparsable: it is no JSON.
     """
+    return _parsed(data, "JSON", json.loads)
+
+
+def _parsed(data: bytes, kind: str, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of the text; the errors of both parsers become one, with the line where there is one."""
     text = decode_text(data)
     try:
-        return json.loads(text)
+        return read(text)
     except json.JSONDecodeError as error:
         raise Unparsable(f"line {error.lineno}: no valid JSON, {error.msg}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        hint = " (indent with blanks, not with tabs)" if "\\t" in str(error.problem) else ""
+        raise Unparsable(f"{where}no valid YAML, {error.problem or error.context}{hint}") from error
     except RecursionError as error:
-        raise Unparsable("JSON nested too deeply") from error
+        raise Unparsable(f"{kind} nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise Unparsable(f"no valid {kind}, {str(error).splitlines()[0]}") from error

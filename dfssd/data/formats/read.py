@@ -6,15 +6,16 @@ Each reader turns a folder into a `Source`: image files, what their label says, 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dfssd.config.choices import FORMATS
 from dfssd.data.checks import Problem
-from dfssd.data.formats import labelstudio, other_formats
+from dfssd.data.formats import other_formats
 from dfssd.data.formats.class_names import LIST_FILES
-from dfssd.data.formats.coco import is_coco, read_coco
 from dfssd.data.formats.cvat import read_cvat
-from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image
+from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image, refuse_query
 from dfssd.data.formats.parsing import Unparsable, parse_json, parse_xml, parse_yaml
 from dfssd.data.formats.source import Bad, Source, listing_faults
 from dfssd.data.formats.voc import read_voc
@@ -22,13 +23,15 @@ from dfssd.data.formats.yolo import load_yaml, read_cr7, read_yolo
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage, read_uri, side_by_side
 
-# Formats of JSON files: how one is known, and its reader.
-JSON_FORMATS: dict[str, tuple[Callable[[Any], bool], Callable[[Tree, dict[str, Any]], Source]]] = {
-    "coco": (is_coco, read_coco),
-    "labelstudio": (labelstudio.is_label_studio, labelstudio.read_label_studio),
-    "labelme": (other_formats.is_labelme, other_formats.read_labelme),
-    "createml": (other_formats.is_createml, other_formats.read_createml),
-}
+
+def _reader(place: str) -> tuple[Callable[[Any], bool], Callable[[Tree, dict[str, Any]], Source]]:
+    """How a JSON of a format is known, and its reader (`DataFormat.json`)."""
+    file, _, name = place.partition(".")
+    module = importlib.import_module(f"dfssd.data.formats.{file}")
+    return getattr(module, f"is_{name}"), getattr(module, f"read_{name}")
+
+
+JSON_FORMATS = {name: _reader(row.json) for name, row in FORMATS.items() if row.json}
 
 
 def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
@@ -39,6 +42,7 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
     """
     if not data:
         raise DfssdError("no data given", todo="add --data FOLDER (or a data.yaml)")
+    refuse_query(data)
     is_yaml = data.lower().endswith((".yaml", ".yml"))
     if not Storage(data).exists():
         raise DfssdError("the data is not there", where=repr(data), todo="check the path given to --data")

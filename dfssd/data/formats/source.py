@@ -13,7 +13,7 @@ import numpy as np
 from dfssd.config import Data
 from dfssd.data.checks import Label, Problem
 from dfssd.data.formats.class_names import reconcile
-from dfssd.data.formats.listing import LABEL_SUFFIXES, OTHER_PICTURES, Tree, is_image, printable
+from dfssd.data.formats.listing import LABEL_SUFFIXES, OTHER_PICTURES, Tree, is_image, printable, refuse_query
 from dfssd.data.formats.matching import Pictures, Reference
 from dfssd.errors import DfssdError
 from dfssd.runtime.progress import Progress
@@ -184,7 +184,7 @@ def unlabelled_items(config: Data) -> tuple[list[Item], list[Bad]]:
     items: list[Item] = []
     bad: list[Bad] = []
     for folder in config.unlabelled:
-        tree = Tree(Storage(folder).uri)
+        tree = Tree(Storage(refuse_query(folder)).uri)
         paths = [f for f in tree.below() if is_image(f)]
         if not paths:
             raise DfssdError("no image files found", where=repr(tree.root), todo="check the path given to --unlabelled")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dfssd.config import Data, Run
 from dfssd.data.checks import Checked
 from dfssd.data.formats.read import read_source
+from dfssd.data.formats.source import Source
 from dfssd.data.formats.unpack import resolve_zip
-from dfssd.data.manifest import Manifest, write_manifest, write_table, write_withheld
+from dfssd.data.manifest import TRAIN, Manifest, write_manifest, write_table, write_withheld
 from dfssd.data.preparation import grouping
 from dfssd.data.preparation.assignment import Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.preparation.bad_files import write_bad
@@ -21,7 +24,7 @@ from dfssd.data.preparation.checking import check_all, drop_duplicates, set_whit
 from dfssd.data.preparation.corrections import lay_over, read_corrections, write_provenance
 from dfssd.data.preparation.summary import budget, contact_sheet, statements, summarise
 from dfssd.data.preparation.val_from_labels import take_val, without_val
-from dfssd.data.preparation.versions import read_previous
+from dfssd.data.preparation.versions import Previous, read_previous
 from dfssd.runtime.storage import Storage
 
 
@@ -54,16 +57,7 @@ def prepare(
     hashes = thumbnails.hashes_of(images)
     groups, pairs = grouping.group_hashes(hashes, config.near_duplicate, config.max_group_share)
     previous = read_previous(store)
-    split_names = split_images(images, groups, pairs, config, seed, source, previous)
-    if config.val_from_labels:
-        split_names = without_val(images, split_names, groups, config)
-    labelled, hidden = choose_labelled(images, split_names, config, seed, classes, previous)
-    # What a person labelled for this run is never hidden from it.
-    labelled |= {
-        i.image_id for i, s in zip(images, split_names, strict=True) if s == "train" and i.image_id in corrections
-    }
-    if config.val_from_labels:
-        split_names, labelled = take_val(images, split_names, labelled, groups, pairs, config, seed, classes, previous)
+    split_names, labelled, hidden = _chosen(images, groups, pairs, config, seed, source, previous, corrections)
     rows, withheld = make_rows(images, split_names, labelled, groups, levels)
     meta = {"format": source.format, "seed": seed, "label_fraction": config.label_fraction, "split": config.split}
     meta["val_from_labels"] = config.val_from_labels
@@ -87,6 +81,29 @@ def prepare(
     store.write_json("summary.json", summary)
     thumbnails.remove()
     return summary
+
+
+def _chosen(
+    images: list[Checked],
+    groups: np.ndarray,
+    pairs: Pairs,
+    config: Data,
+    seed: int,
+    source: Source,
+    previous: Previous | None,
+    corrections: Collection[str],
+) -> tuple[list[str], set[str], str]:
+    """The split of each image, ids of those whose labels may be used, and why the others are hidden ('' where none is)."""
+    classes = len(source.names)
+    names = split_images(images, groups, pairs, config, seed, source, previous)
+    if config.val_from_labels:
+        names = without_val(images, names, groups, config)
+    labelled, hidden = choose_labelled(images, names, config, seed, classes, previous)
+    # What a person labelled for this run is never hidden from it.
+    labelled |= {i.image_id for i, s in zip(images, names, strict=True) if s == TRAIN and i.image_id in corrections}
+    if config.val_from_labels:
+        names, labelled = take_val(images, names, labelled, groups, pairs, config, seed, classes, previous)
+    return names, labelled, hidden
 
 
 def write_pairs(store: Storage, ids: list[str], pairs: Pairs) -> None:

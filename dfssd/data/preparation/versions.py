@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pyarrow import fs as pafs
 
 from dfssd.data.checks import Problem, check_label
 from dfssd.data.formats.source import Item, Source
@@ -46,11 +45,8 @@ def listing_digest(folders: list[str]) -> str:
     are not read only to see whether the data set is still the same."""
     state = hashlib.sha256()
     for folder in folders:
-        store = Storage(folder)
-        selector = pafs.FileSelector(store.root, allow_not_found=True, recursive=True)
-        infos = [i for i in store.fs.get_file_info(selector) if i.type == pafs.FileType.File]
-        for info in sorted(infos, key=lambda i: i.path):
-            state.update(f"\n{info.path[len(store.root) :]}\t{info.size}\t{info.mtime_ns}".encode())
+        for name, (size, changed_ns) in Storage(folder).listing().items():
+            state.update(f"\n/{name}\t{size}\t{changed_ns}".encode())
     return state.hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ Legend: B images, M places for boxes, A anchor points, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,45 +56,37 @@ class Assignment:
     score: Tensor
 
 
-@torch.no_grad()
-def assign(
-    scores_bca: Tensor,
-    predicted_ba4: Tensor,
-    points_a2: Tensor,
-    cls_bm: Tensor,
-    boxes_bm4: Tensor,
-    valid_bm: Tensor,
-    rule: Rule,
-) -> Assignment:
-    """Assign anchor points to boxes.
+class AssignmentInputs(NamedTuple):
+    """What is to be assigned.
 
     Args:
         scores_bca: class scores, 0..1.
         predicted_ba4: predicted corners x1, y1, x2, y2 (px).
-        points_a2: anchor points (px).
         cls_bm, boxes_bm4, valid_bm: class ids, corners (px) and which places hold a box.
     """
-    images, places = cls_bm.shape
+
+    scores_bca: Tensor
+    predicted_ba4: Tensor
+    cls_bm: Tensor
+    boxes_bm4: Tensor
+    valid_bm: Tensor
+
+
+@torch.no_grad()
+def assign(asked: AssignmentInputs, points_a2: Tensor, rule: Rule) -> Assignment:
+    """Assign anchor points (px) to boxes."""
+    images, places = asked.cls_bm.shape
     step = max(1, PAIRS // (places * points_a2.shape[0]))
     parts = [
-        _assign(scores_bca[k : k + step], predicted_ba4[k : k + step], points_a2, cls_bm[k : k + step],
-                boxes_bm4[k : k + step], valid_bm[k : k + step], rule)
-        for k in range(0, images, step)
-    ]  # fmt: skip
+        _assign(AssignmentInputs(*(t[k : k + step] for t in asked)), points_a2, rule) for k in range(0, images, step)
+    ]
     if len(parts) == 1:
         return parts[0]
     return Assignment(*(torch.cat([getattr(p, name) for p in parts]) for name in ("foreground", "box", "score")))
 
 
-def _assign(
-    scores_bca: Tensor,
-    predicted_ba4: Tensor,
-    points_a2: Tensor,
-    cls_bm: Tensor,
-    boxes_bm4: Tensor,
-    valid_bm: Tensor,
-    rule: Rule,
-) -> Assignment:
+def _assign(asked: AssignmentInputs, points_a2: Tensor, rule: Rule) -> Assignment:
+    scores_bca, predicted_ba4, cls_bm, boxes_bm4, valid_bm = asked
     candidate = _inside(points_a2, boxes_bm4, valid_bm, rule.smallest)  # (B,M,A)
     score = scores_bca.gather(1, cls_bm.unsqueeze(-1).expand(-1, -1, scores_bca.shape[2]))
     overlap = bbox_iou(boxes_bm4.unsqueeze(2), predicted_ba4.unsqueeze(1), xywh=False, CIoU=True).squeeze(-1).clamp_(0)

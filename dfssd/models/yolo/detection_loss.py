@@ -23,7 +23,7 @@ from ultralytics.nn.tasks import DetectionModel
 from dfssd.models.anchors import Anchors, anchors_of, corners_px, ignored_points
 from dfssd.models.head import HeadOutput
 from dfssd.models.targets import Targets
-from dfssd.models.yolo.assigner import Assignment, Rule, assign
+from dfssd.models.yolo.assigner import Assignment, AssignmentInputs, Rule, assign
 from dfssd.models.yolo.box_loss import BOX_LOSSES
 from dfssd.models.yolo.detector import LOSS_EPOCHS
 
@@ -97,7 +97,7 @@ class DetectionLoss:
                 decoded(raw.boxes.permute(0, 2, 1).contiguous(), anchors.points_a2, self.bins) * anchors.strides_a1
             )
             points = anchors.points_a2 * anchors.strides_a1
-            found = assign(scores, predicted, points, targets.cls, boxes_bm4, targets.valid, rule)
+            found = assign(AssignmentInputs(scores, predicted, targets.cls, boxes_bm4, targets.valid), points, rule)
             cls = targets.cls.gather(1, found.box)
             target = torch.zeros_like(scores).scatter_(1, cls.unsqueeze(1), found.score.unsqueeze(1))
             weight = torch.where(found.foreground, targets.weight.gather(1, found.box), (~ignored_ba).to(scores.dtype))

@@ -1,0 +1,191 @@
+"""Break one pipeline many times, see that it ends as one that nobody touched, and write what each fault costs.
+
+Each kind of fault comes equally often, in a shuffled order, at places spread over the pipeline. After each it is measured
+how long it takes until the run is further than it was, and how many steps were made again. Storage is an S3 endpoint (moto)
+behind a proxy, tracking an MLflow server. At the end weights, histories and MLflow are compared with an undisturbed run's.
+
+    python benchmarks/reliability.py --faults 30 --seed 0 --write docs/reliability.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from breakable import BUCKET, servers
+from broken_run import FAULTS, ROOT, TRAININGS, Fault, Run, with_faults
+
+from dfssd.data.synthetic import make_dataset
+from dfssd.models.yolo.detector import read_detector
+from dfssd.runtime.storage import Storage
+from dfssd.version import __version__
+
+BEGIN, END = "<!-- made by benchmarks/reliability.py -->", "<!-- end -->"
+
+
+def tiny_model(folder: Path) -> str:
+    """A detector of YOLOv8's layout with few channels, whose checkpoints are small."""
+    from ultralytics.utils import ROOT as ULTRALYTICS
+    from ultralytics.utils import YAML
+
+    layout = YAML.load(ULTRALYTICS / "cfg/models/v8/yolov8.yaml")
+    layout["scales"] = {"n": [0.33, 0.0625, 256]}
+    YAML.save(folder / "tiny.yaml", layout)
+    return str(folder / "tiny.yaml")
+
+
+def command(folder: Path, steps: int, storage: str) -> list[str]:
+    """A pipeline that is as small as one can be and has every kind of stage; its data and models lie in `folder`."""
+    model = tiny_model(folder)
+    flags = f"--label-fraction 0.4 --imgsz 64 --batch 4 --steps {steps} --val-every 5 --log-every 1 --num-workers 1"
+    flags += f" --cpus-per-worker 1 --gpu never --amp fp32 --teacher-amp fp32 --teacher {model} --student {model}"
+    flags += f" --tta none --latency-repeats 3 --sample-images 2 --mean-teacher-steps {steps // 2} --formats"
+    place = ["--data", str(folder / "data"), "--storage-path", storage, "--run-name", "c"]
+    return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *place, *flags.split()]
+
+
+def undisturbed(steps: int, folder: Path, env: dict[str, str]) -> Storage:
+    """The run that everything is compared with; one that is there is taken."""
+    folder.mkdir(exist_ok=True)
+    run = Run(folder, command(folder.parent, steps, str(folder)), env)
+    run.start()
+    try:
+        assert run.wait(1800) == 0, run.text()[-3000:]
+    finally:
+        run.stop()
+    return Storage(str(folder)).at("c")
+
+
+def logged_steps(run: Storage, model: str) -> list[int]:
+    """Steps in the history of a training, each of which must be there once."""
+    steps = [h["step"] for h in run.read_json(f"{model}/history.json") if "loss/total" in h]
+    assert steps and steps == list(range(1, len(steps) + 1)), f"{run}: {model}: {steps}"
+    return steps
+
+
+def compare(whole: Storage, broken: Storage) -> None:
+    """Weights bit by bit, pseudo-labels by their digest, each step once in each history."""
+    for model in TRAININGS:
+        for name in ("best.pt", "last.pt"):
+            first, second = (read_detector(r.read(f"{model}/{name}"), name).state_dict() for r in (whole, broken))
+            assert all(torch.equal(first[k], second[k]) for k in first), f"{model}/{name} differs"
+        assert logged_steps(whole, model) == logged_steps(broken, model), model
+    shards = [r.read_json("pseudo/stage.json")["outputs"]["shard-00000.parquet"] for r in (whole, broken)]
+    assert shards[0] == shards[1], "pseudo-labels differ"
+
+
+def compare_tracking(uri: str, broken: Storage) -> None:
+    """One run a stage, finished, each step once; one run of the pipeline."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("dfssd").experiment_id], max_results=1000)
+    stages = [name for name in broken.folders() if broken.exists(f"{name}/stage.json")]
+    assert len(runs) == len(stages) + 1, [r.info.run_name for r in runs]
+    assert {r.info.status for r in runs} == {"FINISHED"}, [(r.info.run_name, r.info.status) for r in runs]
+    for model in TRAININGS:
+        (own,) = (r for r in runs if r.data.tags.get("stage") == model)
+        for name in ("loss/total", "lr"):
+            there = sorted(row.step for row in client.get_metric_history(own.info.run_id, name))
+            assert there == logged_steps(broken, model), f"{model} {name}: {there}"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank: a value that was measured."""
+    return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+
+
+def table(faults: Sequence[Fault], steps: int, seed: int, took_s: float) -> str:
+    """What each kind of fault has cost, for the page."""
+    heads = ("fault", "n", "recovery, median (s)", "p95 (s)", "longest (s)", "steps made again, most")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for kind, (_, does) in FAULTS.items():
+        own = [f for f in faults if f.kind == kind and "none was there" not in f.note]
+        if own:
+            times = [f.recovery_s for f in own]
+            cells = [len(own), *(f"{v:.0f}" for v in (statistics.median(times), percentile(times, 0.95), max(times)))]
+            lines.append("| " + " | ".join(map(str, [does, *cells, max(f.lost for f in own)])) + " |")
+    note = (
+        f"{len(faults)} faults (seed {seed}) in one pipeline of {steps} steps a training, a checkpoint each 5 steps, 64 px, "
+        f"on {os.cpu_count()} CPUs ({platform.machine()}), {took_s / 60:.0f} min in all, dfssd {__version__}, "
+        f"{time.strftime('%d %B %Y', time.gmtime())}. Recovery: from the fault until the run was further than before; where "
+        "the job had ended, its command was typed again at once, and the time holds the start of Python and Ray. At the end "
+        "weights, pseudo-labels, histories and MLflow (one run a stage, each step once) equalled an undisturbed run's."
+    )
+    return "\n".join([*lines, "", note])
+
+
+@contextlib.contextmanager
+def environment(more: dict[str, str]) -> Iterator[dict[str, str]]:
+    """This process's environment, with what leads to the servers; also for the block itself, which compares."""
+    kept = {k: os.environ.get(k) for k in more}
+    os.environ.update(more)
+    try:
+        yield {**os.environ, "PYTHONUNBUFFERED": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    finally:
+        for key, value in kept.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def measure(folder: Path, number: int, seed: int, steps: int) -> tuple[list[Fault], float]:
+    """Break a run, compare it with another; the faults, and the seconds that the broken one took.
+
+    Raises:
+        AssertionError: it differs, or a fault ended in something else than a sentence.
+    """
+    data = folder / "data"
+    if not data.exists():
+        make_dataset(data, images=60, side=64, seed=3)
+    plain = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    whole = undisturbed(steps, folder / "whole", {**plain, "PYTHONUNBUFFERED": "1"})
+    with servers(folder / "servers") as (leads, proxy, tracking), environment(leads) as env:
+        (folder / "broken").mkdir(exist_ok=True)
+        storage = f"s3://{BUCKET}/runs"
+        run = Run(folder / "broken", command(folder, steps, storage), env, proxy, tracking)
+        begun = time.monotonic()
+        faults = with_faults(run, steps, number, seed)
+        took_s = time.monotonic() - begun
+        broken = Storage(storage).at("c")
+        compare(whole, broken)
+        compare_tracking(leads["MLFLOW_TRACKING_URI"], broken)
+    return faults, took_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20, help="of each training")
+    parser.add_argument(
+        "--folder",
+        default="",
+        help="where runs and logs stay, and an undisturbed run may lie already; default a temporary one",
+    )
+    parser.add_argument("--write", default="", help="page whose table is replaced")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="dfssd-b-") as temporary:
+        folder = Path(args.folder or temporary).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        faults, took_s = measure(folder, args.faults, args.seed, args.steps)
+        (folder / "faults.json").write_text(json.dumps([asdict(f) for f in faults], indent=1))
+    made = table(faults, args.steps, args.seed, took_s)
+    print(made)
+    if args.write:
+        page = Path(args.write)
+        before, _, rest = page.read_text().partition(BEGIN)
+        page.write_text(before + BEGIN + "\n" + made + "\n" + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The operating point in the report: what was asked for, and what the line sees over the score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from markupsafe import Markup
+
+from dfssd.report import charts
+
+
+def svg(*args: Any, **kwargs: Any) -> Markup:
+    """A chart, whose texts are escaped by `charts`."""
+    return Markup(charts.line_chart(*args, **kwargs))
+
+
+def point_text(point: dict[str, Any], title: str) -> str:
+    """What was asked for and chosen, in sentences; `title` is what a sentence calls the model."""
+    reached = "" if point["reachable"] else " It cannot be reached: the lowest usable score stands instead."
+    return (
+        f"Asked for: at most {point['max_escape']:.1%} of the defective pictures pass (--max-escape). For {title} val "
+        f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which let no more pass "
+        f"and spare clean pictures.{reached} Test confirms it: it had no part in the choice. Pictures are "
+        "counted as the line sees them: letterboxed to a square, as an exported model takes them."
+    )
+
+
+def point_charts(
+    results: dict[str, Any], titles: dict[str, str], point: dict[str, Any], names: Sequence[str], prose: str
+) -> list[Markup]:
+    """SVG of what the line sees over the score: of the model that goes there first, then of all beside each other.
+
+    Args:
+        names: classes in order. prose: what a sentence calls the model that goes to the line.
+    """
+
+    def pairs(curve: dict[str, Any], key: str, x: str = "score") -> list[tuple[float, float | None]]:
+        return list(zip(curve[x], curve[key], strict=True))
+
+    curves = {titles[m]: results[m]["test"]["curve"] for m in titles}
+    best = list(titles)[-1]
+    own, line = curves[titles[best]], {titles[m]: results[m]["test"]["line"] for m in titles}
+    both = {"defective pictures that pass": pairs(own, "escape"), "clean pictures thrown out": pairs(own, "overkill")}
+    by_class = {n: list(zip(own["score"], own["escape_by_class"][n], strict=True)) for n in names}
+    trade = {t: pairs(c, "escape", "false_boxes") for t, c in curves.items()}
+    dots = {t: (m["false_boxes"], m["escape"]["rate"]) for t, m in line.items() if m["escape"]["rate"] is not None}
+    chart = partial(svg, x_label="score", x_range=(0, 1))
+    found = [
+        chart(f"Test pictures and {prose} (shares)", both, mark_x=point["score"]),
+        chart(f"Escapes by class, {prose}", by_class, mark_x=point["score"]),
+        chart("Escapes, share of defective pictures", {t: pairs(c, "escape") for t, c in curves.items()}),
+        chart("Overkill, share of clean pictures", {t: pairs(c, "overkill") for t, c in curves.items()}),
+        chart("False boxes a picture", {t: pairs(c, "false_boxes") for t, c in curves.items()}, y_range=None),
+        svg(
+            "Escapes against false boxes",
+            trade,
+            "false boxes a picture (dots: operating points)",
+            x_range=(0, 3),
+            dots=dots,
+        ),
+    ]
+    return [c for c in found if c]

@@ -1,0 +1,46 @@
+"""The machine's own Ray process dies: the job says so and how to go on, instead of ending without a word."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import os, signal, sys, time
+from dfssd.cli import main
+from dfssd.runtime.cluster import connect
+
+def job():
+    import ray
+    connect()
+    if sys.argv[1] == "shutdown":
+        ray.shutdown()
+        time.sleep(1.5)
+        print("ended in order", flush=True)
+        return
+    node = ray._private.worker._global_node
+    (info,) = node.all_processes[sys.argv[1]]
+    os.kill(info.process.pid, signal.SIGKILL)
+    if sys.argv[1] == "raylet":
+        print(ray.get(ray.remote(lambda: 1).remote()), flush=True)
+    time.sleep(60)
+
+main(job)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(("what", "code"), [("raylet", 2), ("gcs_server", 2), ("shutdown", 0)])
+def test_it_is_said_what_was_lost(what, code):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CODE, what], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    if code:
+        assert f"the local Ray has lost its {what} (signal 9)" in done.stderr
+        assert "the same command goes on" in done.stderr
+    else:
+        assert "ended in order" in done.stdout and "error:" not in done.stderr
