@@ -189,6 +189,9 @@ def test_the_number_of_processes_follows_the_step(prepared, monkeypatch):
             seen.append((loader.num_workers, bool(loader.follow(0.010 + waited, waited, 1))))
     assert seen[:3] == [(1, True), (3, True), (1, False)], seen
     assert len(taken) == len(here) and all(torch.equal(a, b) for a, b in zip(here, taken, strict=True))
+    asked = training_loader(slow, draws, 2, CPU, 10**5)  # whoever sets a number keeps it
+    for k, _ in enumerate(asked):
+        assert k != 40 or (asked.follow(10.0, 0.0, 1) == "" and asked.num_workers == 2)
     assert [loaders.enough(0.1, s) for s in (0.05, 0.2, 10.0)] == [3, 1, 1]
 
 

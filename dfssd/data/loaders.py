@@ -55,7 +55,7 @@ def training_loader(
     """
     remote = any(stream.remote for stream in streams.streams.values())
     wanted = processes(device, remote) if asked < 0 else asked
-    most = max(wanted, torch.get_num_threads() - 1) if asked < 0 and wanted else wanted
+    most = max(wanted, torch.get_num_threads() - 1) if asked < 0 else 0
     return Supply(streams, sampler, wanted, most, device, batch_bytes)
 
 
@@ -63,7 +63,7 @@ class Supply:
     """Batches from processes whose number may change while they are taken; what is in them does not depend on it.
 
     Args:
-        most: processes there may be.
+        most: processes there may be; 0: their number stays as it is.
     """
 
     def __init__(
