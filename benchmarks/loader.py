@@ -12,6 +12,7 @@ the partners of a mosaic from those it loaded last; ours come from the whole set
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import statistics
@@ -32,6 +33,7 @@ from dfssd.config import Train
 from dfssd.data.dataset import TrainingSet
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.manifest import Row
+from dfssd.data.reading import ID_DIGITS
 
 NAMES = ["pit", "scratch", "patch"]
 
@@ -44,7 +46,8 @@ def make_rows(folder: Path, count: int, size_wh: tuple[int, int], grey: bool, fi
         image, boxes = make_image(np.random.default_rng(k), *size_wh, grey)
         path = folder / f"{k}.jpg"
         cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
-        rows.append(Row(f"{folder.name}{k:08d}", str(path), *size_wh, "train", True, k, boxes))
+        image_id = hashlib.sha256(path.read_bytes()).hexdigest()[:ID_DIGITS]
+        rows.append(Row(image_id, str(path), *size_wh, "train", True, k, boxes))
     return rows
 
 
