@@ -96,12 +96,12 @@ def _result(own: list[float], theirs: list[float]) -> dict[str, float]:
     return {"ours (ms)": statistics.median(own), "Ultralytics (ms)": statistics.median(theirs), "times faster": ratio}
 
 
-def measure(imgsz: int, turns: int, batch: int, epoch: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure(imgsz: int, turns: int, batch: int, images: int, epoch: int, folder: Path) -> dict[str, dict[str, float]]:
     small, large = (imgsz * 5 // 8, imgsz * 5 // 8), (imgsz * 5 // 2, imgsz * 15 // 8)
     found = {}
     for name, grey in (("colour", False), ("grey", True)):
         for size in (small, large):
-            rows = make_rows(folder / f"{name}{size[0]}", 24, size, grey)
+            rows = make_rows(folder / f"{name}{size[0]}", images, size, grey)
             title = f"{name} {size[0]}x{size[1]}, cached"
             found[title] = cached(rows, imgsz, turns, batch, folder / "decoded")
         rows = make_rows(folder / f"{name}new", epoch, large, grey, first=1000)
@@ -116,13 +116,14 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--batch", type=int, default=4, help="samples in a turn")
+    parser.add_argument("--images", type=int, default=24, help="of the cached rows")
     parser.add_argument("--epoch", type=int, default=120, help="images of the epoch that is not cached")
     parser.add_argument("--json", action="store_true")
     o = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="dfssd-loader-") as folder:
-        found = measure(o.imgsz, o.turns, o.batch, o.epoch, Path(folder))
+        found = measure(o.imgsz, o.turns, o.batch, o.images, o.epoch, Path(folder))
     if o.json:
         json.dump(found, sys.stdout, indent=2)
         return
