@@ -3,7 +3,9 @@
     python benchmarks/scaling.py --imgsz 224 --batch 16
 
 The full distillation step of `benchmarks/step.py` by 1 and by 2 processes of one thread each, joined by gloo over loopback,
-with the same global batch; blocks of steps alternate, figures are medians. The first process also times the exchange alone.
+with the same global batch; blocks of steps alternate, figures are medians. Two more rows say where the rest goes: the
+exchange alone, and two processes that compute half a batch each side by side and exchange nothing, which is what this
+machine allows.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.build import build_session
 from dfssd.train.loop import clip, update
 from dfssd.train.step import accumulate
+
+APART = "2 processes, half a batch each, nothing exchanged"
 
 
 @dataclass
@@ -63,11 +67,12 @@ def step(s: Any, batches: Any) -> None:
     update(s, clip(s)[1])
 
 
-def seconds(work: Any, times: int) -> float:
-    begun = time.perf_counter()
+def seconds(work: Any, times: int) -> tuple[float, float]:
+    """Of the clock, and of this process's core, for one call."""
+    begun, computed = time.perf_counter(), time.process_time()
     for _ in range(times):
         work()
-    return (time.perf_counter() - begun) / times
+    return (time.perf_counter() - begun) / times, (time.process_time() - computed) / times
 
 
 def rank(index: int, s: Settings, folder: str) -> None:
@@ -76,10 +81,12 @@ def rank(index: int, s: Settings, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
     both = session(s, folder, WorkerGroup(index, 2), 2)
     mine = both.feed().take()
+    apart = session(replace(s, batch=s.batch // 2), folder, WorkerGroup(), 1)
+    half = apart.feed().take()
     alone = {k: session(s, folder, WorkerGroup(), k) for k in (1, 2)} if index == 0 else {}
     whole = {k: one.feed().take() for k, one in alone.items()}
     gradient = torch.zeros(sum(p.numel() for p in both.student.parameters() if p.requires_grad))
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
 
     def block(name: str, work: Any, times: int) -> None:
         dist.barrier()
@@ -92,11 +99,13 @@ def rank(index: int, s: Settings, folder: str) -> None:
             took = seconds(lambda one=one, count=count: step(one, whole[count]), s.steps)
             found.setdefault(name, []).append(took)
         block("2 workers", lambda: step(both, mine), s.steps)
+        block(APART, lambda: step(apart, half), s.steps)
         block("all-reduce of the gradient", lambda: dist.all_reduce(gradient), 5)
         if repeat == 0:
             found.clear()  # to warm up
     if index == 0:
-        result = {"medians": {k: statistics.median(v) for k, v in found.items()}}
+        medians = {k: [statistics.median(column) for column in zip(*v, strict=True)] for k, v in found.items()}
+        result = {"medians": medians}
         Path(folder, "result.json").write_text(json.dumps({**result, "gradient_bytes": 4 * gradient.numel()}))
     dist.barrier()
     dist.destroy_process_group()
@@ -109,16 +118,14 @@ def main() -> None:
         Bench(StepSettings(imgsz=s.imgsz), Path(folder), torch.device("cpu"))
         torch.multiprocessing.spawn(rank, (s, folder), nprocs=2)
         found = json.loads(Path(folder, "result.json").read_text())
-    medians, alone = found["medians"], found["medians"]["1 worker"]
-    rows = [
-        [name, f"{1e3 * value:.2f}", f"{s.batch / value:.1f}", f"{alone / value:.2f}"]
-        if "worker" in name
-        else [name, f"{1e3 * value:.2f}", "", ""]
-        for name, value in medians.items()
-    ]
-    print(
-        render(f"{s.batch} images of {s.imgsz} px a step, one thread a worker", ["", "ms", "images/s", "times"], rows)
-    )
+    medians, (alone, alone_cpu) = found["medians"], found["medians"]["1 worker"]
+    rows = []
+    for name, (value, cpu) in medians.items():
+        whole = "worker" in name or name == APART
+        speed = [f"{s.batch / value:.1f}", f"{alone / value:.2f}", f"{alone_cpu / cpu:.2f}"] if whole else ["", "", ""]
+        rows.append([name, f"{1e3 * value:.1f}", f"{1e3 * cpu:.1f}", *speed])
+    columns = ["", "ms", "ms of a core", "images/s", "times", "times, by cores"]
+    print(render(f"{s.batch} images of {s.imgsz} px a step, one thread a worker", columns, rows))
     print(f"gradient: {found['gradient_bytes'] / 2**20:.1f} MiB a step")
 
 

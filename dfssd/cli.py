@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 from dfssd.errors import find_user_error, nearest
 from dfssd.version import __version__
+
+HALF_STARTED_S = 8.0  # that an interrupted job waits for a Ray that is being started; who asks it to end waits for 30 s
 
 
 class Command(NamedTuple):
@@ -80,6 +83,7 @@ def run(name: str, words: Sequence[str] | None = None) -> None:
 
 def _terminate(number: int, frame: object) -> None:
     """SIGTERM is an orderly end, as Ctrl-C is: leases are given back and the user is told how to go on."""
+    signal.alarm(0)  # Ray's own handler, which may have come first, would abort the process three seconds from now
     raise KeyboardInterrupt
 
 
@@ -94,7 +98,11 @@ def main(job: Callable[[], None]) -> None:
             isinstance(error, SystemExit) and error.code != signal.SIGTERM
         ):  # Ray's handler ends with the signal's number
             raise
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr, flush=True)
+        cluster = sys.modules.get("dfssd.runtime.cluster")
+        if cluster is not None and cluster.is_half_started(HALF_STARTED_S):
+            sys.stdout.flush()
+            os._exit(130)  # the end of an interpreter in which Ray is half started may be an abort
         sys.exit(130)
     except Exception as error:
         user_error = find_user_error(error)

@@ -1,9 +1,12 @@
-"""`--steps 0`: the number of steps follows from the data, is said, and is what a stage records."""
+"""Without `--steps`: the number of steps follows from the data, is said, and is what a stage records."""
+
+from dataclasses import replace
 
 import pytest
 
-from dfssd.config import Config, Distill, Run, Train
+from dfssd.config import Config, Data, Distill, Run, Train
 from dfssd.config.checks import settings_without_effect
+from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import FEWEST, MOST, steps_for, with_expected_steps, with_steps
 from dfssd.pipeline.context import Context
@@ -71,7 +74,7 @@ def test_the_number_is_settled_once_and_is_what_counts(tmp_path, capsys):
     _dataset(run)
     own = with_steps(config, run)
     assert own.train.steps == own.teacher_steps() == own.mean_teacher_steps() == 3672
-    assert "--steps 0: 3672 steps: each of 2937 unlabelled images" in capsys.readouterr().out
+    assert "3672 steps: each of 2937 unlabelled images" in capsys.readouterr().out
     assert with_steps(own, run) is own and not capsys.readouterr().out, "it is said once"
     by_hand = _config(tmp_path, steps=3672)
     assert with_steps(by_hand, run) is by_hand, "a number that is given wins"
@@ -97,7 +100,7 @@ def test_a_stage_trains_and_records_that_number(tmp_path, monkeypatch, capsys):
     states = [run_stage(Context(_config(tmp_path)), LABEL_ONLY) for _ in range(2)]
     assert states == [{"state": "new", "steps": FEWEST}, {"state": "interrupted", "steps": FEWEST}]
     assert run.read_json("label_only/started.json")["config"]["train"]["steps"] == FEWEST
-    assert capsys.readouterr().out.count("--steps 0: 1000 steps, the fewest") == 2, "once a command"
+    assert capsys.readouterr().out.count("1000 steps, the fewest") == 2, "once a command"
     with pytest.raises(DfssdError, match=r"train\.steps: 1000 -> 1680"):
         run_stage(Context(_config(tmp_path, steps=1680)), LABEL_ONLY)
 
@@ -105,15 +108,26 @@ def test_a_stage_trains_and_records_that_number(tmp_path, monkeypatch, capsys):
 def test_a_dry_run_says_about_how_many(capsys):
     config = with_expected_steps(_config(), images=4140, labelled=4140)
     assert config.train.steps == pytest.approx(3672, rel=0.05)
-    assert "about as the data looks, --steps 0: " in capsys.readouterr().out
+    assert "about, as the data looks: " in capsys.readouterr().out
     assert with_expected_steps(_config(), images=5000, labelled=400).train.steps == pytest.approx(
         20 * 4600 / 16, rel=0.02
     )
 
 
-def test_what_has_no_effect_is_said_and_a_sweep_asks_for_a_number():
-    assert any("give --steps 0 as well" in n for n in settings_without_effect(_config(steps=9, epochs_unlabelled=3)))
+def test_what_has_no_effect_is_said():
+    assert any("leave --steps out" in n for n in settings_without_effect(_config(steps=9, epochs_unlabelled=3)))
     assert not [n for n in settings_without_effect(_config(epochs_unlabelled=3)) if "steps" in n]
-    space = load_space(find_space("thresholds"))
+
+
+def test_a_sweep_has_one_number_for_all_trials(tmp_path):
+    """Trials and schedulers compare equal steps; the data's list of images gives the number where nobody does."""
+    make_dataset(tmp_path / "data", images=20, side=64)
+    config = _config(tmp_path).model_copy(update={"data": Data(data=str(tmp_path / "data"))})
+    settled = sweep_job.with_equal_steps(config)
+    planned = sweep_job._planned(settled, load_space(find_space("thresholds")))
+    assert {t.config.train.steps for t in planned} == {settled.train.steps} and settled.train.steps >= FEWEST
+    assert sweep_job.with_equal_steps(_config(steps=7)).train.steps == 7
     with pytest.raises(DfssdError, match="compare equal steps"):
-        sweep_job._planned(_config(), space)
+        sweep_job._planned(
+            settled, replace(load_space(find_space("thresholds")), rows={"none": {"train.steps": 0}}, axes={})
+        )

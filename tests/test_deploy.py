@@ -13,6 +13,8 @@ from botocore.session import get_session
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from dfssd.train.ending import LIMIT_S
+
 ROOT = Path(__file__).parents[1]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 
@@ -73,7 +75,9 @@ def test_the_cluster_is_shut(cluster):
     for command in (*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]):
         assert "ray stop" in command or "RAY_AUTH_MODE=token" in command
         assert "0.0.0.0" not in command
-    assert "--dashboard-host=127.0.0.1" in " ".join(cluster["head_start_ray_commands"])
+    head = " ".join(cluster["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head
+    assert int(re.search(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", head)[1]) > LIMIT_S, "a stopped job stores a checkpoint"
     for rule in cluster["provider"]["security_group"]["IpPermissions"]:
         assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
         assert all(not r["CidrIp"].endswith("/0") for r in rule["IpRanges"])
@@ -89,7 +93,7 @@ def test_the_cluster_is_shut(cluster):
     assert not re.search(r"AKIA|aws_secret|AWS_ACCESS_KEY", (ROOT / "cluster.yaml").read_text())
 
 
-# The fields used, as ray.io/v1 declares them (CustomResourceDefinition rayjobs.ray.io of KubeRay 1.5); others are refused.
+# The fields used, as ray.io/v1 declares them (CustomResourceDefinition rayjobs.ray.io of KubeRay 1.6); others are refused.
 _CONTAINER = {
     "type": "object",
     "required": ["name", "image", "resources", "env"],
@@ -191,6 +195,7 @@ def test_the_job_has_a_token_shared_memory_and_no_secret_in_it(job):
         store, shm = int(parameters["object-store-memory"]), _bytes(volume["emptyDir"]["sizeLimit"])
         assert 1.5 * store <= shm <= _bytes(container["resources"]["limits"]["memory"]) / 2
         env = {one["name"]: one["value"] for one in container["env"]}
+        assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) > LIMIT_S
         assert env["RAY_AUTH_MODE"] == "token" and not any("SECRET" in k or "KEY" in k for k in env)
         assert "MLFLOW_TRACKING_URI" in env and container["envFrom"][0]["secretRef"]["name"]
     (gpu,) = spec["workerGroupSpecs"]

@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import json, threading, time
-from dfssd.runtime import cluster  # imports Ray, as every job does first of all
+from dfssd.runtime import cluster, tasks  # imports Ray, as every job does first of all
 import psutil, ray
 from ray._private import ray_constants
 
@@ -25,7 +25,7 @@ def state_api():  # as Ray Train's clean-up asks it, on a machine with other Ray
 print("NODES", ray.get(state_api.remote(), timeout=60))
 pending = ray.remote(lambda: 0).options(num_cpus=999).remote()
 time.sleep(1)
-print("STATE", cluster.task_state(pending))
+print("STATE", tasks.task_state(pending))
 time.sleep(2)  # agents come up last
 me, listening = psutil.Process(), []
 for process in [me, *me.children(recursive=True)]:

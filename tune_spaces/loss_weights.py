@@ -11,7 +11,7 @@ SPACE = {
 SEARCH = "optuna"
 TRIALS = 24
 SCHEDULER = "asha"
-# With the default of 1680 steps these take some 40 % of the steps of full trials and end about a point of val mAP50 below the
+# With 1680 steps these take some 40 % of the steps of full trials and end about a point of val mAP50 below the
 # best; GRACE 0.3 with REDUCTION 2 takes half and finds it nine times in ten (docs/results.md). It is the step that counts:
 # strong terms are ahead at first, and the order shows from some 500 steps on.
 GRACE = 0.2

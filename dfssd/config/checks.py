@@ -37,7 +37,7 @@ def settings_without_effect(config: Config) -> list[str]:
     if config.data.labels_per_class and config.data.label_fraction != Data().label_fraction:
         notes.append("--label-fraction has no effect with --labels-per-class")
     if config.train.steps and config.train.epochs_unlabelled:
-        notes.append(f"--epochs-unlabelled has no effect with --steps {config.train.steps}: give --steps 0 as well")
+        notes.append(f"--epochs-unlabelled has no effect with --steps {config.train.steps}: leave --steps out")
     if 0 < config.train.steps < 10 * config.train.warmup_steps and config.train.warmup_steps != Train().warmup_steps:
         notes.append("--warmup-steps is cut to a tenth of --steps")
     return notes

@@ -157,10 +157,10 @@ class Train(Section):
     imgsz: int = Field(640, ge=32, multiple_of=32, description="Side of the square network input (px).")
     batch: int = Field(16, ge=1, description="Labelled images in a global batch.")
     steps: int = Field(
-        1680,
+        0,
         ge=0,
         description="Optimiser steps of the student and of the label-only baseline; 0: from the size of the data, so that "
-        "each unlabelled image is seen 20 times (1000 to 20000 steps), or --epochs-unlabelled times.",
+        "each unlabelled image is seen 20 times (1000 to 20000 steps), or --epochs-unlabelled times; the run says how many.",
     )
     teacher_steps: int = Field(0, ge=0, description="Optimiser steps of the teacher; 0: as many as --steps.")
     teacher_patience: int = Field(

@@ -1,4 +1,4 @@
-"""`--steps 0`: how many steps the data asks for, and why.
+"""Without `--steps`: how many steps the data asks for, and why.
 
 Published semi-supervised detection sees each unlabelled image some ten to fifty times (Unbiased Teacher, Liu et al., ICLR
 2021; Soft Teacher, Xu et al., ICCV 2021: 180 000 steps on COCO). Those train from ImageNet on 80 classes; 20 is at the lower
@@ -39,7 +39,7 @@ def steps_for(config: Config, labelled: int, unlabelled: int) -> tuple[int, str]
     why = f"each of {images} {kind}labelled images is seen {_times(steps * each / max(images, 1))}"
     if mixed:
         why += f", each of {labelled} labelled ones {_times(steps * batch / max(labelled, 1))}"
-    return steps, f"--steps 0: {steps} steps{limit}: {why}"
+    return steps, f"{steps} steps{limit}: {why} (--steps gives another number)"
 
 
 def _times(count: float) -> str:
@@ -65,7 +65,7 @@ def with_expected_steps(config: Config, images: int, labelled: int) -> Config:
         return config
     share, own = config.data.split_shares[0], config.data.label_fraction or (1.0 if images > labelled else 0.1)
     used = round(share * labelled * own)
-    return _settled(config, used, max(0, round(images - (1 - share) * labelled) - used), "about as the data looks, ")
+    return _settled(config, used, max(0, round(images - (1 - share) * labelled) - used), "about, as the data looks: ")
 
 
 def _settled(config: Config, labelled: int, unlabelled: int, said: str = "") -> Config:

@@ -36,7 +36,8 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Measure in one Ray task; write numbers, pictures and report.html."""
     import ray
 
-    from dfssd.runtime.cluster import connect, result, task_resources
+    from dfssd.runtime.cluster import connect, task_resources
+    from dfssd.runtime.tasks import check_gpu, result
 
     models = list(map(str, finished_models(context.run)))
     for name in models:
@@ -48,6 +49,8 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
     connect()
     run = context.config.run
     resources = task_resources(run, run.gpu)
+    if resources.gpu:
+        check_gpu(run)
     task = ray.remote(measure).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=2)
     ref = task.remote(context.config, context.run.uri, models, resources.threads)
     results = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")

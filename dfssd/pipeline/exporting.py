@@ -48,7 +48,8 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Write the files in one Ray task, then log the model to MLflow."""
     import ray
 
-    from dfssd.runtime.cluster import connect, result, task_resources
+    from dfssd.runtime.cluster import connect, task_resources
+    from dfssd.runtime.tasks import result
 
     model = str(exported_model(context.config, context.run))
     connect()

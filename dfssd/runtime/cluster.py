@@ -1,9 +1,10 @@
-"""Ray: connect, or start a local one; wait for room and for results with a limit, and say what is missing."""
+"""Ray: connect, or start a local one; wait for room with a limit, and say what is missing."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -18,7 +19,6 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.environment import WORKER_ENV, set_driver_environment
 from dfssd.runtime.local_ray import watch_local_ray
 from dfssd.runtime.placement import (
-    LEAST_CPUS,
     Actors,
     Ask,
     CannotPlace,
@@ -34,8 +34,6 @@ __all__ = ["Actors", "Ask", "Resources"]  # so that whoever asks for room needs 
 
 PATIENCE_S = 30.0  # for CPUs and GPUs that others have taken: a stage that has just ended gives its own back in seconds
 SETTLE_S = 4.0  # of these seconds at most are spent on waiting for more than would do
-SILENT_S = 30.0  # without a result, after which it is said what is waited for
-UNPLACED_S = 300.0  # that a task may wait for a node although there was room for it (and --wait-min, if that is more)
 
 T = TypeVar("T")
 _started: threading.Event | None = None  # of a Ray that is being started in the background
@@ -68,23 +66,43 @@ def _init_in_background(started: threading.Event) -> None:
     threading.Event().wait()
 
 
+def _take_back(handler: Any) -> None:
+    """SIGTERM is the driver's own again. Ray's handler, which `ray.init` has put below it, writes a stack trace and aborts a
+    process that has not ended three seconds later, whatever it is storing."""
+    is_driver = ray._private.worker.global_worker.mode == ray.SCRIPT_MODE
+    if is_driver and handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def is_half_started(wait_s: float) -> bool:
+    """Is a Ray still being started in the background, after so many seconds?"""
+    return _started is not None and not _started.wait(wait_s)
+
+
 def connect() -> None:
     """Join the cluster this process belongs to (RAY_ADDRESS, `ray job submit`), or start a local Ray."""
     if _started is not None:
         _started.wait()
     if ray.is_initialized():
         watch_local_ray()
+        _take_back(signal.getsignal(signal.SIGTERM))
         return
     set_driver_environment()
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**_settings())
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # of Ray's own processes it raises no class of its own
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raw = type(error) is Exception  # the end of a log
         raise DfssdError(
-            f"no connection to Ray: {str(error).splitlines()[0]}",
+            f"no connection to Ray: {lines[-1 if raw else 0]}",
             where=os.environ.get("RAY_ADDRESS", "local"),
-            todo="check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
+            todo="type the same command again: another program may just have taken a port"
+            if raw
+            else "check RAY_ADDRESS and, with token authentication, RAY_AUTH_MODE=token; or unset both for a local Ray",
         ) from error
     watch_local_ray()
+    _take_back(terminate)
 
 
 def _settings() -> dict[str, Any]:
@@ -251,73 +269,6 @@ def with_workers(config: Config) -> Config:
 
     count = wait_for_room(run, place, _bundle(run))
     return config.model_copy(update={"run": run.model_copy(update={"num_workers": str(count)})})
-
-
-def result(task: ray.ObjectRef, what: str, run: Run, asks: str) -> Any:
-    """`ray.get` that does not wait in silence: every half minute it says what is waited for, and where the task is.
-
-    Args:
-        what: the stage, in words; asks: what the task asks for.
-
-    Raises:
-        DfssdError: no node took the task although there was room for it, or what the task raised as a user error.
-    """
-    begun, limit = time.monotonic(), max(UNPLACED_S, run.wait_min * 60)
-    while not ray.wait([task], timeout=SILENT_S)[0]:
-        waited, state = time.monotonic() - begun, task_state(task)
-        print(f"{what}: {state or 'at work'}, {clock(waited)}", flush=True)
-        if state.startswith("waits for a node"):
-            print(f"{what}: it asks for {asks}; {describe()}, {free()} free", flush=True)
-            if waited > limit:
-                ray.cancel(task, force=True)
-                raise DfssdError(
-                    f"no node took the task of {what} in {clock(waited)}; it asks for {asks}",
-                    where=f"{describe()}, {free()} free",
-                    todo="free what others have taken, add nodes, or lower --cpus-per-worker; the same command goes on",
-                )
-    return ray.get(task)
-
-
-def check_gpu(run: Run) -> str:
-    """Name of a GPU of the cluster, as PyTorch sees it in a task that has reserved one.
-
-    Raises:
-        DfssdError: it sees none: Ray counts GPUs by itself, and a node may lack the driver or have another CUDA version.
-    """
-    task = ray.remote(_gpu_name).options(num_cpus=LEAST_CPUS, num_gpus=1, max_retries=0)
-    name = str(result(task.remote(), "GPU", run, "a GPU"))
-    if not name:
-        raise DfssdError(
-            "Ray hands out a GPU that PyTorch does not see",
-            where=describe(),
-            todo="check driver and CUDA version of the node (nvidia-smi, python -m torch.utils.collect_env), "
-            "or take --gpu never",
-        )
-    return name
-
-
-def _gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def task_state(task: ray.ObjectRef) -> str:
-    """Where a task is, in words; '' where that cannot be told (Ray's state API runs with its dashboard)."""
-    from ray.util.state import get_task
-
-    words = {
-        "PENDING_NODE_ASSIGNMENT": "waits for a node",
-        "PENDING_ARGS_AVAIL": "waits for its input",
-        "SUBMITTED_TO_WORKER": "starts",
-        "RUNNING": "at work",
-    }
-    try:
-        found = get_task(task.task_id().hex(), address=ray.get_runtime_context().gcs_address, timeout=10)
-    except Exception:  # the API is there for people; whatever it fails with, the task is none the worse
-        return ""
-    last = found[-1] if isinstance(found, list) and found else found
-    return words.get(str(getattr(last, "state", "")), "")
 
 
 def free() -> str:

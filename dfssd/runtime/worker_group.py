@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class WorkerGroup:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def share_gradients(self, model: nn.Module) -> nn.Module:
+        """The model, wrapped so that backward passes average gradients over all workers; buffers stay each worker's own."""
+        if self.size == 1:
+            return model
+        with (
+            warnings.catch_warnings()
+        ):  # PyTorch 2.14 has another name for the buffers' setting, which 2.6 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @torch.no_grad()
     def average_buffers(self, model: nn.Module, share: float) -> None:

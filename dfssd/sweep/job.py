@@ -11,6 +11,8 @@ from dfssd.config import Config
 from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job
 from dfssd.data.formats.read import read_source
 from dfssd.errors import DfssdError
+from dfssd.pipeline.budget import with_expected_steps
+from dfssd.pipeline.data import count_images
 from dfssd.pipeline.timing import StepTimer
 from dfssd.report.tables import render
 from dfssd.runtime.artefact import differences, flatten
@@ -76,17 +78,29 @@ def with_data(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"data": str(place)})})
 
 
+def with_equal_steps(config: Config) -> Config:
+    """The config with a number of steps for all trials, which compare equal steps: the data's list of images suggests it.
+
+    Raises:
+        DfssdError: the data cannot be read.
+    """
+    if config.train.steps:
+        return config
+    found = count_images(config)
+    return with_expected_steps(config, found.images, found.labelled)
+
+
 def _planned(config: Config, space: Space) -> list[Trial]:
     """All trials, each checked.
 
     Raises:
-        DfssdError: settings that contradict each other, or no number of steps.
+        DfssdError: settings that contradict each other, or a space without a number of steps.
     """
     planned = trials(space, config, config.run.run_name)
-    if not all(c.train.steps for c in (config, *(t.config for t in planned))):
+    if not all(t.config.train.steps for t in planned):
         raise DfssdError(
-            "--steps 0 leaves the number of steps to each run's data, but trials and schedulers compare equal steps",
-            todo="give --steps (a pipeline with --steps 0 --dry-run says how many the data asks for)",
+            f"space {space.name} sets train.steps to 0, but trials and schedulers compare equal steps",
+            todo="give a number there",
         )
     for trial in planned:
         if trial.stage == STUDENT:
@@ -103,7 +117,7 @@ def describe(config: Config, space: Space, options: Options) -> None:
     from dfssd.sweep.driver import check_shareable, probes, share
 
     Storage(config.run.storage_path).check_writable()
-    config, sweep = with_data(with_absolute_paths(config)), config.run.run_name
+    config, sweep = with_equal_steps(with_data(with_absolute_paths(config))), config.run.run_name
     source = read_source(config.data.data, config.data.format, config.data.names)
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
@@ -147,7 +161,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
     refuse_relative_paths_in_a_job(config)
     storage, sweep = Storage(config.run.storage_path), config.run.run_name
     storage.check_writable()
-    config = with_data(with_absolute_paths(config))
+    config = with_equal_steps(with_data(with_absolute_paths(config)))
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
     _claim(config, space, planned, options)

@@ -29,7 +29,6 @@ from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_po
 from dfssd.runtime.storage import Storage, is_remote
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.clocks import StepClock
-from dfssd.train.data_parallel import averaged_gradients
 from dfssd.train.job import TrainJob
 from dfssd.train.mean_teacher import InLoopTeacher
 from dfssd.train.optim import make_optimiser
@@ -61,7 +60,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         detector.compile()
         if teaching:
             teaching.teacher.model.compile()
-    wrapped = averaged_gradients(student) if world.size > 1 else student
+    wrapped = world.share_gradients(student)
     candidates = read_pseudo(run.at(str(job.pseudo)), shared) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if job.distill_settings() else None
     caches, dtype = _caches(job, manifest), autocast_dtype(config.train.amp, device)

@@ -6,9 +6,10 @@ import logging
 import math
 import signal
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -16,23 +17,29 @@ import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from dfssd.errors import DfssdError, find_user_error
-from dfssd.runtime.cluster import Resources, check_gpu, free
+from dfssd.runtime.cluster import Resources, free
+from dfssd.runtime.progress import clock
 from dfssd.runtime.storage import Storage
+from dfssd.runtime.tasks import check_gpu
 from dfssd.runtime.tracking import Tracker
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint, ending
 from dfssd.train.heartbeat import Heart, Store, Watch
 from dfssd.train.interrupt import Interrupt
 from dfssd.train.job import TrainJob
+from dfssd.train.process_group import GroupConfig
 from dfssd.train.session import Session
 
 RESIZE_S = 30.0  # between looks at whether the cluster can hold more workers; a resize restarts from the checkpoint
 MAX_FAILURES = 3  # restarts of the worker group from the newest checkpoint
 FIRST_TIMEOUT_S = 600  # of a collective, until all workers have made a step
 TIMEOUT_S = 180  # afterwards: a validation's share, a checkpoint's upload
+LAST_S = 20.0  # before its node goes, in which a group stores its last checkpoint
+HOLD_S = 30.0  # in which the controller ends a group of which a worker has met a user error
 
 
 def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -53,7 +60,7 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
     asked = resources.describe(job.config.run.num_workers)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Watch(store, str(job.stage), asked, free), _stop_at_sigterm(store):
+        with Watch(store, str(job.stage), asked, free):
             outcome = _until_no_progress(job, resources, callbacks, store)
     except SystemExit as error:  # Ray answers Ctrl-C with exit code 0, which would read as success
         raise KeyboardInterrupt from error
@@ -69,25 +76,6 @@ def fit(job: TrainJob, resources: Resources, callbacks: Sequence[Any] = ()) -> d
     return outcome
 
 
-@contextmanager
-def _stop_at_sigterm(store: Store) -> Iterator[None]:
-    """SIGTERM (`ray job stop`, a deleted pod) asks the workers to store a checkpoint and end; a second one does as before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def handler(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
-        threading.Thread(target=store.put, args=("stop", b"1"), daemon=True).start()  # a handler must not wait
-
-    signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[Any], store: Store) -> Any:
     """What rank 0 returned; the trainer is started again as long as it got further than the time before.
 
@@ -99,10 +87,12 @@ def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[
         checkpoint.mend_ray_snapshot(job.store.at("train"))
         try:
             return _trainer(job, resources, callbacks, store).fit().return_value
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:  # the latter: `EndAtUserError`
             user_error = find_user_error(error) or store.error()
             if user_error is not None:
                 raise user_error from error
+            if isinstance(error, ray.exceptions.RayActorError):  # the controller is gone, and nobody asked it to go
+                raise
             step, last = checkpoint.newest_step(job.store.at("train")), str(error).strip().splitlines()[-1]
             if step <= reached:
                 raise DfssdError(
@@ -126,17 +116,34 @@ def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], stor
             use_gpu=resources.gpu,
             resources_per_worker=resources.bundle(),
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=FIRST_TIMEOUT_S),
+        torch_config=GroupConfig(backend="nccl" if resources.gpu else "gloo", timeout_s=FIRST_TIMEOUT_S),
         run_config=RunConfig(
             name="train",
             storage_path=job.store.uri,
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=starts),
             logging_config=LoggingConfig(log_level="WARNING"),  # its INFO announces every report
-            callbacks=list(callbacks) or None,
+            callbacks=[EndAtUserError(store), *callbacks],
         ),
     )
     trainer.artefact = job.store
     return trainer
+
+
+class EndAtUserError(WorkerGroupCallback):
+    """Ends the group, and the controller in which it runs, once a worker has left a user error for the driver.
+
+    To let the worker fail instead takes a minute: Ray first waits half of one for the others to leave the process group, in
+    which they wait for the failed one, and then starts another group.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.ending = store, False
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        with suppress(ray.exceptions.RayError):  # the control service is away: the next poll asks again
+            if not self.ending and self.store.error() is not None:
+                self.ending = True
+                ray.get_runtime_context().current_actor.abort.remote()
 
 
 class _Trainer(TorchTrainer):
@@ -153,7 +160,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     """What each worker runs.
 
     A user error is returned and not raised where nobody waits for this worker: a restart would only meet it again. Where
-    others wait for it in a collective it is left for the next group, which this failure starts and which returns it at once.
+    others wait for it in a collective it is left for `EndAtUserError`, which ends the group; should that not come, this
+    worker's failure starts the next group, which returns the error at once.
     """
     context = ray.train.get_context()
     world = WorkerGroup(context.get_world_rank(), context.get_world_size())
@@ -163,36 +171,45 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
         return met
     job: TrainJob = settings["job"]
     interrupt = Interrupt(60 * job.config.train.checkpoint_min)
+    notices = Notices(world.rank, ray.get_runtime_context().get_node_id(), interrupt)
     try:
-        with Heart(store, world.rank, world.size, Notices(store, world.rank, interrupt)):
+        with Heart(store, world.rank, world.size, notices):
             return _train(job, world, settings["threads"], interrupt)
     except DfssdError as error:
         if world.size == 1:
             return error
         store.leave_error(error)
+        time.sleep(HOLD_S)
         raise
 
 
 class Notices:
-    """What a worker is told from outside, looked for at each of its beats: that its node is about to go, and that the driver
-    was asked to end. The loop stores a checkpoint after its present step, on all workers alike."""
+    """What a worker is told of its node, looked for at each of its beats: that it is about to go.
 
-    def __init__(self, store: Store, rank: int, interrupt: Interrupt) -> None:
-        self.store, self.rank, self.interrupt = store, rank, interrupt
-        self.node, self.told = ray.get_runtime_context().get_node_id(), False
+    The loop stores a checkpoint after its present step, on all workers alike, and another just before the node goes: until
+    then the group works on.
+    """
+
+    def __init__(self, rank: int, node: str, interrupt: Interrupt) -> None:
+        self.rank, self.node, self.interrupt, self.told = rank, node, interrupt, 0
 
     def __call__(self) -> None:
-        if self.store.get("stop"):
-            self.interrupt.ask(stop=True)
-        if not self.told and self.node in draining():
-            self.told = True
-            print(f"rank {self.rank}: its node is about to go, a checkpoint is stored", flush=True)
+        deadline = draining().get(self.node)
+        if deadline is None:
+            return
+        left = deadline / 1000 - time.time() if deadline else math.inf
+        due = 2 if left < LAST_S else 1
+        if due > self.told:
+            said = f", in {clock(max(0.0, left))}" if math.isfinite(left) else ""
+            print(f"rank {self.rank}: its node is about to go{said}; a checkpoint is stored", flush=True)
+            self.told = due
             self.interrupt.ask()
 
 
-def draining() -> set[str]:
-    """Ids of nodes that the cluster is about to take away: a spot instance's notice, `ray drain-node`, an autoscaler."""
-    return set(ray._private.state.state.get_draining_nodes() or {})
+def draining() -> dict[str, int]:
+    """Nodes that the cluster is about to take away, by id (a spot instance's notice, `ray drain-node`, an autoscaler), and
+    when (ms since the epoch; 0: nobody knows)."""
+    return dict(ray._private.state.state.get_draining_nodes() or {})
 
 
 def _shorten_timeout(world: WorkerGroup) -> None:

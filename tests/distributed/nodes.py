@@ -1,7 +1,7 @@
-"""Two Ray nodes on one machine that share nothing but loopback: an S3 endpoint, an MLflow server, and no files.
+"""Ray nodes on one machine that share nothing but loopback: an S3 endpoint, an MLflow server, and no files.
 
-Every process of a node lives in a mount namespace of its own, in which the folders of the other node and of the driver are
-empty. The only things both see are the interpreter and this repository.
+Every process of a node lives in a mount namespace of its own, in which the folders of the other nodes and of the driver are
+empty. The only things all see are the interpreter and this repository.
 """
 
 from __future__ import annotations
@@ -140,31 +140,37 @@ def services(root: Path) -> Iterator[tuple[Place, dict[str, str]]]:
 def start_nodes(
     place: Place,
     env: dict[str, str],
-    cpus: tuple[int, int] = (2, 2),
-    gpus: tuple[int, int] = (0, 0),
+    cpus: tuple[int, ...] = (2, 2),
+    gpus: tuple[int, ...] = (0, 0),
     isolated: bool = True,
 ) -> str:
-    """A head on 127.0.0.2 and a worker node on 127.0.0.3; returns the address of the cluster.
+    """A head on 127.0.0.2 and more nodes on 127.0.0.3 and above, named a, b, c ...; returns the address of the cluster.
 
     Args:
-        cpus, gpus: of the two nodes; GPUs are made up.
-        isolated: neither sees the other's folders, or the driver's.
+        cpus, gpus: of each node; GPUs are made up.
+        isolated: none sees the others' folders, or the driver's.
     """
     port, dashboard, ray = free_port(), free_port(), place.root / "ray"
     ray.mkdir()
     common = ["--object-store-memory", str(150 * 2**20), "--disable-usage-stats", "--block"]
     own = [["--num-cpus", str(c), "--num-gpus", str(g), *common] for c, g in zip(cpus, gpus, strict=True)]
-    folders = {name: place.root / name for name in ("a", "b", "driver")}
+    names = [chr(ord("a") + k) for k in range(len(own))]
+    folders = {name: place.root / name for name in (*names, "driver")}
     for folder in folders.values():
         folder.mkdir()
-    head = ["--head", "--port", str(port), "--node-ip-address", "127.0.0.2", "--temp-dir", str(ray)]
-    head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-    hidden = (folders["b"],) if isolated else ()
-    place.start("a", [str(BIN / "ray"), "start", *head, *own[0]], env, hidden=hidden)
-    _until_listening(place, port)
-    joined = ["--address", f"127.0.0.2:{port}", "--node-ip-address", "127.0.0.3"]
-    hidden = (folders["a"], folders["driver"], ray) if isolated else ()
-    place.start("b", [str(BIN / "ray"), "start", *joined, *own[1]], env, hidden=hidden)
+    for k, name in enumerate(names):
+        hidden = tuple(folder for other, folder in folders.items() if other != name) if isolated else ()
+        words = ["--node-ip-address", f"127.0.0.{2 + k}"]
+        if k == 0:
+            hidden = tuple(h for h in hidden if h.name != "driver")
+            words += ["--head", "--port", str(port), "--temp-dir", str(ray)]
+            words += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+        else:
+            hidden = (*hidden, ray) if isolated else ()
+            words += ["--address", f"127.0.0.2:{port}"]
+        place.start(name, [str(BIN / "ray"), "start", *words, *own[k]], env, hidden=hidden)
+        if k == 0:
+            _until_listening(place, port)
     return f"127.0.0.2:{port}"
 
 

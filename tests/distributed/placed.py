@@ -1,4 +1,4 @@
-"""Two Ray nodes of two CPUs each on this machine, and jobs with default flags on them."""
+"""Ray nodes on this machine, and jobs with default flags on them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ from pathlib import Path
 from nodes import Place, start_nodes, token_environment
 
 ROOT = Path(__file__).parents[2]
+WAIT = """
+import sys, time, ray
+ray.init(address=sys.argv[1], logging_level="ERROR")
+while sum(n["Alive"] for n in ray.nodes()) < int(sys.argv[2]):
+    time.sleep(0.5)
+"""
 
 
 @contextmanager
-def two_nodes(cpus: tuple[int, int] = (2, 2), gpus: tuple[int, int] = (0, 0)) -> Iterator[Jobs]:
-    """Jobs on a cluster of two nodes, which see the same files."""
+def some_nodes(cpus: tuple[int, ...], gpus: tuple[int, ...]) -> Iterator[Jobs]:
+    """Jobs on a cluster of such nodes, once all are there; they see the same files."""
     root = Path(tempfile.mkdtemp(prefix="dfssd-p-"))
     place, env = Place(root), token_environment()
     try:
-        yield Jobs(root, {**env, "RAY_ADDRESS": start_nodes(place, env, cpus, gpus, isolated=False)})
+        jobs = Jobs(root, {**env, "RAY_ADDRESS": start_nodes(place, env, cpus, gpus, isolated=False)})
+        wait = [sys.executable, "-c", WAIT, jobs.env["RAY_ADDRESS"], str(len(cpus))]
+        subprocess.run(wait, env=jobs.env, timeout=120, check=True)
+        yield jobs
     finally:
         place.stop()
         shutil.rmtree(root, ignore_errors=True)

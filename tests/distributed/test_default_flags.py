@@ -1,11 +1,9 @@
 """Every job with default flags on two nodes of two CPUs each: what it asks for fits on one of them."""
 
-import subprocess
-import sys
 import time
 
 import pytest
-from placed import two_nodes
+from placed import some_nodes
 from small import SWEEP_BASE
 
 from dfssd.data.synthetic import make_dataset
@@ -15,21 +13,13 @@ TRAINING = ["--steps", "6", "--teacher-steps", "6", "--val-every", "3", "--log-e
 MEASURING = ["--latency-repeats", "3", "--sample-images", "2"]
 ALL = [*SIZE, *TRAINING, *MEASURING, "--label-fraction", "0.4", "--no-baseline"]
 SPACE = 'ROWS = {"labels alone": {"method": "label_only"}, "distilled": {"method": "distill"}}'
-WAIT = """
-import sys, time, ray
-ray.init(address=sys.argv[1], logging_level="ERROR")
-while sum(n["Alive"] for n in ray.nodes()) < 2:
-    time.sleep(0.5)
-"""
-
 pytestmark = pytest.mark.slow  # some five minutes
 
 
 @pytest.fixture(scope="module")
 def jobs():
-    with two_nodes() as jobs:
+    with some_nodes(cpus=(2, 2), gpus=(0, 0)) as jobs:
         make_dataset(jobs.root / "images", images=60, side=64, seed=3)
-        subprocess.run([sys.executable, "-c", WAIT, jobs.env["RAY_ADDRESS"]], env=jobs.env, timeout=120, check=True)
         yield jobs
 
 
@@ -78,11 +68,15 @@ def test_a_dry_run_times_its_steps_on_a_node(jobs):
     assert "2 thread(s)" in said(done) and "unknown" not in said(done)
 
 
-@pytest.mark.parametrize("job", ["teacher", "pseudo_label"])
+@pytest.mark.parametrize("job", ["teacher", "pseudo_label", "evaluate"])
 def test_gpus_that_only_ray_believes_in_are_named(made_up_gpus, job):
     """Two GPUs of which PyTorch sees none: a user error, without retries; with --gpu never all is well."""
     flags = ["--run-name", "r", *SIZE]
-    more = [*TRAINING, "--role", "label_only"] if job == "teacher" else ["--tta", "none", "--floor", "0.07"]
+    more = {
+        "teacher": [*TRAINING, "--role", "label_only"],
+        "pseudo_label": ["--tta", "none", "--floor", "0.07"],
+        "evaluate": MEASURING,
+    }[job]
     begun = time.monotonic()
     done = made_up_gpus.run(job, *flags, *more)
     assert done.returncode == 2 and "GPU that PyTorch does not see" in said(done), said(done)[-4000:]
@@ -93,10 +87,23 @@ def test_gpus_that_only_ray_believes_in_are_named(made_up_gpus, job):
 
 @pytest.fixture(scope="module")
 def made_up_gpus():
-    with two_nodes(cpus=(1, 3), gpus=(0, 2)) as jobs:
+    with some_nodes(cpus=(1, 3), gpus=(0, 2)) as jobs:
         make_dataset(jobs.root / "images", images=60, side=64, seed=3)
-        subprocess.run([sys.executable, "-c", WAIT, jobs.env["RAY_ADDRESS"]], env=jobs.env, timeout=120, check=True)
         data = ["--data", str(jobs.root / "images"), "--label-fraction", "0.4"]
         assert jobs.run("prepare", "--run-name", "r", *data).returncode == 0
         assert jobs.run("teacher", "--run-name", "r", *SIZE, *TRAINING, "--gpu", "never").returncode == 0
         yield jobs
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "said_so"),
+    [((0, 0, 0), "auto", "3 worker(s) with 1 CPUs each"), ((0, 0, 1), "1", "1 worker(s) with 2 CPUs each")],
+    ids=["one worker a node", "a GPU that is not to be used"],
+)
+def test_the_pipeline_on_three_unequal_nodes(gpus, workers, said_so):
+    with some_nodes(cpus=(1, 2, 1), gpus=gpus) as jobs:
+        make_dataset(jobs.root / "images", images=60, side=64, seed=3)
+        more = ["--num-workers", workers, *(["--gpu", "never"] if any(gpus) else [])]
+        done = jobs.run("pipeline", "--run-name", "r", "--data", str(jobs.root / "images"), *ALL, *more)
+        assert done.returncode == 0 and said_so in said(done), said(done)[-4000:]
+        assert (jobs.root / "runs/r/report/report.html").exists()

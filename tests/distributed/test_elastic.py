@@ -1,12 +1,13 @@
 """Workers that come and go: as many as there is room for, uneven shares of a batch, and growth with the cluster."""
 
 import os
-import socket
+import subprocess
 import threading
 import time
 
 import pytest
 import ray
+from nodes import BIN, free_port
 from pydantic import ValidationError
 from small import give_teacher_and_candidates, make_job, tiny_config
 
@@ -14,6 +15,8 @@ from dfssd.config import Config, Run
 from dfssd.errors import DfssdError
 from dfssd.runtime.cluster import Resources, with_workers, worker_resources
 from dfssd.runtime.worker_group import WorkerGroup
+from dfssd.train import worker
+from dfssd.train.interrupt import CHECKPOINT, NOTHING, Interrupt
 from dfssd.train.worker import fit
 
 
@@ -40,15 +43,36 @@ def test_shares_add_up_to_the_batch():
         assert sum(shares) == 16 and max(shares) - min(shares) <= 1
 
 
+def test_a_notice_brings_a_checkpoint_at_once_and_one_more_at_the_end(monkeypatch, capsys):
+    now, found = [1000.0], {"other": 1_001_000}
+    monkeypatch.setattr(worker, "draining", lambda: found)
+    monkeypatch.setattr(worker.time, "time", lambda: now[0])
+    interrupt = Interrupt()
+    notices, asked = worker.Notices(0, "mine", interrupt), []
+    for seconds, deadline in (
+        (0, None),
+        (3, 1_120_000),
+        (3, 1_120_000),
+        (90, 1_120_000),
+        (15, 1_120_000),
+        (3, 1_120_000),
+    ):
+        now[0] += seconds
+        found |= {"mine": deadline} if deadline else {}
+        notices()
+        asked.append(interrupt.wanted())
+        interrupt.stored()
+    assert asked == [NOTHING, CHECKPOINT, NOTHING, NOTHING, CHECKPOINT, NOTHING]
+    assert "in 1:57; a checkpoint is stored" in capsys.readouterr().out
+
+
 @pytest.fixture
-def growing():
-    """A head of one CPU, and a way to add a node of one CPU to it."""
+def growing(request):
+    """A head of one CPU (or as a test says), and a way to add a node of one CPU to it."""
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"num_cpus": 1, "object_store_memory": 120 * 2**20, "include_dashboard": True, "dashboard_port": port}
+    own = {"num_cpus": getattr(request, "param", 1), "object_store_memory": 120 * 2**20}
+    own |= {"include_dashboard": True, "dashboard_port": free_port()}
     cluster = Cluster(initialize_head=True, connect=True, head_node_args=own)
     yield cluster
     ray.shutdown()
@@ -105,3 +129,43 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_is_lost(prepared, growing)
     history = [h for h in job.store.read_json("history.json") if "loss/total" in h]
     assert [h["step"] for h in history] == list(range(1, 61))
     assert history[0]["workers"] == 2 and history[-1]["workers"] == 1
+
+
+@pytest.mark.slow  # a notice of a quarter of a minute, and another start of the group
+@pytest.mark.parametrize("growing", [0], indirect=True)
+def test_a_node_that_is_taken_away_gives_notice_and_loses_nothing(prepared, growing, capfd):
+    """A spot machine: no validation and no clock is near, so the notice alone brings the checkpoint the run goes on from."""
+    for _ in range(2):
+        growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    steps = 800
+    config = tiny_config(prepared, steps=steps, val_every=steps)
+    job = make_job("label_only", str(prepared / "r"), config)
+    done: dict = {}
+    training = threading.Thread(target=lambda: done.update(fit(job, Resources(1, 1, False))), daemon=True)
+    training.start()
+    deadline, said = time.monotonic() + 120, ""
+    while f"step 20/{steps}" not in said:
+        assert time.monotonic() < deadline and training.is_alive(), said[-3000:]
+        time.sleep(0.2)
+        said += capfd.readouterr().out
+    (node,) = (n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") and not _free(n["NodeID"]))
+    gcs, begun = ray.get_runtime_context().gcs_address, time.monotonic()
+    words = ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    command = [str(BIN / "ray"), "drain-node", "--address", gcs, *words, "--deadline-remaining-seconds", "15"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    while not list((prepared / "r/label_only/train").glob("step_*/MANIFEST.json")):
+        assert time.monotonic() - begun < 30
+        time.sleep(0.2)
+    training.join(400)
+    said += capfd.readouterr().out
+    assert not training.is_alive() and done["steps"] == steps
+    assert "its node is about to go, in 0:1" in said and "resumed at step" in said, said[-3000:]
+    history = [h["step"] for h in job.store.read_json("history.json") if "loss/total" in h]
+    assert history == list(range(1, steps + 1)), "no step is missing, and none comes twice"
+
+
+def _free(node):
+    """CPUs of a node that nobody holds."""
+    from ray._private.state import available_resources_per_node
+
+    return available_resources_per_node().get(node, {}).get("CPU", 0)

@@ -50,6 +50,7 @@ class Cluster:
         port, dashboard, ray = free_port(), free_port(), root / "ray"
         ray.mkdir()
         self.env = {**token_environment(), "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        self.env["RAY_JOB_STOP_WAIT_TIME_S"] = "35"  # as cluster.yaml has it
         own = ["--head", "--port", str(port), "--num-cpus", "2", "--object-store-memory", str(150 * 2**20)]
         own += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--temp-dir", str(ray)]
         own += ["--node-ip-address", "127.0.0.1", "--dashboard-agent-listen-port", str(free_port())]
@@ -129,20 +130,22 @@ def test_neither_data_nor_runs_are_uploaded(cluster):
 
 
 def test_a_stopped_job_goes_on_when_submitted_again(cluster):
-    steps = ["--steps", "400", "--teacher-steps", "400", "--val-every", "10", *LIGHT]
+    steps = ["--steps", "400", "--teacher-steps", "400", "--val-every", "400", *LIGHT]
     assert cluster.job("prepare", *JOBS["prepare"], run="stopped").returncode == 0
     first = cluster.job("teacher", *steps, run="stopped", flags=("--no-wait", "--submission-id", "first"))
     assert first.returncode == 0, said(first)
-    train = cluster.root / "runs" / "stopped" / "teacher" / "train"
+    teacher = cluster.root / "runs" / "stopped" / "teacher"
     deadline = time.monotonic() + 120
-    while not list(train.glob("step_*/MANIFEST.json")):
-        assert time.monotonic() < deadline, cluster.ray("job", "logs", "first").stdout[-3000:]
-        time.sleep(0.2)
+    while "step 10/400" not in (log := cluster.ray("job", "logs", "first").stdout):
+        assert time.monotonic() < deadline, log[-3000:]
     stopped = cluster.ray("job", "stop", "first")
-    assert stopped.returncode == 0 and not (train.parent / "best.pt").exists(), said(stopped)
+    assert stopped.returncode == 0 and not (teacher / "best.pt").exists(), said(stopped)
+    log = cluster.ray("job", "logs", "first").stdout
+    step = re.search(r"asked to end: the checkpoint of step (\d+) is stored", log)
+    assert step and "interrupted: the same command goes on from here" in log, log[-3000:]
     again = cluster.job("teacher", *steps, run="stopped", flags=("--submission-id", "second"))
     assert again.returncode == 0, said(again)[-4000:]
-    assert int(re.search(r"resumed at step (\d+) of 400", said(again))[1]) >= 10
+    assert int(re.search(r"resumed at step (\d+) of 400", said(again))[1]) == int(step[1]) >= 10
 
 
 def test_what_can_never_be_scheduled_ends_within_a_minute(cluster):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dfssd.errors import DfssdError
+
 ROOT = Path(__file__).parents[2]
 CODE = """
 import os, signal, sys, time
@@ -30,6 +32,26 @@ def job():
 
 main(job)
 """
+
+
+def test_a_ray_that_does_not_start_ends_in_a_sentence(monkeypatch):
+    """Another Ray took the port of the dashboard between the look and the start: Ray raises the end of a log."""
+    import ray
+
+    from dfssd.runtime import cluster
+
+    def init(**settings):
+        raise Exception(
+            "\nThe last 20 lines of dashboard.log:\nTraceback\n  File x\nException: address already in use\n\n"
+        )
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "set_driver_environment", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(DfssdError, match="no connection to Ray: Exception: address already in use") as caught:
+        cluster.connect()
+    assert "same command again" in caught.value.todo
 
 
 @pytest.mark.slow

@@ -70,6 +70,58 @@ def test_the_first_signal_is_an_orderly_end(capsys):
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
+SLOW = """
+import atexit, os, signal, time
+from dfssd import cli
+from dfssd.runtime import cluster
+
+def job():
+    cluster.connect()
+    atexit.register(lambda: time.sleep(5))  # what is stored at the end
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+cli.main(job)
+"""
+
+
+@pytest.mark.slow  # it starts Ray
+@pytest.mark.faults
+def test_a_job_may_take_its_time_to_end_where_ray_runs():
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 130 and b"the same command goes on from here" in done.stderr, done.stderr[-2000:]
+    assert b"*** SIGTERM received" not in done.stderr, "Ray's stack trace"
+
+
+HALF = """
+import os, signal, threading
+from dfssd import cli
+from dfssd.runtime import cluster
+
+def job():
+    cluster._started = threading.Event()  # a Ray that never gets ready
+    cluster.connect = lambda: None
+    os.kill(os.getpid(), signal.SIGTERM)
+    cluster._started.wait(60)
+
+cli.HALF_STARTED_S = 0.2
+import atexit
+atexit.register(lambda: os.abort())  # as the end of an interpreter with half a Ray may
+cli.main(job)
+"""
+
+
+@pytest.mark.slow  # it imports Ray
+@pytest.mark.faults
+def test_a_job_that_is_interrupted_while_ray_starts_does_not_abort():
+    done = subprocess.run(
+        [sys.executable, "-c", HALF], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 130 and b"the same command goes on from here" in done.stderr, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.timeout(1800)

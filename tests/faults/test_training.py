@@ -1,6 +1,7 @@
 """Interrupt, break and resume the loop itself, in one process."""
 
 import os
+import random
 import shutil
 import signal
 import threading
@@ -102,6 +103,11 @@ def test_every_part_of_the_state_matters(prepared):
     assert not torch.equal(fresh["policy"]["mean"], trained["policy"]["mean"])
     assert trained["optimiser"]["state"] and trained["ema_updates"] == 3 and trained["step"] == 3
     assert trained["best"] and trained["history"]
+    session, drawn = build_session(job, WorkerGroup(), torch.device("cpu")), []
+    for _ in range(2):
+        session.load_state(trained)
+        drawn.append((random.random(), np.random.rand(), float(torch.rand(1))))
+    assert drawn[0] == drawn[1], "all generators go on from the checkpoint"
 
 
 def test_training_changes_only_what_it_should(prepared):

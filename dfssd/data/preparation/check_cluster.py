@@ -19,6 +19,7 @@ from dfssd.runtime.cluster import connect, free, nodes_now, wait_for_room
 from dfssd.runtime.placement import Checks, place_checks
 from dfssd.runtime.progress import Progress, Silence
 from dfssd.runtime.storage import Storage, side_by_side
+from dfssd.runtime.tasks import FETCH_S
 
 READ_AT_A_TIME = 16  # shards of an earlier attempt
 ASK_AGAIN_S = 20.0  # without a result, after which nodes may have come or gone
@@ -138,7 +139,7 @@ def _result(ref: ray.ObjectRef, shard: Shard) -> tuple[Shard, int, int]:
         DfssdError: the task's own, or its process was lost again and again.
     """
     try:
-        return shard, *ray.get(ref)
+        return shard, *ray.get(ref, timeout=FETCH_S)
     except DfssdError:
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
