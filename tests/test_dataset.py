@@ -148,12 +148,12 @@ def test_a_training_process_that_is_killed_leaves_no_loading_process(prepared, t
     with (tmp_path / "job").open("wb") as file:
         pickle.dump((Streams({"labelled": dataset}), [[Draw("labelled", 0, k, True)] for k in range(1000)]), file)
     code = f"""
-import os, pickle, signal, torch
+import multiprocessing, os, pickle, signal, torch
 from dfssd.data.loaders import training_loader
 streams, batches = pickle.load(open({str(tmp_path / "job")!r}, "rb"))
-loader = training_loader(streams, batches, 2, torch.device("cpu"), 10**5)
-next(iter(loader))
-print(*(w.pid for w in loader._iterators[0]._workers), flush=True)
+batches = iter(training_loader(streams, batches, 2, torch.device("cpu"), 10**5))
+next(batches)
+print(*(p.pid for p in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
