@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +44,18 @@ def subset(manifest: Manifest, fraction: float, seed: int, store: Storage) -> di
         [r.image_id for r in train], class_counts([r.boxes for r in train], len(manifest.names)), seed
     )
     chosen = {train[k].image_id for k in order[: max(1, round(fraction * len(train)))]}
+    return hide(manifest, chosen, store, label_fraction=fraction, seed=seed)
+
+
+def hide(manifest: Manifest, chosen: set[str], store: Storage, **meta: float) -> dict[str, int]:
+    """Write a data set whose train images are labelled where their ids are chosen; the labels of others are withheld."""
+    train = [r for r in manifest.of_split("train") if r.boxes is not None]
     withheld = {r.image_id: r.boxes for r in train if r.image_id not in chosen and r.boxes is not None}
     rows = [
         replace(r, labelled=r.image_id in chosen, boxes=None if r.image_id in withheld else r.boxes)
         for r in manifest.rows
     ]
-    write_manifest(store, Manifest(rows, manifest.names, {**manifest.meta, "label_fraction": fraction, "seed": seed}))
+    write_manifest(store, Manifest(rows, manifest.names, {**manifest.meta, **meta}))
     write_withheld(store, withheld)
     val = len([r for r in manifest.of_split("val") if r.boxes is not None])
     return {
@@ -67,9 +74,13 @@ def export(data: str, imgsz: int, out: Path) -> None:
     for row in manifest.rows:
         image = shrink(decode(row.uri), imgsz)
         grey = bool((np.ptp(image.astype(np.int16), axis=2) == 0).all())  # decodes to the same three channels
-        name = f"images/{row.image_id}.jpg"
-        cv2.imwrite(str(out / name), image[..., 0] if grey else image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
-        rows.append(replace(row, uri=name, width=image.shape[1], height=image.shape[0]))
+        data = cv2.imencode(".jpg", image[..., 0] if grey else image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+        own = hashlib.sha256(data).hexdigest()[
+            : len(row.image_id)
+        ]  # training looks whether a picture is that of its id
+        name = f"images/{own}.jpg"
+        (out / name).write_bytes(data)
+        rows.append(replace(row, image_id=own, uri=name, width=image.shape[1], height=image.shape[0]))
     write_manifest(Storage(str(out)), Manifest(rows, manifest.names, manifest.meta))
     size = sum(f.stat().st_size for f in (out / "images").iterdir()) / 2**20
     print(f"{out}: {len(rows)} images of {imgsz} px, {size:.1f} MiB", flush=True)

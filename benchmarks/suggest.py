@@ -1,84 +1,174 @@
 """Are suggested labels worth more than random ones? On a fully labelled set, whose hidden labels answer the question.
 
-    python benchmarks/suggest.py --data ../shared/data/cr7-det --seeds 0 1 2 --out runs/suggest [flags of `dfssd teacher`]
+    python benchmarks/suggest.py --data ../shared/data/cr7-det --network ../shared/data/weights/yolov8n-natural.pt \
+        --imgsz 128 --steps 250 --seeds 0 1 2 --out runs/suggest
 
 For each seed: a detector learns from `--start` of the labels and looks at the rest; then as many images again get their
-labels, once those that `dfssd suggest` chooses and once random ones; the same training on both, measured on the same test
-split. Long: per seed three trainings and one labelling. Prints a table, and writes it as JSON to `<out>/suggest.json`.
+labels, once those that `dfssd suggest` chooses (the same function) and once random ones; the same training from the same
+weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty`, `rare`, `coverage` choose by
+one part of the score alone, `best` takes the best scores without spreading. What is finished is not done again. Leaves
+`<out>/suggest.json` and the table as `suggest.md`; no Ray, no MLflow.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import random
-import subprocess
-import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from scipy import stats
+from semi_data import all_labels, hide, subset
+from semi_rows import measured, parse_row, train_row
 
-from dfssd.data.manifest import read_manifest
+from dfssd.config import Config, Models, Run, Train
+from dfssd.data.manifest import Manifest, read_manifest
+from dfssd.pseudo.in_process import label_in_process
+from dfssd.review.rounds import Looked, look_at
+from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 
-
-def dfssd(*words: str) -> None:
-    """Run a command of dfssd in a process of its own."""
-    subprocess.run([sys.executable, "-c", "from dfssd.cli import console; console()", *words], check=True)
+ROW = parse_row("teacher")
+MEASURES = ("map50", "map50_95")
 
 
-def trained(options: argparse.Namespace, name: str, seed: int, ids: list[str], flags: list[str]) -> float:
-    """Test mAP50-95 of a detector that learnt from these images."""
-    place = ["--storage-path", options.out, "--run-name", name]
-    listed = Path(options.out) / f"{name}.txt"
-    listed.write_text("\n".join(ids) + "\n")
-    dfssd("prepare", "--data", options.data, "--labelled-list", str(listed), "--seed", str(seed), *place)
-    dfssd("teacher", "--seed", str(seed), *flags, *place)
-    dfssd("evaluate", *place)
-    return float(Storage(options.out).read_json(f"{name}/report/metrics.json")["teacher"]["test"]["map50_95"])
+def arguments() -> argparse.Namespace:
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("--data", required=True, help="a data set, or a copy that semi_supervised.py --export made")
+    a.add_argument("--network", default="yolov8n.pt", help="weights to start from, or a layout")
+    a.add_argument("--out", default="runs/suggest")
+    a.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    a.add_argument("--start", type=float, default=0.05, help="share of the train images that is labelled at first")
+    a.add_argument("--arms", nargs="+", default=["suggested", "random"], choices=[*ARMS])
+    a.add_argument("--imgsz", type=int, default=128)
+    a.add_argument("--steps", type=int, default=250)
+    a.add_argument("--tta", default="flips", choices=["flips", "none"], help="views of the first detector's labelling")
+    a.add_argument("--device", default="cpu")
+    return a.parse_args()
 
 
-def one_seed(options: argparse.Namespace, seed: int, flags: list[str]) -> dict[str, float]:
-    """Test mAP50-95 with suggested and with random labels."""
-    name = f"start-{seed}"
-    place = ["--storage-path", options.out, "--run-name", name]
-    dfssd("prepare", "--data", options.data, "--label-fraction", str(options.start), "--seed", str(seed), *place)
-    dfssd("teacher", "--seed", str(seed), *flags, *place)
-    dfssd("pseudo_label", "--seed", str(seed), *place)
-    run = Storage(options.out).at(name)
-    manifest = read_manifest(run.at("dataset"))
-    first = [r.image_id for r in manifest.labelled_rows()]
-    dfssd("suggest", "--k", str(len(first)), "--export", "none", *place)
-    rows = csv.DictReader(io.StringIO(run.read("suggest/suggest.csv").decode()))
-    chosen = [r["image_id"] for r in rows]
-    others = [r.image_id for r in manifest.unlabelled_rows()]
-    drawn = random.Random(seed).sample(others, len(chosen))
-    return {
-        "suggested": trained(options, f"suggested-{seed}", seed, first + chosen, flags),
-        "random": trained(options, f"random-{seed}", seed, first + drawn, flags),
-    }
+def settings(a: argparse.Namespace, seed: int) -> Config:
+    config = Config(
+        run=Run(seed=seed, gpu="never" if a.device == "cpu" else "auto"),
+        models=Models(teacher=a.network, student=a.network),
+        train=Train(imgsz=a.imgsz, steps=a.steps, loader_workers=0, val_every=a.steps, log_every=25),
+    )
+    return config.model_copy(update={"pseudo": config.pseudo.model_copy(update={"tta": a.tta})})
+
+
+def random_rows(seen: Looked, k: int, seed: int) -> list[str]:
+    return random.Random(seed).sample(sorted(r.image_id for r in seen.state.manifest.unlabelled_rows()), k)
+
+
+def by(seen: Looked, k: int, total: np.ndarray | None = None) -> list[str]:
+    return [seen.rows[i].image_id for i in seen.choose(k, total)[0]]
+
+
+ARMS = {  # how k image ids are chosen
+    "suggested": lambda seen, k, seed: by(seen, k),
+    "random": random_rows,
+    "uncertainty": lambda seen, k, seed: by(seen, k, seen.scores.uncertainty),
+    "rare": lambda seen, k, seed: by(seen, k, seen.scores.rare),
+    "coverage": lambda seen, k, seed: by(seen, k, np.ones(len(seen.rows))),
+    "best": lambda seen, k, seed: [seen.rows[i].image_id for i in np.argsort(-seen.scores.total(), kind="stable")[:k]],
+}
+
+
+def trained(run: Storage, config: Config, device: torch.device) -> dict[str, Any]:
+    """Train on what `<run>/dataset` labels, and measure the last weights; what is there is read."""
+    if not run.exists("result.json"):
+        begun = time.monotonic()
+        result = train_row(ROW, config, run, "", device)
+        result |= {"last": measured(config, run, "teacher", device)["last"]}
+        run.write_json("result.json", {**result, "seconds": round(time.monotonic() - begun)})
+    found = run.read_json("result.json")
+    assert isinstance(found, dict)
+    return found
+
+
+def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, dict[str, Any]]:
+    """Results by arm, and of the first detector ("start")."""
+    config, device, out = settings(a, seed), torch.device(a.device), Storage(a.out).at(f"seed{seed}")
+    first = out.at("start")
+    if not first.exists("dataset/manifest.parquet"):
+        subset(manifest, a.start, seed, first.at("dataset"))
+    results = {"start": trained(first, config, device)}
+    started = {r.image_id for r in read_manifest(first.at("dataset")).labelled_rows()}
+    seen: Looked | None = None
+    for arm in a.arms:
+        run = out.at(arm)
+        if not run.exists("dataset/manifest.parquet"):
+            if not first.exists("pseudo/stage.json"):
+                start = read_manifest(first.at("dataset"))
+                label_in_process(config, first, "pseudo", start, ["teacher/best.pt"], device, cores=1)
+                first.write_json("pseudo/stage.json", {})
+            seen = seen or look_at(config, first, TEACHER, len(started))
+            chosen = ARMS[arm](seen, len(started), seed)
+            assert len(set(chosen)) == len(started) and not started.intersection(chosen)
+            hide(manifest, started.union(chosen), run.at("dataset"), seed=seed)
+        results[arm] = {**trained(run, config, device), **cost(manifest, run, started)}
+        says = ", ".join(f"{100 * results[arm]['last']['test'][m]:.1f}" for m in MEASURES)
+        print(f"seed {seed} {arm}: test {says}; {results[arm]['new_boxes']} new boxes", flush=True)
+    return results
+
+
+def cost(manifest: Manifest, run: Storage, started: set[str]) -> dict[str, Any]:
+    """Boxes that were drawn for the new labels, and how many images show each class."""
+    rows = [r for r in read_manifest(run.at("dataset")).labelled_rows() if r.image_id not in started]
+    boxes = [r.boxes for r in rows if r.boxes is not None]
+    shown = sum(
+        (np.bincount(np.unique(b[:, 0].astype(int)), minlength=len(manifest.names)) for b in boxes), np.zeros(1)
+    )
+    return {"new_images": len(rows), "new_boxes": sum(map(len, boxes)), "images_of_class": shown.astype(int).tolist()}
+
+
+def table(results: dict[int, dict[str, dict[str, Any]]], arms: list[str]) -> str:
+    """Markdown: mean and deviation over seeds, and what an arm gains over random labels with its 95 % interval (t)."""
+    lines = [
+        "| labels | new boxes | test mAP50 | test mAP50-95 | over random, mAP50 | mAP50-95 | val mAP50 | mAP50-95 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def values(arm: str, split: str, measure: str) -> np.ndarray:
+        return np.array([100 * r[arm]["last"][split][measure] for r in results.values()])
+
+    for arm in ["start", *arms]:
+        boxes = "" if arm == "start" else f"{np.mean([r[arm]['new_boxes'] for r in results.values()]):.0f}"
+        test, val = ([spread(values(arm, split, m)) for m in MEASURES] for split in ("test", "val"))
+        gains = [interval(values(arm, "test", m) - values("random", "test", m)) for m in MEASURES]
+        if arm in ("start", "random") or "random" not in arms:
+            gains = ["", ""]
+        lines.append(f"| {arm} | {' | '.join([boxes, *test, *gains, *val])} |")
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray) -> str:
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def interval(gains: np.ndarray) -> str:
+    if len(gains) < 2:
+        return f"{gains.mean():+.1f}"
+    half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
+    return f"{gains.mean():+.1f} ({gains.mean() - half:+.1f} to {gains.mean() + half:+.1f})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--start", type=float, default=0.05, help="share of the train images that is labelled at first")
-    options, flags = parser.parse_known_args()
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    a = arguments()
+    torch.set_num_threads(1)
+    out = Path(a.out)
+    manifest = all_labels(a.data, out / "data")
     results = {}
-    for seed in options.seeds:
-        results[seed] = one_seed(options, seed, flags)
-        print(
-            f"seed {seed}: suggested {results[seed]['suggested']:.4f}, random {results[seed]['random']:.4f}", flush=True
-        )
-    gains = [100 * (r["suggested"] - r["random"]) for r in results.values()]
-    spread = f" +/- {np.std(gains, ddof=1):.1f}" if len(gains) > 1 else ""
-    print(f"suggested minus random: {np.mean(gains):+.1f}{spread} points of test mAP50-95, {len(gains)} seeds")
-    (Path(options.out) / "suggest.json").write_text(json.dumps(results, indent=1))
+    for seed in a.seeds:
+        results[seed] = one_seed(a, manifest, seed)
+        (out / "suggest.json").write_text(json.dumps(results, indent=1))
+        text = table(results, a.arms)
+        (out / "suggest.md").write_text(text + "\n")
+        print(f"{len(results)} seed(s)\n{text}", flush=True)
 
 
 if __name__ == "__main__":

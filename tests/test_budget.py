@@ -106,12 +106,28 @@ def test_a_stage_trains_and_records_that_number(tmp_path, monkeypatch, capsys):
 
 
 def test_a_dry_run_says_about_how_many(capsys):
-    config = with_expected_steps(_config(), images=4140, labelled=4140)
-    assert config.train.steps == pytest.approx(3672, rel=0.05)
+    tenth = _config().model_copy(update={"data": Data(label_fraction=0.1)})
+    config = with_expected_steps(tenth, images=4140, labelled=4140)
+    assert config.distill.unlabelled_ratio == 1 and config.train.steps == pytest.approx(3672, rel=0.05)
     assert "about, as the data looks: " in capsys.readouterr().out
     assert with_expected_steps(_config(), images=5000, labelled=400).train.steps == pytest.approx(
         20 * 4600 / 16, rel=0.02
     )
+
+
+@pytest.mark.parametrize(
+    ("labelled", "own", "ratio"), [(80, 0, 0.0), (8, 0, 1.0), (80, 5, 1.0)], ids=["all", "hidden", "others"]
+)
+def test_where_every_image_is_labelled_the_student_learns_from_labels_and_teacher_alone(tmp_path, labelled, own, ratio):
+    run = Storage(str(tmp_path)).at("r")
+    splits = {"train": {"images": 80}, "unlabelled-only": {"images": own}}
+    run.write_json("dataset/stage.json", {"summary": {"splits": splits, "labelled_images": labelled}})
+    config = with_steps(_config(steps=7), run)
+    assert config.distill.unlabelled_ratio == ratio and config.train.steps == 7
+    left_out = {row.role for row in STAGES if not row.wanted(config)}
+    assert ("mean_teacher" in left_out) == (ratio == 0)
+    assert with_expected_steps(_config(), 100, 100).distill.unlabelled_ratio == 0  # as the dry run sees it
+    assert with_steps(_config(steps=7, ratio=0.5), run).distill.unlabelled_ratio in (0.5, 0)
 
 
 def test_what_has_no_effect_is_said():

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import zipfile
+from pathlib import Path
 from xml.etree import ElementTree
 
 import jsonschema
@@ -124,6 +125,33 @@ def test_label_studio_tasks_fit_its_schema_and_come_back_with_who_and_when(tmp_p
     second = by_id[manifest.rows[1].image_id]
     assert (second.who, second.when) == ("anna1@mill.example", "2026-11-21T08:00:00Z")
     assert by_id[manifest.rows[0].image_id].boxes == []  # looked at, and free of defects
+
+
+@pytest.mark.parametrize("kind", ["JSON", "JSON_MIN", "CSV"])
+def test_what_a_label_studio_server_exported_comes_back(tmp_path, kind):
+    """Recorded from a server that had been given our tasks and predictions; see "from" in the file."""
+    content = json.loads(Path(__file__).with_name("label_studio_export.json").read_text())[kind]
+    path = tmp_path / f"project-1{'.csv' if kind == 'CSV' else '.json'}"
+    path.write_text(content if kind == "CSV" else json.dumps(content))
+    rows = [
+        Row(f"{k:016x}", f"/line/cam {k % 2}/bild ü{k:03d}.png", 640, 480, "train", False, k, None) for k in range(9)
+    ]
+    corrections, bad = read_corrected(str(path), Manifest(rows, ["scratch", "划痕 & <pit>", "rust, red"], {}))
+    found = {int(c.image_id, 16): c for c in corrections}
+    assert bad == [] and sorted(found) == [1, 3, 5] and found[3].boxes == []
+    assert found[1].boxes == [["rust, red", 0.361872, 0.224584, 0.054132, 0.253318]]
+    assert found[5].boxes == [["scratch", 0.272604, 0.569231, 0.295209, 0.221385]]  # moved by hand
+    assert found[1].who == "user 1 of Label Studio" and found[1].when == "2026-11-26T09:54:36.399247Z"
+
+
+def test_label_studios_own_code_accepts_config_tasks_and_predictions():
+    interface = pytest.importorskip("label_studio_sdk.label_interface", reason="needs label-studio-sdk")
+    files = export("labelstudio", _proposals(_manifest()), NAMES, "line3/teacher", "/line")
+    config = interface.LabelInterface(files["labelling_config.xml"].decode())
+    config.validate()
+    for task in json.loads(files["tasks.json"]):
+        assert config.validate_task({"data": task["data"]})
+        assert all(config.validate_prediction(p, return_errors=True) == [] for p in task["predictions"])
 
 
 @pytest.mark.parametrize("fmt", ["cvat", "coco", "yolo"])

@@ -185,6 +185,43 @@ def test_stages_are_nested_and_metrics_arrive(storage, mlflow, tmp_path):
     assert (tmp_path / "mlartifacts").exists() and mlflow.list_artifacts(run_id)[0].path == "weights"
 
 
+ODD = ["scratch/", "+", "划痕", "/a", "..", "a//b", "%"]
+
+
+def test_odd_class_names_arrive_by_worker_and_driver(storage, mlflow):
+    runs = Runs(storage, "exp", "r")
+    run_id = runs.stage("teacher", None, {})
+    tracker = Tracker(runs.uri, run_id)
+    tracker.log({f"by_class/{name}/map50": float(k) for k, name in enumerate(ODD)}, 3)
+    tracker.close(60)
+    runs.metrics(run_id, {f"summary/{name}": float(k) for k, name in enumerate(ODD)})
+    assert runs.close(60)
+    found = mlflow.get_run(run_id).data.metrics
+    for k, name in enumerate(ODD):
+        assert found[metric_name(f"by_class/{name}/map50")] == found[metric_name(f"summary/{name}")] == k
+
+
+def test_one_refused_name_does_not_lose_the_others(storage, mlflow, monkeypatch, capsys):
+    """As of a server that takes other names than the MLflow that is installed here."""
+    monkeypatch.setattr(tracker_module, "metric_name", lambda name: name)  # nothing is spelt out: MLflow refuses `a//b`
+    monkeypatch.setattr(tracker_module, "_refused", set())
+    runs = Runs(storage, "exp", "r")
+    run_id = runs.stage("teacher", None, {})
+    tracker = Tracker(runs.uri, run_id)
+    for step in range(5):
+        tracker.log({"map50/a//b": 0.5, "map50/划痕": 0.1, "loss": float(step), "map50/+": 0.2}, step)
+    tracker.close(60)
+    runs.metrics(run_id, {"summary/x//y": 1.0, "summary/boxes": 2.0})
+    assert runs.close(60)
+    said = capsys.readouterr().out
+    assert not tracker.undelivered and _steps(mlflow, run_id, "loss") == _steps(mlflow, run_id, "map50/划痕")
+    assert _steps(mlflow, run_id, "loss") == list(range(5))
+    assert mlflow.get_run(run_id).data.metrics["summary/boxes"] == 2.0
+    refused = [line for line in said.splitlines() if "refuses the metric" in line]
+    assert sorted(line.split("'")[1] for line in refused) == ["map50/+", "map50/a//b", "summary/x//y"]
+    assert "not reachable" not in said and "try again" not in said
+
+
 def test_a_resumed_stage_goes_on_in_its_run(storage):
     first = Runs(storage, "exp", "r").stage("student", None, {"a": 1})
     again = Runs(storage, "exp", "r")

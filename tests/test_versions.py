@@ -127,7 +127,6 @@ def test_an_image_that_was_trained_on_is_never_measured_on_later(tmp_path):
 
 def test_hiding_is_said_with_its_reason(strip, tmp_path):
     for settings, reason in (
-        ({}, "every image is labelled"),
         ({"label_fraction": 0.3}, "--label-fraction 0.3"),
         ({"labels_per_class": 2}, "--labels-per-class"),
     ):

@@ -113,8 +113,7 @@ class Data(Section):
         0.0,
         ge=0,
         le=1,
-        description="Share of the train images whose labels may be used; the others are hidden, for research. 0: all, or "
-        "0.1 where every image is labelled.",
+        description="Share of the train images whose labels may be used; the others are hidden, for research. 0: all.",
     )
     labels_per_class: int = Field(0, ge=0, description="Labelled images per class instead of a fraction; 0: off.")
     labelled_list: str = Field("", description="Text file naming the labelled images, one a line, instead of both.")

@@ -36,9 +36,11 @@ def job(words: Sequence[str]) -> None:
         raise DfssdError(
             "give --export PROGRAM or --corrected FILE", todo="one sends labels out, the other takes them back"
         )
+    from dfssd.config.checks import refuse_relative_paths_in_a_job
     from dfssd.review.rounds import data_settings, export_images, take_back
     from dfssd.runtime.storage import Storage
 
+    refuse_relative_paths_in_a_job(config)
     run = Storage(config.run.storage_path).at(config.run.run_name)
     if flags.export:
         for path in export_images(config, run, flags.which, flags.export, flags.k, flags.label_studio_root):

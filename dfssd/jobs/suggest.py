@@ -30,11 +30,13 @@ def job(words: Sequence[str]) -> None:
     config, flags = parse(__doc__ or "", READS, words, prog="dfssd suggest", example=EXAMPLE, **extra)
     if flags.k < 1:
         raise DfssdError(f"--k {flags.k}: at least one image", todo="give --k 50")
+    from dfssd.config.checks import refuse_relative_paths_in_a_job
     from dfssd.pipeline.stages import best_teacher
     from dfssd.review.rounds import suggest_images
     from dfssd.runtime.artefact_names import newest_round
     from dfssd.runtime.storage import Storage
 
+    refuse_relative_paths_in_a_job(config)
     run = Storage(config.run.storage_path).at(config.run.run_name)
     fmt = None if flags.export == "none" else flags.export
     teacher = best_teacher(run, newest_round(run))

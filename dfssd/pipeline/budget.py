@@ -47,25 +47,38 @@ def _times(count: float) -> str:
 
 
 def with_steps(config: Config, run: Storage) -> Config:
-    """Settings with the number of steps that a finished data set asks for, which is said; as they are where it is given.
+    """Settings as a finished data set asks for: no unlabelled images in a batch where it has none, and the number of steps,
+    which is said, where it is not given.
 
-    The same data and settings always give the same number, so that a run that goes on keeps it.
+    The same data and settings always give the same, so that a run that goes on keeps it.
     """
-    if config.train.steps or not is_finished(run, DATASET):
+    if not is_finished(run, DATASET):
         return config
     summary = run.read_json(f"{DATASET}/stage.json")["summary"]
+    if config.train.steps and "splits" not in summary:
+        return config  # a record that says nothing about its images
     splits, labelled = summary["splits"], int(summary["labelled_images"])
     unlabelled = splits["train"]["images"] - labelled + splits["unlabelled-only"]["images"]
-    return _settled(config, labelled, unlabelled)
+    config = _without_unlabelled(config) if not unlabelled else config
+    return config if config.train.steps else _settled(config, labelled, unlabelled)
 
 
 def with_expected_steps(config: Config, images: int, labelled: int) -> Config:
     """The same for data that is not prepared yet, about: images in all, and those with a label."""
+    hides = config.data.label_fraction or config.data.labels_per_class or config.data.labelled_list
+    if images == labelled and not hides:
+        config = _without_unlabelled(config)
     if config.train.steps:
         return config
-    share, own = config.data.split_shares[0], config.data.label_fraction or (1.0 if images > labelled else 0.1)
+    share, own = config.data.split_shares[0], config.data.label_fraction or 1.0
     used = round(share * labelled * own)
     return _settled(config, used, max(0, round(images - (1 - share) * labelled) - used), "about, as the data looks: ")
+
+
+def _without_unlabelled(config: Config) -> Config:
+    if not config.distill.unlabelled_ratio:
+        return config
+    return config.model_copy(update={"distill": config.distill.model_copy(update={"unlabelled_ratio": 0.0})})
 
 
 def _settled(config: Config, labelled: int, unlabelled: int, said: str = "") -> Config:

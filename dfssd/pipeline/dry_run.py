@@ -29,7 +29,7 @@ def dry_run(context: Context, stages: Sequence[ArtefactName]) -> None:
     context.run.check_writable()
     print(f"storage: {context.run.uri} is writable")
     config = context.config = _with_steps(context, stages)
-    names = list(plan(config, stages))
+    names = [n for n in plan(config, stages) if len(stages) == 1 or row_of(n).wanted(config)]
     states = _states(context, names)
     timer, images = step_timer(config), _images(context, names)
     rows, times = [], []

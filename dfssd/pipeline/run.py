@@ -39,6 +39,11 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
         for name in planned:
             if name.round > 1 and ended:
                 continue
+            if name != DATASET:  # which says how many images of which kind there are
+                context.config = with_steps(context.config, context.run)
+                if len(planned) > 1 and not row_of(name).wanted(context.config):
+                    print(f"{name}: left out, for there is no unlabelled image", flush=True)
+                    continue
             run_stage(context, name)
             ended = row_of(name).ends_rounds(context.run, name.round)
         status = "FINISHED"

@@ -11,10 +11,12 @@ from typing import Any
 
 from dfssd.data.checks import Label, Problem, check_label
 from dfssd.data.formats.class_names import LIST_FILES
+from dfssd.data.formats.coco import read_coco
 from dfssd.data.formats.cvat import read_cvat
-from dfssd.data.formats.labelstudio import task_image
+from dfssd.data.formats.labelstudio import csv_tasks, task_address, task_image
 from dfssd.data.formats.listing import Tree
 from dfssd.data.formats.matching import Pictures, Reference
+from dfssd.data.formats.other_formats import table_rows
 from dfssd.data.formats.parsing import Unparsable, parse_json, parse_xml
 from dfssd.data.formats.read import JSON_FORMATS
 from dfssd.data.formats.source import Item, Source
@@ -25,7 +27,7 @@ from dfssd.data.preparation.corrections import Correction
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 
-LABELS = (".json", ".xml", ".txt", ".names")
+LABELS = (".json", ".xml", ".txt", ".names", ".csv", ".tsv")
 Signed = tuple[str, str]  # who, when
 
 
@@ -122,13 +124,19 @@ def _labels(
                 by_format.setdefault(fmt, {})[name] = content
                 if fmt == "labelstudio":
                     who.update(_who_of_tasks(name, content, pictures))
+            elif name.lower().endswith((".csv", ".tsv")):
+                if tasks := csv_tasks(table_rows(data)):
+                    by_format.setdefault("labelstudio", {})[name] = tasks
+                    who.update(_who_of_tasks(name, tasks, pictures))
             elif name.lower().endswith(".xml"):
                 root = parse_xml(data)
                 by_format.setdefault("cvat" if root.tag == "annotations" else "voc", {})[name] = root
         except Unparsable as error:
             bad.append(f"{name}: {error}")
     for fmt, contents in by_format.items():
-        if fmt in JSON_FORMATS:
+        if fmt == "coco":
+            sources.append(read_coco(tree, contents, looked_at=True))
+        elif fmt in JSON_FORMATS:
             sources.append(JSON_FORMATS[fmt][1](tree, contents))
         elif fmt == "cvat":
             sources.append(read_cvat(tree, contents))
@@ -197,7 +205,7 @@ def _who_of_tasks(path: str, content: list[dict[str, Any]], pictures: Pictures) 
     """Who finished each task of Label Studio, and when, by uri of the image."""
     signed = {}
     tasks = [t for t in content if isinstance(t, dict)]
-    names = [task_image(str((t.get("data") or t).get("image") or "")) for t in tasks]
+    names = [task_image(task_address(t.get("data") or t)) for t in tasks]
     for task, uri in zip(tasks, pictures.match([Reference(path, n) for n in names]), strict=True):
         done = [a for a in task.get("annotations") or [task] if not a.get("was_cancelled")]
         if uri is None or not done:
@@ -205,6 +213,8 @@ def _who_of_tasks(path: str, content: list[dict[str, Any]], pictures: Pictures) 
         last = max(done, key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""))
         person = last.get("completed_by") or last.get("annotator") or ""
         person = person.get("email") or person.get("id") if isinstance(person, dict) else person
+        if str(person).isdecimal():
+            person = f"user {person} of Label Studio"  # which exports numbers, and names in its organisation's page
         signed[uri] = (str(person), str(last.get("updated_at") or last.get("created_at") or ""))
     return signed
 

@@ -61,16 +61,38 @@ def read_labelled(config: Config, run: Storage) -> Labelled:
     return Labelled(manifest, list(rows), list(boxes), measure(config, run, str(pseudo)))
 
 
-def suggest_images(
-    config: Config, run: Storage, teacher: ArtefactName, k: int, fmt: Format | None, root: str
-) -> list[str]:
-    """Choose `k` images; leaves suggest.csv, scores.csv, suggest.png and the export below `<run>/suggest`.
+@dataclass
+class Looked:
+    """Unlabelled images that may be suggested, and what the networks make of them.
+
+    Args:
+        rows: n images; boxes: the teacher's candidates on each.
+        groups: (n,) near-duplicate groups.
+        features: (n,d) unit vectors; known: (m,d) those of labelled images; taken: groups of labelled images.
+        teacher: the network that labelled.
+    """
+
+    state: Labelled
+    rows: list[Row]
+    boxes: list[Boxes]
+    scores: suggest.Scores
+    groups: np.ndarray
+    features: np.ndarray
+    known: np.ndarray
+    taken: set[int]
+    teacher: str
+
+    def choose(self, k: int, total: np.ndarray | None = None) -> tuple[list[int], np.ndarray]:
+        """The k best by `total` (default all scores together), see `suggest.choose`."""
+        total = self.scores.total() if total is None else total
+        return suggest.choose(total, self.groups, self.features, self.known, k, self.taken)
+
+
+def look_at(config: Config, run: Storage, teacher: ArtefactName, k: int) -> Looked:
+    """Show the most promising unlabelled images, several times `k`, and the labelled ones to a network.
 
     Args:
         teacher: the one that labelled the images; it looks at them where there is no student.
-
-    Returns:
-        names of what was written.
     """
     state = read_labelled(config, run)
     first = suggest.score(state.manifest, state.boxes, None, state.tau_c)
@@ -83,17 +105,33 @@ def suggest_images(
     )
     student = everything[: len(rows)] if network == STUDENT else None
     scores = suggest.score(state.manifest, boxes, student, state.tau_c)
-    groups = np.array([r.group for r in rows])
-    taken = {r.group for r in known}
-    chosen, distance = suggest.choose(scores.total(), groups, features[: len(rows)], features[len(rows) :], k, taken)
+    groups, taken = np.array([r.group for r in rows]), {r.group for r in known}
+    n = len(rows)
+    return Looked(state, rows, boxes, scores, groups, features[:n], features[n:], taken, str(teacher))
+
+
+def suggest_images(
+    config: Config, run: Storage, teacher: ArtefactName, k: int, fmt: Format | None, root: str
+) -> list[str]:
+    """Choose `k` images; leaves suggest.csv, scores.csv, suggest.png and the export below `<run>/suggest`.
+
+    Args:
+        teacher: see `look_at`.
+
+    Returns:
+        names of what was written.
+    """
+    seen = look_at(config, run, teacher, k)
+    state, rows, total = seen.state, seen.rows, seen.scores.total()
+    chosen, distance = seen.choose(k)
     store = run.at(FOLDER)
-    _write_tables(store, rows, scores, distance, chosen)
-    proposals = [Proposal(rows[i], proposed(boxes[i], state.tau_c)) for i in chosen]
-    captions = [f"{p.file}\nscore {scores.total()[i]:.2f}" for p, i in zip(proposals, chosen, strict=True)]
+    _write_tables(store, rows, seen.scores, distance, chosen)
+    proposals = [Proposal(rows[i], proposed(seen.boxes[i], state.tau_c)) for i in chosen]
+    captions = [f"{p.file}\nscore {total[i]:.2f}" for p, i in zip(proposals, chosen, strict=True)]
     drawn = [(draw(p.row, p.boxes, state.manifest.names), c) for p, c in zip(proposals, captions, strict=True)]
     store.write("suggest.png", captioned(drawn))
     written = ["suggest.csv", "scores.csv", "suggest.png"]
-    by = f"{run.uri.rsplit('/', 1)[-1]}/{teacher}"
+    by = f"{run.uri.rsplit('/', 1)[-1]}/{seen.teacher}"
     for name, data in (export(fmt, proposals, state.manifest.names, by, root) if fmt else {}).items():
         store.write(name, data)
         written.append(name)

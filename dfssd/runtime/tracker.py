@@ -17,6 +17,7 @@ from dfssd.runtime.system_metrics import SystemMetrics
 BATCH = 500  # metrics in one call; MLflow accepts 1000
 SLOW_S = 2.0  # a call that fails after longer is not repeated at once
 CLOSE_S = 5.0  # that the end of a training waits for its last numbers; the driver delivers what then is missing
+_refused: set[str] = set()  # metrics that the server does not take, said once
 LOOK_S = 5.0  # between looks for a run id that the driver did not know when training began
 
 
@@ -125,10 +126,27 @@ def metric_rows(metrics: dict[str, Any], step: int, at_ms: int) -> list[tuple[st
 
 
 def log_rows(client: Any, run_id: str, rows: Iterable[tuple[str, float, int, int]]) -> None:
-    """Log one batch; the same rows again change nothing."""
+    """Log one batch; the same rows again change nothing. A name that the server refuses loses itself alone: servers of other
+    versions take other names than the one installed here, and refuse the whole batch.
+    """
     from mlflow.entities import Metric
 
-    client.log_batch(run_id, metrics=[Metric(*row) for row in rows])
+    rows = [row for row in rows if row[0] not in _refused]
+    if not rows:
+        return
+    try:
+        client.log_batch(run_id, metrics=[Metric(*row) for row in rows])
+    except Exception as error:
+        if getattr(error, "error_code", "") not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            raise
+        names = sorted({row[0] for row in rows})
+        if len(names) == 1:
+            _refused.add(names[0])
+            print(f"WARNING: MLflow refuses the metric {names[0]!r}: {first_line(error)}", flush=True)
+            return
+        half = set(names[: len(names) // 2])
+        log_rows(client, run_id, [row for row in rows if row[0] in half])
+        log_rows(client, run_id, [row for row in rows if row[0] not in half])
 
 
 def delivered(client: Any, run_id: str) -> set[tuple[str, int]]:

@@ -23,6 +23,8 @@ JOBS = {
     "teacher": TRAINING,
     "pseudo_label": ["--tta", "none", "--steps", "6"],
     "distill": TRAINING,
+    "suggest": ["--k", "5", "--imgsz", "64", "--gpu", "never"],
+    "review": ["--export", "cvat", "--imgsz", "64"],
     "evaluate": ["--latency-repeats", "3", "--sample-images", "2"],
 }
 SPACE = 'ROWS = {"labels alone": {"method": "label_only"}, "distilled": {"method": "distill"}}'
@@ -70,8 +72,9 @@ class Cluster:
     def job(self, name: str, *more: str, run: str = "r", flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         own = ["--storage-path", str(self.root / "runs"), "--run-name", run]
         own += ["--data", str(self.data)] if name in ("prepare", "pipeline", "sweep") else []
-        own += SIZE if name not in ("prepare", "sweep") else []
-        return self.submit(sys.executable, f"jobs/{name}.py", *own, "--gpu", "never", *more, flags=flags)
+        if name not in ("suggest", "review"):
+            own += [*(SIZE if name not in ("prepare", "sweep") else []), "--gpu", "never"]
+        return self.submit(sys.executable, f"jobs/{name}.py", *own, *more, flags=flags)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,7 @@ def test_each_job_runs_and_ends_with_0(cluster):
         if name == "distill":
             assert "student: step 6/6 (100 %)" in said(done), "the log of the job has its progress"
     runs = cluster.root / "runs" / "r"
+    assert (runs / "suggest" / "suggest.csv").exists() and (runs / "review" / "annotations.xml").exists()
     assert (runs / "student" / "best.pt").exists() and (runs / "report" / "report.html").exists()
     whole = [*TRAINING, *JOBS["prepare"], "--tta", "none", *JOBS["evaluate"], "--no-baseline"]
     done = cluster.job("pipeline", *whole)
@@ -109,9 +113,9 @@ def test_a_sweep_runs_as_a_job(cluster):
 
 
 def test_a_user_error_is_the_jobs_exit_code_and_in_its_log(cluster):
-    wrong = cluster.job("prepare", "--label-fraction", "0", run="wrong")
+    wrong = cluster.job("prepare", "--label-fraction", "2", run="wrong")
     relative = cluster.submit(sys.executable, "jobs/prepare.py", "--data", "my_data", "--storage-path", "/tmp/x")
-    for done, text in ((wrong, "greater than 0"), (relative, "--data my_data is relative")):
+    for done, text in ((wrong, "less than or equal to 1"), (relative, "--data my_data is relative")):
         assert done.returncode != 0 and text in said(done) and "Traceback" not in said(done), said(done)[-3000:]
 
 

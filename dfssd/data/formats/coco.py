@@ -17,15 +17,25 @@ from dfssd.errors import DfssdError
 
 
 def is_coco(content: Any) -> bool:
-    """Images and annotations, or images and categories (as of a set that nobody has labelled yet)."""
-    return isinstance(content, dict) and "images" in content and ("annotations" in content or "categories" in content)
+    """Images and annotations, or images and categories (as of a set that nobody has labelled yet).
+
+    COCO's captions and panoptic files speak of the same images, but hold no boxes.
+    """
+    if not isinstance(content, dict) or "images" not in content:
+        return False
+    notes = content.get("annotations")
+    first = notes[0] if isinstance(notes, list) and notes else None
+    if isinstance(first, dict) and ("caption" in first or "segments_info" in first):
+        return False
+    return "annotations" in content or "categories" in content
 
 
-def read_coco(tree: Tree, contents: dict[str, Any]) -> Source:
+def read_coco(tree: Tree, contents: dict[str, Any], looked_at: bool = False) -> Source:
     """COCO JSON, one or several files (one a split).
 
     Args:
         contents: parsed files by path.
+        looked_at: did somebody look at the images of a file without a single annotation? Else they are unlabelled.
 
     Raises:
         DfssdError: two images share an id, or an image may be either of two pictures.
@@ -35,8 +45,13 @@ def read_coco(tree: Tree, contents: dict[str, Any]) -> Source:
     counts: Counter[str] = Counter()
     used: set[str] = set()
     declared: list[str] = []
+    unlabelled: list[tuple[str, int]] = []
     for path, content in contents.items():
         one = _Reader(path, content, tree.root)
+        if not one.notes and not looked_at:
+            unlabelled.append((path, len(one.images)))
+            declared += one.names.values()
+            continue
         sheets += one.sheets()
         bad += one.bad
         counts += one.counts
@@ -47,6 +62,9 @@ def read_coco(tree: Tree, contents: dict[str, Any]) -> Source:
     source = assemble(tree, "coco", sheets, check_names(names, ", ".join(contents)), declared)
     source.bad += bad
     source.counts += counts
+    source.notes += [
+        f"{path!r} lists {n} images and holds no annotation: they are unlabelled" for path, n in unlabelled
+    ]
     return source
 
 

@@ -7,6 +7,7 @@ machine.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass, field
 
 from dfssd.data.formats.listing import Tree, is_image, join, normal
@@ -55,9 +56,11 @@ class Resolver:
             first: a further base that is tried first, such as the list's folder.
             files: look for files only.
         """
-        entry = slashes(entry)
-        if not entry:
-            entry = "."
+        entry = slashes(entry) or "."
+        forms = (entry,) if entry.isascii() else (entry, *(unicodedata.normalize(f, entry) for f in ("NFC", "NFD")))
+        return next((found for form in forms if (found := self._find(form, first, files)) is not None), None)
+
+    def _find(self, entry: str, first: str, files: bool) -> str | None:
         here = self.tree.is_file if files else lambda p: self.tree.is_folder(p) or self.tree.is_file(p)
         bases = list(dict.fromkeys([b for b in (first, *self.bases) if b]))
         if _absolute(entry):
@@ -115,7 +118,7 @@ class Resolver:
             elif self.tree.is_file(path):
                 found = [path]
             else:
-                found = [f for f in self.tree.below(path) if is_image(f)]
+                found = self.tree.pictures(path)
             result.pictures += [f for f in found if not (f in seen or seen.add(f))]  # type: ignore[func-returns-value]
         return result
 

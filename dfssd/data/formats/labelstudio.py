@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 from dfssd.data.checks import Label
-from dfssd.data.formats.listing import Tree
+from dfssd.data.formats.listing import Tree, is_image
 from dfssd.data.formats.matching import Reference, slashes
 from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned
 from dfssd.data.formats.source import Sheet, Source, unusable
@@ -22,8 +23,24 @@ def is_label_studio(content: Any) -> bool:
     tasks = isinstance(first.get("data"), dict) and any(
         k in first for k in ("annotations", "completions", "predictions")
     )
-    small = isinstance(first.get("image"), str) and ("annotation_id" in first or isinstance(first.get("label"), list))
-    return tasks or small
+    small = isinstance(first.get("image"), str) and isinstance(first.get("label"), list)
+    return tasks or small or "annotation_id" in first
+
+
+def csv_tasks(rows: list[dict[str, str]]) -> list[dict[str, Any]] | None:
+    """Rows of Label Studio's CSV or TSV as entries of JSON-MIN; None of any other table."""
+    if not rows or "annotation_id" not in rows[0]:
+        return None
+    tasks: list[dict[str, Any]] = []
+    for row in rows:
+        tasks.append({k: v for k, v in row.items() if v})
+        for key, text in tasks[-1].items():
+            if text.lstrip().startswith("["):
+                try:
+                    tasks[-1][key] = json.loads(text)
+                except ValueError:
+                    continue  # a text that a person wrote
+    return tasks
 
 
 def task_image(address: str) -> str:
@@ -54,12 +71,19 @@ def read_label_studio(tree: Tree, contents: dict[str, Any]) -> Source:
 def _task(task: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | None]:
     """Address of the picture, and the results of the annotation that counts: the newest that was not skipped."""
     if "data" not in task:
-        return str(task.get("image") or ""), [_as_result(v) for v in task.get("label") or []]
-    address = next((str(v) for v in task["data"].values() if isinstance(v, str)), "")
-    address = str(task["data"].get("image") or address)
+        # The key of the shapes is the name of the control, and of the picture that of its variable: both are free.
+        shapes = [v for key, values in task.items() if isinstance(values, list) and key != "data" for v in values]
+        return task_address(task), [_as_result(v) for v in shapes if isinstance(v, dict)]
+    address = task_address(task["data"])
     done = [a for a in task.get("annotations") or task.get("completions") or [] if not a.get("was_cancelled")]
     done.sort(key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or a.get("created_at") or "")))
     return address, list(done[-1].get("result") or []) if done else None
+
+
+def task_address(data: dict[str, Any]) -> str:
+    """Address of the picture among the variables of a task."""
+    texts = [v for v in data.values() if isinstance(v, str)]
+    return str(data.get("image") or next((v for v in texts if is_image(task_image(v))), texts[0] if texts else ""))
 
 
 def _as_result(value: dict[str, Any]) -> dict[str, Any]:

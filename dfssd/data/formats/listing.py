@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -33,6 +34,8 @@ OTHER_PICTURES = {
     ".svg",
     ".psd",
 }
+MASK_FOLDERS = {"segmentationclass", "segmentationobject", "segmentationclassaug", "mask", "masks", "ground_truth"}
+_MASK_END = re.compile(r"[-_ ]?(mask|gt|seg)$", re.IGNORECASE)
 LABEL_SUFFIXES = {".txt", ".xml", ".json"}
 _SYSTEM = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 
@@ -97,6 +100,7 @@ class Tree:
     dangling: list[str] = field(default_factory=list)  # links that lead nowhere
     unnameable: list[str] = field(default_factory=list)  # names that are no UTF-8, made printable
     outside: list[tuple[str, str]] = field(default_factory=list)  # links out of the listed folder, and where they lead
+    masks: set[str] = field(default_factory=set)  # pictures that only say where something is in another one
     _listed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,6 +121,21 @@ class Tree:
         prefix = folder.rstrip("/") + "/"
         inside = [f for f in self.folders if f == folder or f.startswith(prefix)]
         return sorted(path for f in inside for path in self.folders[f].values())
+
+    def pictures(self, folder: str = "") -> list[str]:
+        """Pictures in and below a folder, sorted, without masks: what lies in a folder that is called so, beside pictures
+        of the same names elsewhere.
+        """
+        found = [f for f in self.below(folder) if is_image(f)]
+        top = len(normal(folder or self.root))
+        apart = [f for f in found if any(part.lower() in MASK_FOLDERS for part in f[top:].split("/")[:-1])]
+        if not apart:
+            return found
+        others = set(found).difference(apart)
+        stems = {_stem(f) for f in others}
+        masks = {f for f in apart if _stem(f) in stems or _MASK_END.sub("", _stem(f)) in stems}
+        self.masks.update(masks)
+        return [f for f in found if f not in masks]
 
     def in_folder(self, folder: str) -> dict[str, str]:
         """Files by name directly in a folder, which need not lie below the root; none where it does not exist."""
@@ -202,7 +221,13 @@ class Tree:
             notes.append(
                 f"{len(self.outside)} link(s) lead out of the data's folder and are followed, such as {link!r} -> {target!r}"
             )
+        if self.masks:
+            notes.append(f"{len(self.masks)} masks of other pictures are left out, such as {min(self.masks)!r}")
         return notes
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[0].lower()
 
 
 def _no_utf8(name: str) -> bool:

@@ -15,9 +15,12 @@ with two equally good pictures is an error that names both. References to the sa
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from urllib.parse import unquote
 
 from dfssd.data.formats.listing import join
 from dfssd.errors import DfssdError
@@ -41,6 +44,7 @@ KIND_FOLDERS = {
     *("obj_data", "bbox", "bboxes", "anno", "annos", "source", "."),
 }
 Evidence = tuple[int, ...]
+_UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")  # Label Studio puts it before the names of uploaded files
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ def slashes(name: str) -> str:
     return name
 
 
+def composed(text: str) -> str:
+    """Letters in their composed form: a Mac writes file names as letters and marks apart, label files have them as one."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 class Pictures:
     """Pictures of a data set, found by what labels call them.
 
@@ -86,17 +95,29 @@ class Pictures:
             if folder != last:
                 self._words.update(_folders(path, root))
                 last = folder
+            name = composed(name)
             stem = name.rpartition(".")[0]
             for key in {name, name.lower(), f"{stem}.", f"{stem.lower()}."}:
                 self._by.setdefault(key, []).append(path)
 
     def candidates(self, name: str) -> list[str]:
-        """Pictures of this file name: as written, else in other case, else with another suffix."""
-        base = name.rpartition("/")[2]
-        stem = base.rstrip(".") if base.endswith(".") else base.rpartition(".")[0] or base
-        for key in (base, base.lower(), f"{base}.", f"{base.lower()}.", f"{stem}.", f"{stem.lower()}."):
-            if found := self._by.get(key):
-                return found
+        """Pictures of this file name: as written, else in other case, else with another suffix, else as a program that
+        was given the picture calls it (`%20` for a blank, the letters that Label Studio puts before an upload).
+        """
+        base = composed(name.rpartition("/")[2])
+        for form in dict.fromkeys((base, unquote(base), _UPLOAD.sub("", base))):
+            stem = form.rstrip(".") if form.endswith(".") else form.rpartition(".")[0] or form
+            for key in (
+                form,
+                form.lower(),
+                form.rstrip("."),
+                f"{form}.",
+                f"{form.lower()}.",
+                f"{stem}.",
+                f"{stem.lower()}.",
+            ):
+                if found := self._by.get(key):
+                    return found
         return []
 
     def match(self, references: Sequence[Reference]) -> list[str | None]:
@@ -138,11 +159,16 @@ class Pictures:
         sheet_folder = reference.sheet.rpartition("/")[0]
         places = (sheet_folder, sheet_folder.rpartition("/")[0], self.root)
         exact = max(
-            (3 - k for k, place in enumerate(places) if place and join(place, reference.name) == picture), default=0
+            (
+                3 - k
+                for k, place in enumerate(places)
+                if place and composed(join(place, reference.name)) == composed(picture)
+            ),
+            default=0,
         )
         own = _folders(picture, self.root)
-        named = [p.lower() for p in reference.name.split("/")[:-1]]
-        raw = [p.lower() for p in picture.split("/")[:-1]]
+        named = [composed(p).lower() for p in reference.name.split("/")[:-1]]
+        raw = [composed(p).lower() for p in picture.split("/")[:-1]]
         # Parts of the reference itself count whatever they are called: 'images/a.png' does say that it is in images.
         suffix = max(_common(named[::-1], raw[::-1]), _common(_told(named)[::-1], own[::-1]))
         around = _folders(reference.sheet, self.root)
@@ -160,7 +186,7 @@ def _folders(path: str, root: str) -> list[str]:
 
 
 def _told(folders: list[str]) -> list[str]:
-    return [p for p in folders if p and p not in KIND_FOLDERS and p != ".."]
+    return [composed(p) for p in folders if p and p not in KIND_FOLDERS and p != ".."]
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:

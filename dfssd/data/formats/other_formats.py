@@ -81,13 +81,20 @@ def _createml_shapes(one: dict[str, Any]) -> tuple[list[str], Label]:
 _COLUMNS = ("filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax")
 
 
-def csv_rows(data: bytes) -> list[dict[str, str]] | None:
-    """Rows of a CSV with the columns of TensorFlow's object detection; None of any other."""
+def table_rows(data: bytes) -> list[dict[str, str]]:
+    """Rows of a table by the names of its columns, which commas, semicolons or tabs part; [] of what is no table."""
     try:
-        rows = list(csv.DictReader(io.StringIO(decode_text(data))))
+        text = decode_text(data)
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
     except (Unparsable, csv.Error):
-        return None
-    return rows if rows and set(_COLUMNS) <= {str(k).strip() for k in rows[0]} else None
+        return []
+    return [{str(k).strip(): v or "" for k, v in row.items() if isinstance(v, str | None)} for row in rows]
+
+
+def is_tensorflow(rows: list[dict[str, str]]) -> bool:
+    """Has a table the columns of TensorFlow's object detection?"""
+    return bool(rows) and set(_COLUMNS) <= rows[0].keys()
 
 
 def read_csv(tree: Tree, contents: dict[str, list[dict[str, str]]]) -> Source:

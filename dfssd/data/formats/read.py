@@ -7,21 +7,25 @@ Each reader turns a folder into a `Source`: image files, what their label says, 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from dfssd.config.choices import FORMATS
 from dfssd.data.checks import Problem
-from dfssd.data.formats import other_formats
+from dfssd.data.formats import labelstudio, other_formats
 from dfssd.data.formats.class_names import LIST_FILES
 from dfssd.data.formats.cvat import read_cvat
-from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image, refuse_query
-from dfssd.data.formats.parsing import Unparsable, parse_json, parse_xml, parse_yaml
+from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image, printable, refuse_query
+from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json, parse_xml, parse_yaml
 from dfssd.data.formats.source import Bad, Source, listing_faults
 from dfssd.data.formats.voc import read_voc
-from dfssd.data.formats.yolo import load_yaml, read_cr7, read_yolo
+from dfssd.data.formats.yolo import load_yaml, parse_yolo_text, read_cr7, read_yolo
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage, read_uri, side_by_side
+
+PACKED = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".tfrecord", ".parquet", ".h5", ".zip")
 
 
 def _reader(place: str) -> tuple[Callable[[Any], bool], Callable[[Tree, dict[str, Any]], Source]]:
@@ -32,6 +36,7 @@ def _reader(place: str) -> tuple[Callable[[Any], bool], Callable[[Tree, dict[str
 
 
 JSON_FORMATS = {name: _reader(row.json) for name, row in FORMATS.items() if row.json}
+ENDINGS = {".xml": ("voc", "cvat"), ".json": tuple(JSON_FORMATS), ".txt": ("yolo", "cr7-det")}
 
 
 def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
@@ -53,12 +58,28 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
             "--data is a file of a kind that is not read", where=repr(data), todo="give a folder, a data.yaml or a .zip"
         )
     if not is_yaml and not any(is_image(f) for f in tree.below()):
-        raise DfssdError("no image files found", where=repr(tree.root), todo=f"known endings: {sorted(IMAGE_SUFFIXES)}")
+        packed = [f for f in tree.below() if f.lower().endswith(PACKED)]
+        raise DfssdError(
+            "no image files found" + (f"; {packed[0]!r} is of a kind that is not unpacked" if packed else ""),
+            where=repr(tree.root),
+            todo="unpack it, and give the folder that the pictures are in"
+            if packed
+            else f"known endings: {sorted(IMAGE_SUFFIXES)}",
+        )
     source = read_yolo(tree, store.uri) if is_yaml else _Detector(tree, fmt).source()
     source = source.with_names(names)
     source.bad += listing_faults(tree)
     source.notes = tree.notes() + source.notes
     if not source.names:
+        broken = [(item.uri, item.label.problem) for item in source.items if item.label and item.label.problem]
+        if broken or source.bad:
+            path, problem = (broken or source.bad)[0]
+            raise DfssdError(
+                f"no label could be read: {len(broken) or len(source.bad)} cannot be used, such as that of "
+                f"{printable(path)!r}: {problem.said()}",
+                where=repr(data),
+                todo="mend the label files",
+            )
         raise DfssdError(
             "the data has no class names",
             where=repr(data),
@@ -84,14 +105,46 @@ class _Detector:
         for attempt in attempts:
             source = attempt()
             if source is not None:
+                self._look_for_other_labels(source)
                 return source
         first = f": {self.broken[0][0]!r}: {self.broken[0][1].detail}" if self.broken else ""
         asked = "" if self.fmt == "auto" else f" as {self.fmt}"
         raise DfssdError(
             f"the layout of the data was not recognised{asked}{first}",
             where=repr(self.tree.root),
-            todo="mend that file" if first else "see docs/data.md for the layouts, or name one with --format",
+            todo="mend that file" if first else self._hint(),
         )
+
+    def _hint(self) -> str:
+        packed = [f for f in self.files if f.lower().endswith(PACKED)]
+        if packed:
+            return f"unpack {packed[0]!r} where the labels are in it"
+        above = self.tree.root.rpartition("/")[0]
+        if self.tree.root.lower().endswith("/images") and any(n.lower() == "labels" for n in _names(above)):
+            return f"give the folder above, {above!r}, where the labels lie"
+        return "see docs/data.md for the layouts, or name one with --format"
+
+    def _look_for_other_labels(self, source: Source) -> None:
+        """Labels of a second format: a note, or where the first says nothing about their pictures an error.
+
+        Raises:
+            DfssdError: a part of the pictures is labelled in another format.
+        """
+        own = next((e for e, formats in ENDINGS.items() if source.format in formats), "")
+        bare = {_stem(item.uri) for item in source.items if item.label is None}
+        for ending in ENDINGS:
+            found = [f for f in self.files if f.lower().endswith(ending) and _stem(f) in bare] if ending != own else []
+            if not any(map(_reads_like_a_label, found[:5])):
+                continue
+            said = f"{len(found)} pictures that have no label as {source.format} have a {ending} file, such as {found[0]!r}"
+            if self.fmt != "auto":
+                source.notes.append(f"{said}; it was not read (--format {self.fmt})")
+                continue
+            raise DfssdError(
+                f"the labels come in two formats: {said}",
+                where=repr(self.tree.root),
+                todo=f"--format {source.format} reads the one alone; for both, bring them into one format",
+            )
 
     def _asked(self, *formats: str) -> bool:
         return self.fmt == "auto" or self.fmt in formats
@@ -194,11 +247,37 @@ class _Detector:
         return read_yolo(self.tree) if labels or listed or beside else None
 
     def _csv(self) -> Source | None:
-        if not self._asked("csv"):
+        if not self._asked("csv", "labelstudio"):
             return None
-        found = {f: other_formats.csv_rows(read_uri(f)) for f in self.files if f.lower().endswith(".csv")}
-        contents = {path: rows for path, rows in found.items() if rows}
-        return other_formats.read_csv(self.tree, contents) if contents else None
+        tables = {f: other_formats.table_rows(read_uri(f)) for f in self.files if f.lower().endswith((".csv", ".tsv"))}
+        contents = {path: rows for path, rows in tables.items() if other_formats.is_tensorflow(rows)}
+        if contents and self._asked("csv"):
+            return other_formats.read_csv(self.tree, contents)
+        tasks = {path: found for path, rows in tables.items() if (found := labelstudio.csv_tasks(rows))}
+        return labelstudio.read_label_studio(self.tree, tasks) if tasks and self._asked("labelstudio") else None
+
+
+def _names(folder: str) -> list[str]:
+    """Names of what lies in a local folder."""
+    return os.listdir(folder) if "://" not in folder and Path(folder).is_dir() else []  # noqa: PTH208  (names alone)
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[0].lower()
+
+
+def _reads_like_a_label(path: str) -> bool:
+    """Does a file beside pictures hold boxes?"""
+    try:
+        if path.lower().endswith(".xml"):
+            return parse_xml(read_uri(path)).find("object") is not None
+        if path.lower().endswith(".json"):
+            content = parse_json(read_uri(path))
+            return any(fits(content) for fits, _ in JSON_FORMATS.values())
+        label = parse_yolo_text(decode_text(read_uri(path)))
+        return label.problem is None and len(label.boxes) > 0
+    except (Unparsable, OSError):
+        return False
 
 
 def _parsed_json(path: str) -> Any:

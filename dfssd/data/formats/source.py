@@ -118,7 +118,7 @@ def assemble(
     Raises:
         DfssdError: a sheet may be about either of two pictures.
     """
-    paths = [f for f in tree.below() if is_image(f)]
+    paths = tree.pictures()
     source = Source(tree.root, fmt, list(names), [], list(declared))
     matched = Pictures(tree.root, paths).match([s.reference for s in sheets])
     source.names = source.names or sorted({c for s in sheets for c in s.classes})
@@ -185,7 +185,7 @@ def unlabelled_items(config: Data) -> tuple[list[Item], list[Bad]]:
     bad: list[Bad] = []
     for folder in config.unlabelled:
         tree = Tree(Storage(refuse_query(folder)).uri)
-        paths = [f for f in tree.below() if is_image(f)]
+        paths = tree.pictures()
         if not paths:
             raise DfssdError("no image files found", where=repr(tree.root), todo="check the path given to --unlabelled")
         items += [Item(path) for path in paths]

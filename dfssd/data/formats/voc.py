@@ -20,7 +20,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 def read_voc(tree: Tree, sheets: list[str]) -> Source:
     """Pascal VOC: one XML an image, anywhere below the folder; matched by file name, else by its <filename> tag."""
-    pictures = Pictures(tree.root, [f for f in tree.below() if is_image(f)])
+    pictures = Pictures(tree.root, tree.pictures())
     parsed = list(read_labels(partial(_parse_voc, pictures), sheets, tree.is_remote))
     source = assemble(tree, "voc", parsed, declared=_labelmap(tree))
     for sheet in parsed:

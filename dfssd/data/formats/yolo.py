@@ -18,7 +18,7 @@ import numpy as np
 from dfssd.data.checks import Label, Problem
 from dfssd.data.formats.class_names import LIST_FILES, names_of_list, names_of_yaml, one_list
 from dfssd.data.formats.entries import Resolver, Split
-from dfssd.data.formats.listing import Tree, is_image
+from dfssd.data.formats.listing import Tree
 from dfssd.data.formats.matching import Pictures, Reference
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json, parse_yaml
 from dfssd.data.formats.source import Item, Source, given_split, read_labels, unusable
@@ -75,7 +75,7 @@ class _Yaml:
 def read_cr7(tree: Tree) -> Source:
     """CR7-DET as published: image/*.jpg, label/*.txt, no class list, no split."""
     source = Source(tree.root, "cr7-det", list(CR7_NAMES), [])
-    _pair(tree, [f for f in tree.below() if is_image(f)], source, "image", "label")
+    _pair(tree, tree.pictures(), source, "image", "label")
     return source
 
 
@@ -84,7 +84,7 @@ def read_yolo(tree: Tree, yaml: str = "") -> Source:
     head = _read_yaml(tree, yaml) if yaml else _read_darknet(tree)
     source = Source(head.root, "yolo", head.names, [])
     source.counts["moved"] = head.moved
-    below = [f for f in tree.below(head.root) if is_image(f)]
+    below = tree.pictures(head.root)
     split_of: dict[str, str] = {}
     for name, split in head.splits.items():
         source.bad += [(f"{head.path}#{name}: {line}", Problem("listed_not_there")) for line in split.missing]
@@ -216,6 +216,7 @@ def _pair(tree: Tree, pictures: list[str], source: Source, image_dir: str, label
         for path in _places(tree, picture, image_dir, label_dir):
             label_of[picture] = path
             break
+    _refuse_shared(label_of)
     used = set(label_of.values())
     spare = [f for f in tree.below(source.root) if f not in used and _may_be_label(f, label_dir)]
     waiting = [p for p in pictures if p not in label_of]
@@ -233,6 +234,23 @@ def _pair(tree: Tree, pictures: list[str], source: Source, image_dir: str, label
         stem = path.rpartition("/")[2].rpartition(".")[0]
         if path not in used and stem not in left_out and _is_label(path, label_dir):
             source.bad.append((path, Problem("label_without_image")))
+
+
+def _refuse_shared(label_of: dict[str, str]) -> None:
+    """Two pictures of one label file are the same picture, or nobody can say whose it is.
+
+    Raises:
+        DfssdError: they differ.
+    """
+    first: dict[str, str] = {}
+    for picture, label in label_of.items():
+        other = first.setdefault(label, picture)
+        if other != picture and read_uri(other) != read_uri(picture):
+            raise DfssdError(
+                f"one label file for two pictures: {other!r} and {picture!r}",
+                where=label,
+                todo="remove or rename the picture that it is not about",
+            )
 
 
 def _places(tree: Tree, picture: str, image_dir: str, label_dir: str) -> list[str]:

@@ -171,28 +171,13 @@ def choose_labelled(
     if config.labels_per_class:
         order, why = splits.take_per_class(order, counts, config.labels_per_class), "--labels-per-class"
     else:
-        share, why = label_share(images, split_names, config, previous)
+        share, why = config.label_fraction or 1.0, f"--label-fraction {config.label_fraction:g}"
         order = order[: max(1, round(share * len(train)))]
     chosen = {train[row].image_id for row in order}
     if previous:  # what was labelled stays labelled
         kept = {key for key, row in previous.rows.items() if row.labelled or row.split == "val"}
         chosen |= {i.image_id for i in train} & kept  # of val only under --val-from-labels: else it is not in train
     return chosen, why if len(chosen) < len(train) else ""
-
-
-def label_share(
-    images: list[Checked], split_names: list[str], config: Data, previous: Previous | None = None
-) -> tuple[float, str]:
-    """Share of the train images whose labels are used, and why it is less than all."""
-    if config.label_fraction:
-        return config.label_fraction, f"--label-fraction {config.label_fraction:g}"
-    own = sum(i.boxes is None and s in ("train", "unlabelled-only") for i, s in zip(images, split_names, strict=True))
-    if own or (previous and not previous.hid):
-        return 1.0, ""
-    return (
-        0.1,
-        "every image is labelled, and without --label-fraction 1 a tenth is used, so that there is something to label",
-    )
 
 
 def make_rows(

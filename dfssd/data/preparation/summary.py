@@ -112,8 +112,9 @@ def statements(source: Source, summary: dict[str, Any], hidden: str) -> list[str
     unlabelled = splits["train"]["images"] - summary["labelled_images"] + splits["unlabelled-only"]["images"]
     if not unlabelled:
         notes.append(
-            "every image that may train is labelled, so there is nothing to pseudo-label: add --unlabelled FOLDER, hide "
-            "labels with --label-fraction, or train without pseudo-labels (--unlabelled-ratio 0)"
+            "every image that may train is labelled, so there is nothing to pseudo-label: the student will learn from labels "
+            "and teacher alone; --unlabelled FOLDER adds images without labels, --label-fraction 0.1 hides nine of ten "
+            "labels to see what pseudo-labels are worth"
         )
     for name in ("val", "test"):
         if not splits[name]["images"]:

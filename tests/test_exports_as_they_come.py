@@ -1,0 +1,267 @@
+"""What programs' exports hold beside the labels that were asked for, and names as other systems spell them."""
+
+import csv
+import io
+import json
+import unicodedata
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+from layouts import BOTH, BOX, HEIGHT, NAMES, WIDTH, N, coco_sheet, picture, pictures, put, tally, texts, voc_xml, yolo
+
+from dfssd.data.formats.read import read_source
+from dfssd.data.formats.unpack import resolve_zip
+from dfssd.errors import DfssdError
+from dfssd.runtime.storage import Storage
+
+COMPOSED, APART = (unicodedata.normalize(form, "Prüfung Größe {:03d}") for form in ("NFC", "NFD"))
+LISTED = "path: .\ntrain: train.txt\nval: train.txt\nnames: [scratch, pit]\n"
+
+
+def studio_shape(k):
+    x, y, w, h = BOX
+    percent = {"x": 100 * x / WIDTH, "y": 100 * y / HEIGHT, "width": 100 * w / WIDTH, "height": 100 * h / HEIGHT}
+    return {
+        **percent,
+        "rotation": 0,
+        "rectanglelabels": [NAMES[k % 2]],
+        "original_width": WIDTH,
+        "original_height": HEIGHT,
+    }
+
+
+def studio_tasks(address, key="image"):
+    tasks = []
+    for k in range(N):
+        shape = studio_shape(k)
+        size = {key: shape.pop(key) for key in ("original_width", "original_height")}
+        result = {**size, "type": "rectanglelabels", "from_name": "label", "to_name": "image", "value": shape}
+        tasks.append(
+            {"id": k, "data": {"note": "front", key: address.format(k)}, "annotations": [{"result": [result]}]}
+        )
+    return json.dumps(tasks)
+
+
+def studio_csv(tag="label"):
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["annotation_id", "annotator", "id", "image", tag, "note"])
+    for k in range(N):
+        writer.writerow([k, "anna", k, f"/data/upload/1/{k:08x}-{k:03d}.png", json.dumps([studio_shape(k)]), "[seen]"])
+    return text.getvalue()
+
+
+def tensorflow_csv(delimiter=","):
+    x, y, w, h = (int(v) for v in BOX)
+    head = "filename,width,height,class,xmin,ymin,xmax,ymax\n"
+    lines = [f"{k:03d}.png,{WIDTH},{HEIGHT},{NAMES[k % 2]},{x},{y},{x + w},{y + h}\n" for k in range(N)]
+    return (head + "".join(lines)).replace(",", delimiter)
+
+
+def mask(k):
+    return bytes(cv2.imencode(".png", np.eye(HEIGHT, WIDTH, k, np.uint8) * 255)[1])
+
+
+def names_apart_in_coco(root):
+    pictures(root / "images", pattern=APART + ".png")
+    put(root / "a.json", json.dumps(coco_sheet(pattern=COMPOSED + ".png"), ensure_ascii=False))
+
+
+def names_apart_in_labels(root):
+    pictures(root / "images", pattern=APART + ".png")
+    texts(root / "labels", pattern=COMPOSED + ".txt")
+    put(root / "classes.txt", "scratch\npit\n")
+
+
+def names_apart_in_a_list(root):
+    pictures(root / "images", pattern=APART + ".png")
+    texts(root / "labels", pattern=APART + ".txt")
+    put(root / "data.yaml", LISTED)
+    put(root / "train.txt", "".join(f"./images/{COMPOSED.format(k)}.png\n" for k in range(N)))
+
+
+def percent_in_coco(root):
+    pictures(root / "images", pattern="p {:03d}#1.png")
+    put(root / "a.json", json.dumps(coco_sheet(pattern="p%20{:03d}%231.png")))
+
+
+def captions_and_keypoints_beside_instances(root):
+    """The annotations of COCO 2017 as they are downloaded."""
+    pictures(root / "train2017", pattern="{:012d}.jpg")
+    sheet = coco_sheet(pattern="{:012d}.jpg")
+    notes = [{"id": k, "image_id": k + 1, "caption": "a scratch"} for k in range(N)]
+    put(root / "annotations" / "instances_train2017.json", json.dumps(sheet))
+    put(root / "annotations" / "captions_train2017.json", json.dumps({"images": sheet["images"], "annotations": notes}))
+    pits = [{**a, "keypoints": [1, 1, 2]} for a in sheet["annotations"] if a["category_id"] == 2]
+    put(root / "annotations" / "person_keypoints_train2017.json", json.dumps({**sheet, "annotations": pits}))
+
+
+def masks_of_voc(root):
+    """VOC 2012: jpg pictures, and png masks of the same names."""
+    for k in range(N):
+        put(root / "VOC2012" / "JPEGImages" / f"{k:03d}.jpg", picture(k, ".jpg"))
+        put(root / "VOC2012" / "Annotations" / f"{k:03d}.xml", voc_xml(k).replace(".png", ".jpg"))
+        for folder in ("SegmentationClass", "SegmentationObject"):
+            put(root / "VOC2012" / folder / f"{k:03d}.png", mask(k))
+
+
+def masks_beside_images(root):
+    yolo(root, None)
+    put(root / "classes.txt", "scratch\npit\n")
+    for k in range(N):
+        put(root / "masks" / f"{k:03d}_mask.png", mask(k))
+
+
+def uploads_of_label_studio(root):
+    pictures(root)
+    put(root / "export.json", studio_tasks("/data/upload/1/0a1b2c3d-{:03d}.png"))
+
+
+def another_variable_of_label_studio(root):
+    pictures(root)
+    put(root / "export.json", studio_tasks("s3://bucket/line/{:03d}.png", "scan"))
+
+
+def another_control_of_label_studio(root):
+    """JSON-MIN has the shapes under the name of the control."""
+    pictures(root)
+    entries = [
+        {"scan": f"/data/upload/1/{k:03d}.png", "annotation_id": k, "defect": [studio_shape(k)]} for k in range(N)
+    ]
+    put(root / "min.json", json.dumps(entries))
+
+
+def table_of_label_studio(root):
+    pictures(root)
+    put(root / "export.csv", studio_csv())
+
+
+def table_of_label_studio_with_another_control(root):
+    pictures(root)
+    put(root / "export.csv", studio_csv("defect"))
+
+
+def table_of_excel(root):
+    pictures(root)
+    put(root / "labels.csv", b"\xef\xbb\xbf" + tensorflow_csv(";").encode())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        names_apart_in_coco,
+        names_apart_in_labels,
+        names_apart_in_a_list,
+        percent_in_coco,
+        captions_and_keypoints_beside_instances,
+        masks_of_voc,
+        masks_beside_images,
+        uploads_of_label_studio,
+        another_variable_of_label_studio,
+        another_control_of_label_studio,
+        table_of_label_studio,
+        table_of_label_studio_with_another_control,
+        table_of_excel,
+    ],
+    ids=lambda make: make.__name__,
+)
+def test_every_picture_has_its_box_and_nothing_else_is_a_picture(tmp_path, make):
+    make(tmp_path)
+    source = read_source(str(tmp_path), "auto", ())
+    assert (*tally(source), len(source.items)) == (BOTH, {}, 0, N)
+
+
+def test_masks_are_counted_and_said(tmp_path):
+    masks_of_voc(tmp_path)
+    assert any(
+        f"{2 * N} masks of other pictures are left out" in n for n in read_source(str(tmp_path), "auto", ()).notes
+    )
+
+
+def test_a_folder_called_masks_whose_pictures_have_no_partner_holds_pictures(tmp_path):
+    yolo(tmp_path, None)
+    put(tmp_path / "classes.txt", "scratch\npit\n")
+    pictures(tmp_path / "masks", range(20, 24))
+    assert len(read_source(str(tmp_path), "auto", ()).items) == N + 4
+
+
+@pytest.mark.parametrize("notes", [None, []])
+def test_images_of_a_coco_file_without_any_annotation_are_unlabelled(tmp_path, notes):
+    """As COCO's image_info_test2017.json, or an export of a task that nobody has begun: they are not free of defects."""
+    pictures(tmp_path / "train")
+    pictures(tmp_path / "test", range(20, 24))
+    put(tmp_path / "annotations" / "instances_train.json", json.dumps(coco_sheet()))
+    sheet = {**coco_sheet(range(20, 24)), "annotations": notes}
+    put(
+        tmp_path / "annotations" / "image_info_test.json", json.dumps({k: v for k, v in sheet.items() if v is not None})
+    )
+    source = read_source(str(tmp_path), "auto", ())
+    assert tally(source) == (BOTH, {}, 0) and sum(i.label is None for i in source.items) == 4
+    assert any("lists 4 images and holds no annotation: they are unlabelled" in n for n in source.notes)
+
+
+def test_one_label_file_for_two_pictures_names_both(tmp_path):
+    yolo(tmp_path)
+    put(tmp_path / "images" / "003.jpg", picture(77, ".jpg"))
+    with pytest.raises(DfssdError, match=r"003\.jpg.*003\.png"):
+        read_source(str(tmp_path), "auto", ())
+
+
+@pytest.mark.parametrize("name", ["set.tar.gz", "train.tfrecord", "inner.zip"])
+def test_archives_of_other_kinds_are_named(tmp_path, name):
+    put(tmp_path / "d" / name, b"x")
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
+        archive.write(tmp_path / "d" / name, name)
+    data = resolve_zip(str(tmp_path / "outer.zip"), Storage(str(tmp_path / "run")))
+    with pytest.raises(DfssdError, match=f"{name}' is of a kind that is not unpacked"):
+        read_source(data, "auto", ())
+
+
+def test_where_no_label_can_be_read_the_first_one_is_named_not_the_missing_classes(tmp_path):
+    pictures(tmp_path / "images")
+    for k in range(N):
+        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k).replace("<xmin>20.0", "<xmin>20,5"))
+    with pytest.raises(DfssdError, match=r"no label could be read: 8 cannot be used.*000\.png.*'20,5'"):
+        read_source(str(tmp_path), "auto", ())
+
+
+def test_labels_in_two_formats_are_an_error_where_one_says_nothing_about_pictures_of_the_other(tmp_path):
+    pictures(tmp_path / "images")
+    put(tmp_path / "classes.txt", "scratch\npit\n")
+    texts(tmp_path / "labels", range(4))
+    for k in range(4, N):
+        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k))
+    with pytest.raises(DfssdError, match=r"two formats: 4 pictures that have no label as voc have a \.txt file"):
+        read_source(str(tmp_path), "auto", ())
+    source = read_source(str(tmp_path), "yolo", ())
+    assert any("4 pictures that have no label as yolo have a .xml file" in note for note in source.notes)
+    texts(tmp_path / "labels")
+    for k in range(4):
+        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k))
+    assert tally(read_source(str(tmp_path), "auto", ())) == (BOTH, {}, 0)  # the same said twice
+
+
+def test_what_lies_one_step_away_is_named(tmp_path):
+    root = yolo(tmp_path / "set", None)
+    put(root / "classes.txt", "scratch\npit\n")
+    with pytest.raises(DfssdError) as caught:
+        read_source(str(root / "images"), "auto", ())
+    assert f"the folder above, '{root}'" in caught.value.todo
+    pictures(tmp_path / "task")
+    put(tmp_path / "task" / "annotations.zip", b"x")
+    with pytest.raises(DfssdError) as caught:
+        read_source(str(tmp_path / "task"), "auto", ())
+    assert "annotations.zip" in caught.value.todo
+
+
+def test_label_files_that_keep_the_ending_of_the_picture(tmp_path):
+    pictures(tmp_path / "y")
+    texts(tmp_path / "y", pattern="{:03d}.png.txt")
+    put(tmp_path / "y" / "classes.txt", "scratch\npit\n")
+    pictures(tmp_path / "v" / "images")
+    for k in range(N):
+        put(tmp_path / "v" / "annotations" / f"{k:03d}.png.xml", voc_xml(k))
+    for folder in ("y", "v"):
+        assert tally(read_source(str(tmp_path / folder), "auto", ())) == (BOTH, {}, 0)
