@@ -169,6 +169,29 @@ def test_the_interval_covers_the_truth_with_duplicates_and_without():
     assert naive < 50  # each picture five times, taken for five pictures: too sure
 
 
+@pytest.mark.parametrize("width", [60, 80, 120, 10_000])
+def test_nothing_is_cut_out_of_a_table_and_words_stay_whole(width):
+    from dfssd.report.tables import render
+
+    header = [
+        "model",
+        "val mAP50",
+        "test mAP50",
+        "rejects",
+        "test mAP50-95",
+        "last weights: test mAP50, mAP50-95",
+        "escapes",
+        "parameters",
+        "latency p50, p95 (ms)",
+    ]
+    rows = [["student, distilled", "0.807", "0.766", "0 of 6", "0.471", "0.770, 0.480", "4 of 75", "3.01 M", "132.9, 1388.2"],
+            ["teacher", "0.826", "0.775", "0 of 6", "0.504", "-", "12 of 75", "11.14 M", "274.2, 1343.9"]]  # fmt: skip
+    text = render("measured", header, rows, width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for word in {w for cells in (header, *rows) for cell in cells for w in cell.split()}:
+        assert word in text, word
+
+
 def test_axes_have_round_numbers():
     from dfssd.report.charts import ticks
 

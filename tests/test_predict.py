@@ -92,6 +92,19 @@ def test_a_watched_folder_and_a_restart(tmp_path):
     assert third.pictures == 1 and [one["verdict"] for one in third.results.lines()] == ["pass", "pass"]
 
 
+def test_deep_pictures_are_read_with_the_white_level_of_the_model(tmp_path):
+    """12 bits in a 16-bit file: without it a defect of value 4000 would be as dark as 15 of 255, and pass."""
+    image = np.full((40, 60), 1400, np.uint16)
+    image[10:20, 30:45] = 4000
+    cv2.imwrite(str(tmp_path / "x.png"), image)
+    for metadata, verdict in (({"white": 4095.0}, "reject"), ({}, "pass")):
+        detector = Bright()
+        detector.metadata = metadata
+        labelling = line.Labelling(detector, tmp_path / verdict, drawn=False, say=lambda text: None)
+        assert labelling.label(tmp_path / "x.png")
+        assert [one["verdict"] for one in labelling.results.lines()] == [verdict]
+
+
 def test_a_file_that_still_grows_is_left_alone(tmp_path, monkeypatch):
     folder = tmp_path / "line"
     folder.mkdir()
@@ -115,6 +128,7 @@ def test_user_errors_end_with_2(tmp_path, capsys):
         (["no.onnx", str(tmp_path / "x.png")], "no such model"),
         (["no.onnx", str(tmp_path / "y.png")], "no such picture"),
         (["no.onnx"], "--watch"),
+        (["no.onnx", str(tmp_path / "x.png"), "--score", "3"], "--score 3.0: must be from 0 to 1"),
     ):
         with pytest.raises(SystemExit) as error:
             run("predict", words)

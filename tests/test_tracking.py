@@ -130,12 +130,13 @@ def test_a_summary_is_a_few_columns_and_its_tables_stay_in_files():
         "splits": {"val": {"images": 2, "boxes": {"pit": 7}}},
         "labelled_boxes": {"pit": 3},
         "notes": ["x"],
+        "data_settings": {"bad_limit": 0.01},
     }
     assert summary_numbers(data) == {"summary/images": 9.0, "summary/labelled_boxes.pit": 3.0}
 
 
 def test_how_busy_the_machine_is_goes_with_the_numbers(storage, mlflow, monkeypatch):
-    """The data set lies on the stage's run and on the pipeline's, where people look for it; the page opens at the runs."""
+    """The data set lies on the stage's run and on the pipeline's, where people look for it."""
     monkeypatch.setattr(system_metrics, "EVERY_S", 0.02)
     runs = Runs(storage, "e", "r", {}, {})
     run_id = runs.stage("student", None, {})

@@ -222,8 +222,8 @@ def test_what_a_user_sees_last(measured, capsys, tmp_path):
 
 
 def test_the_row_of_labels_stands_under_its_classes():
-    """stage.json sorts its keys; class names are in order of their id."""
-    from dfssd.report.tables import split_rows
+    """stage.json sorts its keys; class names are in order of their id, splits and models in that of the work."""
+    from dfssd.report.tables import models_in, split_rows
 
     boxes = {"scratch": 1, "pit": 7}
     split = {"images": 9, "labelled": 3, "boxes": boxes}
@@ -231,6 +231,16 @@ def test_the_row_of_labels_stands_under_its_classes():
                "labelled_images": 3, "labelled_boxes": {"pit": 7, "scratch": 1}}  # fmt: skip
     header, rows = split_rows(summary)
     assert header[3:] == ["scratch", "pit"] and rows[-1][3:] == ["1", "7"] and rows[1][2] == "-"
+    summary["splits"] = {name: {**split, "labelled": 0} for name in ("test", "train", "unlabelled-only", "val")}
+    assert [row[0] for row in split_rows(summary)[1][:-1]] == ["train", "val", "test", "unlabelled-only"]
+    models = ("label_only", "mean_teacher", "student", "teacher", "teacher_2")
+    assert list(models_in({m: {"test": {}} for m in models})) == [
+        "teacher",
+        "mean_teacher",
+        "teacher_2",
+        "label_only",
+        "student",
+    ]
 
 
 PROBE = """

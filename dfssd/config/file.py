@@ -76,7 +76,10 @@ def _read(path: str) -> dict[str, Any]:
         text = Path(path).expanduser().read_text()
         found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise DfssdError(f"the settings cannot be read: {error}", where=path) from error
+        why = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        raise DfssdError(
+            f"the settings cannot be read: {why}", where=path, todo="--config takes a YAML or JSON file"
+        ) from error
     except (ValueError, yaml.YAMLError) as error:
         raise DfssdError(f"the file is neither YAML nor JSON: {error}", where=path) from error
     if found is None:

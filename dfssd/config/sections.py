@@ -370,7 +370,9 @@ class MeanTeacher(Section):
 class Evaluate(Section):
     """How the finished models are measured."""
 
-    latency_repeats: int = Field(30, ge=3, description="Timed single-image passes a model; the median is reported.")
+    latency_repeats: int = Field(
+        30, ge=3, description="Timed single-image passes a model; the report has median and 95th percentile."
+    )
     sample_images: int = Field(12, ge=0, description="Test images drawn with their detections.")
     max_escape: float = Field(
         0.02,

@@ -1,6 +1,6 @@
 """Measure teacher, label-only student and distilled student; leaves <run>/report.
 
-With --weights it measures any model files instead (.pt, .onnx, OpenVINO), on a split of the run or a folder with labels.
+With --weights it measures any model files instead (.pt, .onnx, OpenVINO, TensorRT), on a split or a labelled folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EXAMPLE = "dfssd evaluate --storage-path runs --run-name line3 --max-escape 0.01
 FLAGS: dict[str, Any] = {
     "weights": (
         tuple[str, ...],
-        Field((), description="Model files to measure instead of the run's: .pt, .onnx, OpenVINO."),
+        Field((), description="Model files to measure instead of the run's: .pt, .onnx, OpenVINO folders, .engine."),
     ),
     "on": (str, Field("test", description="What --weights are measured on: val or test of the run, or a folder.")),
     "out": (str, Field("", description="JSON file for the numbers of --weights.")),

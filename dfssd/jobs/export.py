@@ -1,4 +1,6 @@
-"""Write the student for the machine at the line: ONNX, OpenVINO, int8, with its operating point; leaves <run>/export.
+"""Write the student for the machine at the line: ONNX, OpenVINO, TensorRT, int8, with its operating point.
+
+Leaves <run>/export. --imgsz is that of the run: the operating point was chosen at that size.
 
 The files must find on real pictures what the network finds, else nothing is written.
 """

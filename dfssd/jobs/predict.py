@@ -20,19 +20,19 @@ class Flags:
     """Arguments.
 
     Args:
-        model: .onnx file, OpenVINO folder or .pt.
+        model: .onnx file, OpenVINO folder, TensorRT .engine or .pt.
         pictures: Pictures or folders of them.
         out: Folder for the results.
-        score: One threshold for all classes; -1: the model's operating point (of a .pt: 0.25).
+        score: One threshold for all classes [from 0 to 1]; -1: the model's operating point (of a .pt: 0.25).
         watch: Folder to watch instead.
-        poll_s: Seconds between two looks at the watched folder.
+        poll_s: Seconds between two looks at the watched folder [from 0].
         draw: Keep pictures with their boxes drawn.
         imgsz: Side of the input (px) of a .pt; exported models know theirs.
-        threads: CPU threads; 0: as the runtime chooses.
+        threads: CPU threads [from 0]; 0: as the runtime chooses.
     """
 
-    model: tyro.conf.Positional[str]
-    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    pictures: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PICTURES ...]")] = ()
     out: str = "predictions"
     score: float = -1.0
     watch: str = ""
@@ -49,6 +49,15 @@ def job(words: Sequence[str]) -> None:
     from dfssd.evaluate.open_model import open_model
     from dfssd.line.predict import Labelling, find_pictures, predict, watch
 
+    for name, value, low, high in (
+        ("score", flags.score, 0.0, 1.0),
+        ("poll-s", flags.poll_s, 0.0, float("inf")),
+        ("threads", flags.threads, 0, float("inf")),
+    ):
+        if not low <= value <= high and (name, value) != ("score", -1.0):
+            raise DfssdError(
+                f"--{name} {value}: must be from {low:g}" + (f" to {high:g}" if high < float("inf") else "")
+            )
     if bool(flags.watch) == bool(flags.pictures):
         raise DfssdError("give pictures, or a folder to --watch", todo="dfssd predict MODEL PICTURES...")
     files = find_pictures(flags.pictures) if flags.pictures else []

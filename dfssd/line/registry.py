@@ -6,10 +6,10 @@ What is logged is a pyfunc on ONNX Runtime (`served.py`): it loads and answers w
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,8 +90,9 @@ def _log(
         ),
         params=ParamSchema([ParamSpec("score", DataType.double, -1.0)]),
     )
-    with _tracking(uri), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Tt]ype hint")  # the signature is given
+    # The headless OpenCV is what a server needs, also where the other wheel is installed here.
+    logging.getLogger("mlflow.utils.requirements_utils").setLevel(logging.ERROR)
+    with _tracking(uri):
         mlflow.start_run(run_id=run_id, log_system_metrics=False)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"

@@ -25,7 +25,7 @@ class Served(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         self.detector = LineDetector(context.artifacts["onnx"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints as a schema
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         score = float((params or {}).get("score", -1.0))
         tau_c = self.detector.thresholds(score) if score >= 0 else None
         pictures = [decoded(one, k) for k, one in enumerate(pd.DataFrame(model_input)["image"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from dfssd.config import Config
@@ -24,7 +25,8 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         DfssdError: a format's library is missing, settings exclude each other, or nothing has measured the models.
     """
     settings = context.config.export
-    check_formats(settings.formats)
+    here = not os.environ.get("RAY_ADDRESS")  # else the task may run where a GPU is, and asks there
+    check_formats(tuple(f for f in settings.formats if here or f != "tensorrt"))
     if settings.nms_inside and (settings.int8 or "tensorrt" in settings.formats):
         raise DfssdError("--nms-inside goes with neither --int8 nor tensorrt", todo="leave one of them out")
     if not context.run.exists(f"{REPORT}/stage.json") and REPORT not in planned:

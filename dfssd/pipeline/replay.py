@@ -95,7 +95,10 @@ def summary_numbers(summary: dict[str, Any]) -> dict[str, float]:
     numbers = {
         f"summary/{key}": float(value)
         for key, value in flatten(summary).items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key.count(".") <= 1
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and key.count(".") <= 1
+        and not key.startswith("data_settings.")  # parameters of the run
     }
     chosen = summary.get("policies", {}).get(summary.get("chosen"), {}).get("all", {})
     return numbers | {f"quality/{key}": float(value) for key, value in chosen.items() if value is not None}

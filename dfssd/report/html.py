@@ -230,12 +230,7 @@ def _data(config: Config, run: Storage) -> dict[str, Any]:
     """Splits, what was set aside, near-duplicates and leaks."""
     summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
     bad = ", ".join(f"{n} {reason}" for reason, n in summary["bad_files"].items()) or "none"
-    shown, largest = run.exists("dataset/groups.png"), summary["largest_group"]
-    alike = (
-        f"{summary['groups']} groups of near-duplicates, the largest of {largest} images"
-        if largest > 1
-        else "no near-duplicates"
-    )
+    shown, alike = run.exists("dataset/groups.png"), tables.alike(summary)
     return {
         "splits": _table("Splits", tables.split_rows(summary)),
         "balance": _table("Labelled classes", tables.balance_rows(manifest, config.train.repeat_threshold)),
@@ -246,7 +241,7 @@ def _data(config: Config, run: Storage) -> dict[str, Any]:
         "data_pictures": [
             cases.embedded(run.read("dataset/groups.png"), "The ten largest groups of near-duplicates, one a row")
         ]
-        if shown and largest > 1
+        if shown and summary["largest_group"] > 1
         else [],
     }
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+import shutil
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import repeat_factors
-from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName
+from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, TEACHER, ArtefactName
 
 LABELS = {str(LABEL_ONLY): "student, labels alone", str(STUDENT): "student, distilled"}
 
+WIDE = 10_000  # columns of a log
 _ORDER = {"train": 0, "val": 1, "test": 2}  # of splits in a table; a record sorts them by the alphabet
 CHOSEN = (
     "Val chose weights and scores, so its numbers flatter; test chose nothing. Escapes and rejects: pictures, on test."
@@ -25,6 +30,7 @@ def models_in(results: dict[str, Any]) -> dict[str, str]:
     """Measured models and what to call them: teachers of all rounds first."""
     others = [k for k, v in results.items() if isinstance(v, dict) and "test" in v and k not in LABELS]
     teachers = [(folder, ArtefactName.parse(folder)) for folder in others]
+    teachers.sort(key=lambda one: (one[1].round, one[1].role != TEACHER.role))  # a file of JSON sorts by the alphabet
     titles = {k: n.role.replace("_", " ") + ("" if n.round == 1 else f", round {n.round}") for k, n in teachers}
     return titles | {name: label for name, label in LABELS.items() if name in results}
 
@@ -34,17 +40,40 @@ def in_prose(name: str, title: str) -> str:
     return {str(LABEL_ONLY): "the label-only student", str(STUDENT): "the distilled student"}.get(name, f"the {title}")
 
 
-def render(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """A table as text, as wide as its longest row: a log may be scrolled, but what is cut out of a cell is lost."""
-    table = Table(title=title, title_justify="left")
+def render(title: str, header: list[str], rows: list[list[str]], width: int = 0) -> str:
+    """A table as text: as wide as its longest row, for a log may be scrolled; where a terminal is narrower than that, cells
+    are broken into lines, and rows become columns where words would not fit. Nothing is cut out of a cell.
+
+    Args:
+        width: of the terminal; 0: that of standard output, where it is one.
+    """
+    width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE)
+    text = _drawn(title, header, rows, WIDE)
+    if max(map(len, text.splitlines())) <= width:
+        return text
+    if sum(_longest_word(column) + 2 for column in zip(header, *rows, strict=True)) > width and len(rows) < len(header):
+        header, *rows = (list(column) for column in zip(header, *rows, strict=True))  # a row becomes a column
+    return _drawn(title, header, rows, width)
+
+
+def _longest_word(cells: Sequence[str]) -> int:
+    return max(len(word) for cell in cells for word in cell.split() or [""])
+
+
+def _drawn(title: str, header: list[str], rows: list[list[str]], width: int) -> str:
+    narrow = width < WIDE
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)} if narrow else {}
+    table = Table(title=title, title_justify="left", **look)
+    least = [_longest_word(column) for column in zip(header, *rows, strict=True)]
+    room = narrow and sum(least) + 2 * len(least) <= width  # else words are broken: rich would not choose where
     for k, name in enumerate(header):
-        table.add_column(name, justify="left" if k == 0 else "right", no_wrap=True)
+        side: Any = "left" if k == 0 else "right"
+        table.add_column(name, justify=side, no_wrap=not narrow, overflow="fold", min_width=least[k] if room else None)
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
-    wide = Console(file=buffer, width=10_000)
-    wide.print(table)
-    return buffer.getvalue().rstrip()
+    Console(file=buffer, width=width).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
 
 
 def model_title(results: dict[str, Any]) -> str:
@@ -177,6 +206,13 @@ def balance_rows(manifest: Manifest, repeat_threshold: float) -> tuple[list[str]
     return ["class", "labelled images", "share of them", "labelled boxes", "times an epoch"], rows
 
 
+def alike(summary: dict[str, Any]) -> str:
+    """How many groups of near-duplicates there are, in words."""
+    if summary["largest_group"] < 2:
+        return "no near-duplicates"
+    return f"{summary['groups']} groups of near-duplicates, the largest of {summary['largest_group']} images"
+
+
 def split_table(summary: dict[str, Any]) -> str:
     """What `prepare` found, for the terminal."""
     header, rows = split_rows(summary)
@@ -184,7 +220,7 @@ def split_table(summary: dict[str, Any]) -> str:
     return (
         render("boxes by split and class", header, rows)
         + f"\n{summary['files']} files, {summary['images']} images; set aside: {bad}"
-        + f"\n{summary['groups']} groups of near-duplicates, the largest has {summary['largest_group']} images; "
+        + f"\n{alike(summary)}; "
         + f"near-duplicates of val or test: {summary.get('left_out', 0)} images left out, and "
         + f"{summary['test_images_with_near_duplicate_in_train']} of the test images still have one among what trains"
         + "".join(f"\nNOTE: {note}" for note in summary.get("notes", []))

@@ -54,7 +54,8 @@ def print_export(config: Config) -> None:
         times = ", ".join(f"{name} {t['p50_ms']:.1f}" for name, t in done["latency"]["timings"].items())
         print(f"latency   {times} ms ({done['latency']['note']})")
         if done["speedup"]:
-            print(f"          in ONNX Runtime {done['speedup']:.1f} times as fast as the teacher")
+            busy = " (the machine was busy: measure again)" if done["latency"]["busy"] else ""
+            print(f"          in ONNX Runtime {done['speedup']:.1f} times as fast as the teacher{busy}")
     print("\nnext:")
     for command in next_commands(config, run):
         print(f"  {command}")
@@ -64,9 +65,9 @@ def print_export(config: Config) -> None:
 
 def said(results: dict[str, Any]) -> list[str]:
     """The verdict in sentences: did the unlabelled images pay, on val and on test, and what the line would see."""
-    lines = [
-        verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with"
-    ]
+    unlabelled = bool(results.get("labels", {}).get("unlabelled", True))
+    no_gate = "no gate: there is no label-only student to compare with"
+    lines = [verdict(results["gate"], unlabelled) if "gate" in results else no_gate]
     lines += [
         labels_in_words(results),
         on_test(results),
@@ -114,7 +115,7 @@ def runs_page(config: Config, run: Storage) -> str:
     uri = tracking_uri(Storage(config.run.storage_path))
     if not known.get("experiment_id") or not uri:
         return ""
-    page = f"/#/experiments/{known['experiment_id']}/runs"
+    page = f"/#/experiments/{known['experiment_id']}/runs?workflowType=machine_learning"
     return (
         mask(uri).rstrip("/") + page
         if uri.startswith("http")

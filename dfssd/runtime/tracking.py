@@ -169,7 +169,7 @@ class Runs:
             return str(found.experiment_id)
         # Without a location, MLflow would take ./mlruns of whichever process came first.
         place = f"{self.storage.uri}/mlartifacts" if self.uri.startswith("sqlite") else None
-        # Without this kind, MLflow's page opens where an experiment with language models would begin, and not with the runs.
+        # What MLflow's list shows as its type. Its page still opens with an overview of language models: links name the runs.
         kind = {"mlflow.experimentKind": "custom_model_development"}
         return str(client.create_experiment(self.experiment, artifact_location=place, tags=kind))
 

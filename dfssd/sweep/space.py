@@ -72,12 +72,17 @@ class Space:
     x: tuple[str, ...]
 
 
+def _ours() -> list[Path]:
+    """Folders of the spaces that come with the package: in a wheel beside its code, in a checkout beside the package."""
+    package = Path(__file__).parents[1]
+    places = [package / "tune_spaces", package.parent / "tune_spaces"]
+    return [place for place in places if place.is_dir()] or places
+
+
 def find_space(name: str) -> str:
     """Path of a space: a file, or the name of one that comes with the package."""
-    package = Path(__file__).parents[1]
     file = f"{Path(name).stem}.py"
-    ours = [folder / file for folder in (package / "tune_spaces", package.parent / "tune_spaces")]
-    found = next((place for place in ours if place.is_file()), None)
+    found = next((folder / file for folder in _ours() if (folder / file).is_file()), None)
     plain = "/" not in name and found is not None and not Path(name).is_file()
     return str(found) if plain else name
 
@@ -90,9 +95,12 @@ def load_space(path: str) -> Space:
     """
     file = Path(path)
     if not file.is_file():
-        known = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        folder = _ours()[0] if "/" not in path else file.parent
+        known = (
+            sorted(p.stem if "/" not in path else p.name for p in folder.glob("[!_]*.py")) if folder.is_dir() else []
+        )
         raise DfssdError(
-            f"there is no space {path}{nearest(file.name, known)}",
+            f"there is no space {path}{nearest(file.stem if '/' not in path else file.name, known)}",
             todo=f"give one of {', '.join(known)}" if known else "give a Python file, see tune_spaces/",
         )
     try:
