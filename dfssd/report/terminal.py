@@ -65,9 +65,9 @@ def print_export(config: Config) -> None:
 
 def said(results: dict[str, Any]) -> list[str]:
     """The verdict in sentences: did the unlabelled images pay, on val and on test, and what the line would see."""
-    lines = [
-        verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with"
-    ]
+    unlabelled = bool(results.get("labels", {}).get("unlabelled", True))
+    no_gate = "no gate: there is no label-only student to compare with"
+    lines = [verdict(results["gate"], unlabelled) if "gate" in results else no_gate]
     lines += [
         labels_in_words(results),
         on_test(results),
