@@ -33,7 +33,7 @@ def without_ray(patch: Any) -> None:
     import ray
 
     from dfssd.pseudo import labeller
-    from dfssd.runtime import cluster
+    from dfssd.runtime import cluster, tasks
 
     def label(config: Any, run: Any, folder: str, manifest: Any, weights: Any, log: Any) -> Any:
         return label_in_process(config, run, folder, manifest, weights, log=log, cores=1)
@@ -49,7 +49,7 @@ def without_ray(patch: Any) -> None:
     patch.setattr(cluster, "connect", lambda: None)
     patch.setattr(cluster, "actor_resources", lambda *args: None)
     patch.setattr(cluster, "task_resources", lambda *args: Resources(1, 1, False))
-    patch.setattr(cluster, "result", lambda done, *args: done)
+    patch.setattr(tasks, "result", lambda done, *args: done)
 
 
 def run_pipeline(config: Config, stages: tuple[str, ...] = STAGES) -> None:
