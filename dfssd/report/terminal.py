@@ -66,7 +66,9 @@ def print_export(config: Config) -> None:
 def said(results: dict[str, Any]) -> list[str]:
     """The verdict in sentences: did the unlabelled images pay, on val and on test, and what the line would see."""
     lines = [
-        verdict(results["gate"]) if "gate" in results else "no gate: there is no label-only student to compare with"
+        verdict(results["gate"])
+        if "gate" in results
+        else "no gate: it compares the distilled with the label-only student, and one of them is missing"
     ]
     lines += [
         labels_in_words(results),

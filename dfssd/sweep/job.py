@@ -87,7 +87,9 @@ def with_equal_steps(config: Config) -> Config:
     if config.train.steps:
         return config
     found = count_images(config)
-    steps = with_expected_steps(config, found.images, found.labelled).train  # trials may hide other shares of the labels
+    steps = with_expected_steps(
+        config, found.images, found.labelled
+    ).train  # trials may hide other shares of the labels
     return config.model_copy(update={"train": steps})
 
 
