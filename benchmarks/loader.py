@@ -12,6 +12,7 @@ the partners of a mosaic from those it loaded last; ours come from the whole set
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import statistics
@@ -32,6 +33,7 @@ from dfssd.config import Train
 from dfssd.data.dataset import TrainingSet
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.manifest import Row
+from dfssd.data.reading import ID_DIGITS
 
 NAMES = ["pit", "scratch", "patch"]
 
@@ -44,7 +46,8 @@ def make_rows(folder: Path, count: int, size_wh: tuple[int, int], grey: bool, fi
         image, boxes = make_image(np.random.default_rng(k), *size_wh, grey)
         path = folder / f"{k}.jpg"
         cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
-        rows.append(Row(f"{folder.name}{k:08d}", str(path), *size_wh, "train", True, k, boxes))
+        image_id = hashlib.sha256(path.read_bytes()).hexdigest()[:ID_DIGITS]
+        rows.append(Row(image_id, str(path), *size_wh, "train", True, k, boxes))
     return rows
 
 
@@ -93,12 +96,12 @@ def _result(own: list[float], theirs: list[float]) -> dict[str, float]:
     return {"ours (ms)": statistics.median(own), "Ultralytics (ms)": statistics.median(theirs), "times faster": ratio}
 
 
-def measure(imgsz: int, turns: int, batch: int, epoch: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure(imgsz: int, turns: int, batch: int, images: int, epoch: int, folder: Path) -> dict[str, dict[str, float]]:
     small, large = (imgsz * 5 // 8, imgsz * 5 // 8), (imgsz * 5 // 2, imgsz * 15 // 8)
     found = {}
     for name, grey in (("colour", False), ("grey", True)):
         for size in (small, large):
-            rows = make_rows(folder / f"{name}{size[0]}", 24, size, grey)
+            rows = make_rows(folder / f"{name}{size[0]}", images, size, grey)
             title = f"{name} {size[0]}x{size[1]}, cached"
             found[title] = cached(rows, imgsz, turns, batch, folder / "decoded")
         rows = make_rows(folder / f"{name}new", epoch, large, grey, first=1000)
@@ -113,13 +116,14 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--batch", type=int, default=4, help="samples in a turn")
+    parser.add_argument("--images", type=int, default=24, help="of the cached rows")
     parser.add_argument("--epoch", type=int, default=120, help="images of the epoch that is not cached")
     parser.add_argument("--json", action="store_true")
     o = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="dfssd-loader-") as folder:
-        found = measure(o.imgsz, o.turns, o.batch, o.epoch, Path(folder))
+        found = measure(o.imgsz, o.turns, o.batch, o.images, o.epoch, Path(folder))
     if o.json:
         json.dump(found, sys.stdout, indent=2)
         return

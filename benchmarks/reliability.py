@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20, help="of each training")
+    parser.add_argument("--steps", type=int, default=60, help="of each training")
     parser.add_argument(
         "--folder",
         default="",

@@ -102,6 +102,22 @@ def test_colours_change_as_in_ultralytics(gains):
     assert np.abs(ours - other)[:4].max() <= 1
 
 
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_sample_keeps_its_pixels_and_gives_its_memory_back(tmp_path, grey):
+    ours, _ = _pair(tmp_path, grey)
+    held = [ours.augmented(k % 18, k, True)["img"] for k in range(20)]
+    copies = [one.clone() for one in held]
+    part = held[3][:, 5:9]
+    places = {one.data_ptr() for one in held}
+    assert len(places) == 20
+    del held[:10]
+    for k in range(40):
+        again = ours.augmented(k % 18, 100 + k, True)["img"]
+        assert again.data_ptr() in places and again.data_ptr() not in {one.data_ptr() for one in held}
+    assert all(torch.equal(a, b) for a, b in zip(held, copies[10:], strict=True))
+    assert torch.equal(part, copies[3][:, 5:9])
+
+
 def test_a_batch_of_grey_and_colour_is_colour(tmp_path):
     for name in ("g", "c"):
         (tmp_path / name).mkdir()

@@ -90,6 +90,14 @@ def test_images_without_boxes_collate(prepared):
     assert torch.equal(ready[:, 2], batch["img"][:, 0] / 255)
 
 
+def test_network_input_in_half_precision_is_what_rounding_gives():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for images in (values, torch.cat([values, values.flip(2), values.flip(3)], 1)):
+        for dtype in (torch.bfloat16, torch.float16):
+            half = network_input(images, CPU, dtype)
+            assert torch.equal(half, network_input(images, CPU).to(dtype)) and half.shape == (1, 3, 16, 16)
+
+
 def test_an_image_that_has_changed_since_prepare_is_a_user_error(prepared):
     _, rows = _dataset(prepared)
     other = [dataclasses.replace(r, width=65) for r in rows]
@@ -140,12 +148,12 @@ def test_a_training_process_that_is_killed_leaves_no_loading_process(prepared, t
     with (tmp_path / "job").open("wb") as file:
         pickle.dump((Streams({"labelled": dataset}), [[Draw("labelled", 0, k, True)] for k in range(1000)]), file)
     code = f"""
-import os, pickle, signal, torch
+import multiprocessing, os, pickle, signal, torch
 from dfssd.data.loaders import training_loader
 streams, batches = pickle.load(open({str(tmp_path / "job")!r}, "rb"))
 batches = iter(training_loader(streams, batches, 2, torch.device("cpu"), 10**5))
 next(batches)
-print(*(w.pid for w in batches._workers), flush=True)
+print(*(p.pid for p in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
@@ -162,6 +170,29 @@ def test_how_many_processes_load(monkeypatch):
     assert loaders.processes(torch.device("cuda"), False) == 15 and loaders.processes(CPU, False) == 1
     monkeypatch.setattr(loaders.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 64 * 2**20}))
     assert loaders._that_fit(10 * 2**20) == 1  # the /dev/shm that a container gets unasked
+
+
+def test_the_number_of_processes_follows_the_step(prepared, monkeypatch):
+    """From one to several where the step waits, to few where it does not; batches are the same ones in the same order."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # of a worker whose cores are shared with three loaders
+    dataset, rows = _dataset(prepared)
+    draws = [[Draw("labelled", k % len(rows), k, True)] for k in range(60)]
+    here = [b["img"] for b in training_loader(Streams({"labelled": dataset}), draws, 0, CPU, 1)]
+    slow = Streams({"labelled": dataset})
+    loader = training_loader(slow, draws, -1, CPU, 10**5)
+    taken, seen = [], []
+    for batch in loader:
+        taken.append(batch["img"])
+        if len(taken) % 12 == 0:  # a step of one batch that computes for 10 ms; its images take as long as is said here
+            loader._load_s = 12 * (0.018 if len(taken) < 24 else 0.001)
+            waited = 0.008 if len(taken) < 24 else 0.0
+            seen.append((loader.num_workers, bool(loader.follow(0.010 + waited, waited, 1))))
+    assert seen[:3] == [(1, True), (3, True), (1, False)], seen
+    assert len(taken) == len(here) and all(torch.equal(a, b) for a, b in zip(here, taken, strict=True))
+    asked = training_loader(slow, draws, 2, CPU, 10**5)  # whoever sets a number keeps it
+    for k, _ in enumerate(asked):
+        assert k != 40 or (asked.follow(10.0, 0.0, 1) == "" and asked.num_workers == 2)
+    assert [loaders.enough(0.1, s) for s in (0.05, 0.2, 10.0)] == [3, 1, 1]
 
 
 def test_processes_share_the_table_of_images_and_do_not_copy_it():

@@ -253,24 +253,29 @@ def test_hooks_are_gone_from_what_is_saved(prepared):
         assert type(saved).__name__ == "DetectionModel" and not any("projection" in k for k in saved.state_dict())
 
 
-@pytest.mark.slow  # a minute and a half of compiling
-def test_compiled_networks_give_the_same_losses(prepared):
+@pytest.mark.slow  # minutes of compiling
+@pytest.mark.parametrize("taps", [(), (2, 15)])
+def test_compiled_networks_give_the_same_losses_and_gradients(prepared, taps):
+    """Hooks of tapped layers included."""
     import shutil
 
     if not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
     give_teacher_and_candidates(prepared)
-    histories = []
+    losses, gradients = [], []
     for compiled in (False, True):
-        config = tiny_config(prepared, steps=1, compile=compiled, unlabelled_ratio=0.5)
-        job = make_job("student", str(prepared / "r"), config)
-        s = build_session(job, WorkerGroup(), CPU)
+        config = tiny_config(prepared, steps=1, compile=compiled, unlabelled_ratio=0.5, taps=taps)
+        s = build_session(make_job("student", str(prepared / "r"), config), WorkerGroup(), CPU)
         images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            targets = s.targets({**_batch(), "img": images}, 4)
-            histories.append(terms_of(s.criterion, s.wrapped(images), s.teacher(images), targets, 0.0).losses)
-    for name, value in histories[0].items():
-        torch.testing.assert_close(histories[1][name], value, rtol=1e-3, atol=1e-4)
+        targets = s.targets({**_batch(), "img": images}, 4)
+        terms = terms_of(s.criterion, s.wrapped(images), s.teacher(images), targets, 0.0)
+        terms.total().backward()
+        losses.append({k: v.detach() for k, v in terms.losses.items()})
+        gradients.append([p.grad for p in s.student.parameters() if p.requires_grad])
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, rtol=1e-3, atol=1e-4)
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= 1e-2 * one.norm() + 1e-6
 
 
 def test_projections_are_pairs():

@@ -129,6 +129,25 @@ def test_pkd_is_symmetric_bounded_and_blind_to_scale():
     assert d.pkd(s * 7 + 3, t).item() == pytest.approx(d.pkd(s, t).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_pkd_of_any_type_is_that_of_its_numbers(dtype):
+    """Maps in half precision are not copied; moments are float32, also where the mean is far above the spread."""
+    for shift in (0.0, 40.0):
+        s, t = (((m + shift) * 2).to(dtype) for m in _maps(5, (2, 3, 16, 16)))
+        s.requires_grad_()
+        value = d.pkd(s, t)
+        value.backward()
+        x = s.detach().double().requires_grad_()
+        want = d.pkd(x, t.double())
+        want.backward()
+        assert value.dtype == torch.float32 and s.grad.dtype == dtype
+        assert value.item() == pytest.approx(want.item(), rel=1e-5)
+        largest = x.grad.abs().max().item()
+        torch.testing.assert_close(s.grad.double(), x.grad, rtol=torch.finfo(dtype).eps, atol=1e-4 * largest)
+    with torch.no_grad():
+        assert d.pkd(s, t).item() == value.item()
+
+
 @pytest.mark.parametrize("kind", REFERENCES)
 def test_equal_maps_teach_nothing(kind):
     s, _ = _maps()

@@ -118,6 +118,8 @@ def _result(difference, low, high):
 )
 def test_the_words_follow_the_numbers(numbers, said, model):
     line = gate.verdict(_result(*numbers))
+    alone = gate.verdict(_result(*numbers), unlabelled=False)
+    assert alone.startswith("The teacher") and "quality.png" not in alone and "unlabelled" not in alone
     assert said in line and f"{100 * numbers[0]:+.1f} points" in line and "40 images" in line and "\n" not in line
     assert gate.better(_result(*numbers)) == model
     assert ("--publish-best" in line) == (model == "label_only")

@@ -1,7 +1,10 @@
 """Contract with Ultralytics, per family: what we rely on must hold in the installed version."""
 
 import dataclasses
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,3 +313,22 @@ def test_end_to_end_heads_move_their_balance():
     assert start["one2many"] > 0.75 and end["one2many"] < 0.15
     assert sum(end.values()) == pytest.approx(1)
     configure(model, NAMES, 64)
+
+
+def test_nms_is_torchvisions_in_every_process():
+    """Ultralytics takes a loop in Python where nobody imported torchvision; every search for boxes passes `suppress`."""
+    code = """
+import sys, torch
+from ultralytics.utils import nms as theirs
+from dfssd.models.nms import suppress, suppress_together
+assert "torchvision" not in sys.modules  # nor what it takes a second to import
+theirs.TorchNMS = None  # what the loop would need
+boxes = torch.rand(2, 7, 300, generator=torch.Generator().manual_seed(0)) * torch.tensor([64.0] * 4 + [1.0] * 3)[:, None]
+found, together = suppress(boxes, 0.5, 0.5, 50), suppress_together(boxes, 0.5, 0.5, 50)
+assert min(map(len, found)) > 5 and all(torch.equal(a, b) for a, b in zip(found, together))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    package = Path(__file__).parents[1] / "dfssd"
+    named = {f.relative_to(package).as_posix() for f in package.rglob("*.py") if "non_max_suppression" in f.read_text()}
+    assert named == {"models/nms.py"}

@@ -2,12 +2,14 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dfssd.data import shared_table
-from dfssd.data.manifest import pseudo_table, read_pseudo, write_table
+from dfssd.data.manifest import Manifest, Row, pseudo_table, read_manifest, read_pseudo, write_manifest, write_table
 from dfssd.runtime.storage import Storage
 
 
@@ -71,3 +73,42 @@ def test_a_disk_that_takes_no_copy_is_no_error(shards, monkeypatch, capsys):
     monkeypatch.setattr(shared_table.tempfile, "gettempdir", lambda: "/proc")
     _check(read_pseudo(store))
     assert len(read) == 140 and "WARNING" in capsys.readouterr().out
+
+
+def test_a_manifest_is_read_once_with_all_that_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_table.tempfile, "gettempdir", lambda: str(tmp_path))
+    store, read = Storage(str(tmp_path / "run")).at("dataset"), []
+    rows = [
+        Row(f"{k:04d}", f"{k}.png", 8, 6, ("train", "val", "test")[k // 4 % 3], k % 2 == 0, k,
+            None if k % 3 else np.full((k % 4, 5), k, np.float32), 0.0)
+        for k in range(40)
+    ]  # fmt: skip
+    write_manifest(store, Manifest(rows, ["a", "b"], {"more": 1}))
+    table = pq.read_table(tmp_path / "run/dataset/manifest.parquet")
+    pq.write_table(table, tmp_path / "run/dataset/manifest.parquet", row_group_size=7)  # with a dictionary each
+    store.write_json("stage.json", {})
+    plain, real = read_manifest(store), Storage.read
+    monkeypatch.setattr(Storage, "read", lambda self, name: (read.append(name), real(self, name))[1])
+    for _ in range(3):
+        found = read_manifest(store, shared=True)
+        assert found.names == plain.names and found.meta == plain.meta and len(found.rows) == 40
+        for one, other in zip(found.rows, plain.rows, strict=True):
+            assert replace(one, boxes=None) == replace(other, boxes=None)
+            assert (one.boxes is None) == (other.boxes is None)
+            assert one.boxes is None or np.array_equal(one.boxes, other.boxes)
+    assert read.count("manifest.parquet") == 1
+
+
+def test_a_machine_keeps_the_tables_that_were_asked_for_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_table.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(shared_table, "KEPT", 2)
+    stores = [Storage(str(tmp_path / str(k))).at("pseudo") for k in range(3)]
+    for store in stores:
+        write_table(store, "shard-0.parquet", pseudo_table(["a"], "t", [None]))
+        store.write_json("stage.json", {})
+    kept = []
+    for store in (stores[0], stores[1], stores[0], stores[2]):
+        time.sleep(0.02)
+        read_pseudo(store, shared=True)
+        kept.append({p.name for p in tmp_path.glob("dfssd-tables-*/*.arrow")})
+    assert [len(k) for k in kept] == [1, 2, 2, 2] and kept[0] < kept[3]  # of the three the second is gone

@@ -187,7 +187,7 @@ class Train(Section):
     hsv: tuple[float, float, float] = Field((0.015, 0.7, 0.4), description="Random hue, saturation, value gains.")
     val_every: int = Field(0, ge=0, description="Steps between validations and checkpoints; 0: a tenth of all.")
     log_every: int = Field(20, ge=1, description="Steps between two lines of progress.")
-    loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: automatic.")
+    loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: as the step needs.")
     cache_gib: float = Field(
         16.0,
         ge=0,

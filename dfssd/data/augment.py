@@ -13,13 +13,14 @@ score, agreement], 0..1 of their image.
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Sequence
-from math import floor, prod
+from math import floor
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from dfssd.data.scratch import Scratch
 
 GREY = 114  # what lies outside of all images
 SMALLEST_PX, SMALLEST_SHARE, LONGEST = (
@@ -94,22 +95,7 @@ def draw_plan(index: int, count: int, seed: int, side: int, recipe: Recipe, mosa
     )
 
 
-class _Scratch(threading.local):
-    """Memory that a thread uses again for each sample: fresh pages cost as much as what is written to them."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, np.ndarray] = {}
-        self.generator = np.random.RandomState(0)  # Ultralytics draws some numbers from NumPy's; a new one takes long
-
-    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """uint8, with whatever was in it."""
-        count = prod(shape)
-        if name not in self.arrays or self.arrays[name].size < count:
-            self.arrays[name] = np.empty(count, np.uint8)
-        return self.arrays[name][:count].reshape(shape)
-
-
-_scratch = _Scratch()
+_scratch = Scratch()
 
 
 def _happens(rng: random.Random, probability: float) -> bool:
@@ -294,8 +280,12 @@ def make_sample(
             centre[:, axis] = side - centre[:, axis]
     turns = {(True, True): -1, (True, False): 0, (False, True): 1}
     code = turns.get((plan.flipud, plan.fliplr))
-    image = image.copy() if code is None else cv2.flip(image, code)  # out of the memory that is used again
-    return image, np.concatenate([columns[:, :1], centre / side, wh / side, columns[:, 1:]], 1).astype(np.float32)
+    out = _scratch.lasting(image.shape)
+    if code is None:
+        np.copyto(out, image)
+    else:
+        cv2.flip(image, code, dst=out)
+    return out, np.concatenate([columns[:, :1], centre / side, wh / side, columns[:, 1:]], 1).astype(np.float32)
 
 
 def _mix(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:

@@ -5,6 +5,7 @@ A box travels through the augmentations as (class, score, agreement); for labels
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -189,7 +190,8 @@ class Streams(torch.utils.data.Dataset):
         return sample
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
-        """The samples of a batch, whose images are fetched together."""
+        """The samples of a batch, whose images are fetched together; the first one says how long it took, as `load_s`."""
+        begun = time.perf_counter()
         for name, stream in self.streams.items():
             if stream.remote:
                 own = (stream.plan(d.image, d.seed, d.mosaic).images for d in draws if d.stream == name)
@@ -197,6 +199,7 @@ class Streams(torch.utils.data.Dataset):
         samples = [self[draw] for draw in draws]
         for stream in self.streams.values():
             stream.images.forget()
+        samples[0]["load_s"] = time.perf_counter() - begun
         return samples
 
 
@@ -206,7 +209,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     Returns:
         img: (B,3,H,W) or, where all are grey, (B,1,H,W) uint8 RGB, channels last in memory. cls, score, agreement,
         batch_idx: (N,). bboxes: (N,4) cx, cy, w, h, 0..1. im_file: list. Where samples have them: img_strong as img,
-        fit: list.
+        fit: list, load_s.
     """
     columns = [s["cls"] for s in samples]
     index = [torch.full((len(c),), float(i)) for i, c in enumerate(columns)]
@@ -223,6 +226,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     strong = [s["img_strong"] for s in samples if "img_strong" in s]
     if strong:
         batch["img_strong"] = stack(strong)
+    if "load_s" in samples[0]:
+        batch["load_s"] = samples[0]["load_s"]
     if "fit" in samples[0]:
         batch["fit"] = [s["fit"] for s in samples]
     return batch
@@ -243,9 +248,13 @@ def stack(images_chw: Sequence[Tensor]) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def network_input(images_uint8: Tensor, device: torch.device) -> Tensor:
-    """(B,3,H,W) float32 0..1, channels last; of (B,1,H,W) three times the one channel."""
+def network_input(images_uint8: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B,3,H,W) 0..1, channels last; of (B,1,H,W) three times the one channel.
+
+    Args:
+        dtype: half precision gives what rounding the float32 values gives, without making them.
+    """
     images = images_uint8.to(device, non_blocking=True)
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
-    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
+    return images.to(dtype, memory_format=torch.channels_last).div_(255)

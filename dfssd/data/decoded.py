@@ -46,7 +46,9 @@ class DecodedCache:
         top = (Path(folder).expanduser() / "dfssd-decoded" if folder else own).absolute()
         self.folder, self.limit = top / _boot(), int(gib * 2**30)
         self._used, self._since_look, self._faulty = 0, self.limit, False
-        self._mapped: dict[str, np.ndarray] = {}  # by this process: mapping a file again costs as much as using it
+        self._mapped: dict[
+            tuple[str, int], np.ndarray
+        ] = {}  # by this process: mapping a file again costs as much as using it
         try:
             top.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not folder and top.stat().st_uid != os.getuid():
@@ -63,14 +65,13 @@ class DecodedCache:
 
     def read(self, key: str, imgsz: int) -> np.ndarray | None:
         """(h,w,3) or (h,w) uint8, mapped and not to be written to; None where it is not kept."""
-        place = str(self._place(key, imgsz))
-        found = self._mapped.get(place)
+        found = self._mapped.get((key, imgsz))
         if found is None and not self._faulty:
-            found = _map(place)
+            found = _map(str(self._place(key, imgsz)))
             if found is not None:
                 if len(self._mapped) >= MOST_MAPPED:
                     self._mapped.pop(next(iter(self._mapped)))
-                self._mapped[place] = found
+                self._mapped[key, imgsz] = found
         return found
 
     def keep(self, key: str, imgsz: int, image: np.ndarray) -> None:

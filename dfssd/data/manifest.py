@@ -144,13 +144,16 @@ def write_manifest(store: Storage, manifest: Manifest) -> None:
     write_table(store, "manifest.parquet", pa.Table.from_arrays(arrays, schema=schema))
 
 
-def read_manifest(dataset: Storage) -> Manifest:
+def read_manifest(dataset: Storage, shared: bool = False) -> Manifest:
     """Read `manifest.parquet` from the dataset artefact.
+
+    Args:
+        shared: the processes of a machine read it together, once (`data.shared_table`).
 
     Raises:
         DfssdError: it was written by a format this version does not know.
     """
-    table = read_table(dataset, "manifest.parquet")
+    table = read_tables(dataset, ["manifest.parquet"], shared)
     meta = json.loads((table.schema.metadata or {}).get(b"dfssd", b"{}"))
     if meta.get("format_version") != FORMAT_VERSION:
         raise DfssdError(
@@ -191,11 +194,11 @@ def pseudo_table(image_ids: list[str], teacher: str, boxes: list[Boxes | None]) 
     return pa.Table.from_arrays(arrays, schema=PSEUDO_SCHEMA)
 
 
-def read_pseudo(store: Storage) -> dict[str, Boxes]:
-    """All candidates by image_id, as (n,7) arrays [cls, cx, cy, w, h, score, agreement]."""
+def read_pseudo(store: Storage, shared: bool = False) -> dict[str, Boxes]:
+    """All candidates by image_id, as (n,7) arrays [cls, cx, cy, w, h, score, agreement]; `shared` as for a manifest."""
     names = [name for name in store.files() if name.startswith("shard-")]
     if not names:
         return {}
-    table = read_tables(store, names)
+    table = read_tables(store, names, shared)
     pairs = zip(table["image_id"].to_pylist(), boxes_from_arrow(table["boxes"]), strict=True)
     return {i: b for i, b in pairs if b is not None}

@@ -60,18 +60,23 @@ def layer_terms(
     """
     sums, normalisers, row = [], [], DIVERGENCES[kind]
     compare: Callable[..., Any] = getattr(d, row.function)
-    for k, (raw, other) in enumerate(zip(student, teacher, strict=True)):
-        s, t = resized(raw.float(), other.shape[2:]), other.float()
-        images = s.new_full((), float(s.shape[0]))  # a kernel, not a copy that is waited for
+    for k, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        if s.shape[2:] != t.shape[2:]:
+            s = resized(s.float(), t.shape[2:])
+        if row.needs or row.tau:  # the others take half precision, which spares a copy of each map
+            s, t = s.float(), t.float()
         if row.needs == "scores":
             assert scores, f"{kind} is weighted by the teacher's scores"
             value, images = compare(s, t, score_map(scores, s.shape[2:]))
-        elif row.needs == "generator":
-            value = images * compare(s, t, generators[k], d.hidden_positions(s, generator=masks))
-        elif row.tau:
-            value = images * compare(d.standardise(s), d.standardise(t), tau or row.tau)
         else:
-            value = images * compare(s, t)
+            if row.needs == "generator":
+                value = compare(s, t, generators[k], d.hidden_positions(s, generator=masks))
+            elif row.tau:
+                value = compare(d.standardise(s), d.standardise(t), tau or row.tau)
+            else:
+                value = compare(s, t)
+            images = value.new_full((), float(s.shape[0]))  # a kernel, not a copy that is waited for
+            value = images * value
         sums.append(value)
         normalisers.append(images)
     return torch.stack(sums), torch.stack(normalisers)

@@ -103,8 +103,8 @@ def better(gate: dict[str, Any]) -> str:
     return (STUDENT if gate["map50_95"]["difference"] > 0 else LABEL_ONLY).role
 
 
-def verdict(gate: dict[str, Any]) -> str:
-    """One line: did the unlabelled images pay?"""
+def verdict(gate: dict[str, Any], unlabelled: bool = True) -> str:
+    """One line: did the unlabelled images pay? Without any (`unlabelled` False): did the teacher?"""
     one = gate["map50_95"]
     said = "paid" if one["low"] > 0 else "did NOT pay" if one["difference"] <= 0 else "may have paid"
     numbers = ", ".join(
@@ -113,9 +113,11 @@ def verdict(gate: dict[str, Any]) -> str:
     )
     groups = gate.get("groups", gate["images"])
     apart = "" if groups == gate["images"] else f" in {groups} groups of near-duplicates"
-    text = f"The unlabelled images {said}: val {numbers}; 95 % intervals over {gate['images']} images{apart}."
+    what = "unlabelled images" if unlabelled else "teacher"
+    text = f"The {what} {said}: val {numbers}; 95 % intervals over {gate['images']} images{apart}."
     if said == "did NOT pay":
-        text += " Use label_only/best.pt (or --publish-best), and look at quality/quality.png and doubtful.png."
+        look = ", and look at quality/quality.png and doubtful.png" if unlabelled else ""
+        text += f" Use label_only/best.pt (or --publish-best){look}."
     elif said == "may have paid":
         text += " The interval holds zero: more val images or more seeds would tell."
     return text

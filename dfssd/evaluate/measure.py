@@ -129,10 +129,13 @@ def last_weights(
 
 
 def labels_used(manifest: Manifest) -> dict[str, Any]:
-    """Images whose labels trained or chose: train, val; and whether val was a part of what may be labelled (from_labels)."""
+    """Images whose labels trained or chose: train, val; whether val was a part of what may be labelled (from_labels); and how
+    many images without labels there were to learn from (unlabelled).
+    """
     val = sum(r.boxes is not None for r in manifest.of_split(VAL))
     from_labels = bool(manifest.meta.get("val_from_labels", False))
-    return {"train": len(manifest.labelled_rows()), "val": val, "from_labels": from_labels}
+    unlabelled = len(manifest.unlabelled_rows())
+    return {"train": len(manifest.labelled_rows()), "val": val, "from_labels": from_labels, "unlabelled": unlabelled}
 
 
 def weights_file(run: Storage, name: str) -> str:

@@ -8,7 +8,19 @@ other gives each its share of the step's momentum; over workers the mean is take
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Uncounted(nn.BatchNorm2d):
+    """Batch norm that does not count its batches, which nobody asks for where the momentum is set: an operation a layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.momentum is None:
+            return super().forward(input)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
 
 
 class GhostNorm:
@@ -20,6 +32,9 @@ class GhostNorm:
 
     def __init__(self, *modules: nn.Module) -> None:
         found = [n for m in modules for n in m.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm)]
+        for norm in found:
+            if type(norm) is nn.BatchNorm2d:
+                norm.__class__ = _Uncounted
         self._norms = [(norm, float(norm.momentum)) for norm in found if norm.momentum is not None]
 
     def turn(self, index: int, count: int) -> None:

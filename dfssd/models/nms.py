@@ -1,13 +1,13 @@
 """From decoded boxes to the ones that stay: NMS.
 
 It is torchvision's. Ultralytics takes it only in a process that has imported torchvision, and elsewhere a loop in Python,
-ten times slower: hence the import here, where every process that looks for boxes comes by.
+ten times slower: hence the import in `suppress`, where every process that looks for boxes comes by. It takes a second of a
+core, which commands that look for none do not spend.
 """
 
 from __future__ import annotations
 
 import torch
-import torchvision
 from torch import Tensor
 from ultralytics.utils import nms
 from ultralytics.utils.ops import xywh2xyxy
@@ -24,6 +24,8 @@ def suppress(boxes_bca: Tensor, conf: float, iou: float, most: int, end2end: boo
     A CPU waits for nothing, and its NMS is quicker on few boxes. Ultralytics' NMS gives up after a wall-clock limit and
     returns what it has; the limit is set far out of reach.
     """
+    import torchvision  # noqa: F401  # for Ultralytics to find
+
     if boxes_bca.device.type != "cpu" and not end2end:
         found = suppress_together(boxes_bca, conf, iou, most)
         if found is not None:
@@ -40,6 +42,8 @@ def suppress_together(boxes_bca: Tensor, conf: float, iou: float, most: int) -> 
     Returns:
         (n,6) for each image, best score first; None where there are too many boxes for one NMS.
     """
+    import torchvision
+
     count, classes = len(boxes_bca), boxes_bca.shape[1] - 4
     scores_bac = boxes_bca[:, 4:].float().transpose(1, 2)
     image, anchor, cls = (scores_bac > conf).nonzero(as_tuple=True)

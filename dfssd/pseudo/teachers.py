@@ -23,6 +23,7 @@ from dfssd.pseudo.shards import Shard
 from dfssd.runtime.storage import Storage
 
 AUTO_BATCH = {"cpu": 16, "cuda": 64}  # images in a forward pass; halved where a GPU's memory does not hold them
+CPU_PIXELS = 820_000  # of a forward pass on a CPU: with more, maps no longer stay in its caches (2 images of 640 px)
 MEMORY = ("out of memory", "alloc_failed", "allocation failed")  # what PyTorch, cuDNN and cuBLAS say of full memory
 
 
@@ -60,6 +61,12 @@ def precision(amp: str, device: torch.device) -> torch.dtype:
     return autocast_dtype(amp, device) or torch.float32
 
 
+def auto_batch(device: torch.device, imgsz: int) -> int:
+    """Images of a forward pass."""
+    most = AUTO_BATCH[device.type]
+    return max(1, min(most, round(CPU_PIXELS / imgsz**2))) if device.type == "cpu" else most
+
+
 class Teachers:
     """Turns a decoded shard into what each network finds in each form of each image.
 
@@ -82,7 +89,7 @@ class Teachers:
             model = load_model(data, path, config.train.imgsz)
             self.maps.append(class_map(dict(enumerate(class_names(model))), names, path))
             self.models.append(family_of(model).ready(model, device, self.dtype, torch.channels_last))
-        self.batch = config.pseudo.label_batch or AUTO_BATCH[device.type]
+        self.batch = config.pseudo.label_batch or auto_batch(device, config.train.imgsz)
 
     @property
     def views(self) -> int:

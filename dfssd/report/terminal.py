@@ -65,11 +65,10 @@ def print_export(config: Config) -> None:
 
 def said(results: dict[str, Any]) -> list[str]:
     """The verdict in sentences: did the unlabelled images pay, on val and on test, and what the line would see."""
-    lines = [
-        verdict(results["gate"])
-        if "gate" in results
-        else "no gate: it compares the distilled with the label-only student, and one of them is missing"
-    ]
+    unlabelled = bool(results.get("labels", {}).get("unlabelled", True))
+    missing = "distilled" if "label_only" in results else "label-only"
+    no_gate = f"no gate: there is no {missing} student to compare with"
+    lines = [verdict(results["gate"], unlabelled) if "gate" in results else no_gate]
     lines += [
         labels_in_words(results),
         on_test(results),

@@ -26,7 +26,7 @@ from dfssd.pseudo.quality import val_evidence
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import or_no_candidate
 from dfssd.pseudo.thresholds import Policy, ScoreCounts, labelled_rates, make_policy
-from dfssd.runtime.storage import Storage
+from dfssd.runtime.storage import Storage, is_remote
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.clocks import StepClock
 from dfssd.train.job import TrainJob
@@ -44,7 +44,8 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
     config = job.config
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
-    manifest = read_manifest(run.at("dataset"))
+    shared = world.size > 1 or is_remote(job.run_uri)  # of the next stage too, where reading is slow
+    manifest = read_manifest(run.at("dataset"), shared)
     weights = job.store.read("init.pt") if job.store.exists("init.pt") else None
     detector = build_model(job.model_spec, manifest.names, config.train.imgsz, weights)[0].to(device)
     # Before taps: hooks are not for what is saved. The average of a mean teacher teaches from the first step, so that it must
@@ -60,7 +61,7 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         if teaching:
             teaching.teacher.model.compile()
     wrapped = world.share_gradients(student)
-    candidates = read_pseudo(run.at(str(job.pseudo))) if job.pseudo and config.unlabelled_batch() else {}
+    candidates = read_pseudo(run.at(str(job.pseudo)), shared) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if job.distill_settings() else None
     caches, dtype = _caches(job, manifest), autocast_dtype(config.train.amp, device)
     return Session(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dfssd.data.loaders import Supply
 from dfssd.pseudo.selection import StepTargets
 
 Choose = Callable[[dict[str, Any], int], StepTargets]
@@ -54,13 +55,14 @@ class Feed:
 
     def __init__(
         self,
-        batches: Iterator[dict[str, Any]],
+        batches: Iterable[dict[str, Any]],
         indices: range,
         choose: Choose,
         labelled: list[int],
         device: torch.device,
     ) -> None:
-        self.batches, self.indices, self.choose, self.labelled, self.device = batches, indices, choose, labelled, device
+        self.source, self.batches = batches, iter(batches)
+        self.indices, self.choose, self.labelled, self.device = indices, choose, labelled, device
         self._waited_s = 0.0
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready: list[MicroBatch] = []
@@ -85,6 +87,10 @@ class Feed:
         """Seconds that the loader kept us waiting since the last call."""
         waited, self._waited_s = self._waited_s, 0.0
         return waited
+
+    def follow(self, step_s: float, waited_s: float) -> str:
+        """Let the number of loading processes follow the step; says what was changed (`Supply.follow`)."""
+        return self.source.follow(step_s, waited_s, len(self.indices)) if isinstance(self.source, Supply) else ""
 
     def _copied(self, index: int) -> MicroBatch:
         begun = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.data.dataset import ManifestDataset, Streams
-from dfssd.data.loaders import training_loader
+from dfssd.data.loaders import Supply, training_loader
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import Repeats, StepSampler, repeat_factors
 from dfssd.distill.criterion import Criterion
@@ -95,9 +94,9 @@ class Session:
         """Micro-batches of this worker on its device, from the present step to the last."""
         batch, count = self.job.config.train.batch, self.micro_batches
         labelled = [len(range(k, batch, count)) for k in range(count)]
-        return Feed(iter(self.loader()), self.mine, self.targets, labelled, self.device)
+        return Feed(self.loader(), self.mine, self.targets, labelled, self.device)
 
-    def loader(self) -> Iterable[dict[str, Any]]:
+    def loader(self) -> Supply:
         """Batches of this worker from the present step to the last."""
         config = self.job.config
         per_step = {"labelled": config.train.batch}

@@ -141,10 +141,7 @@ def _forward(s: Session, batch: MicroBatch, taught: Taught, network: nn.Module, 
     if s.criterion.masks is not None:  # of the micro-batch, whoever computes it
         s.criterion.masks.manual_seed(stable_seed(s.job.config.run.seed, "masks", s.step, batch.index))
     labelled = batch.targets.labelled
-    images = weak = network_input(batch.images, s.device)
-    if batch.strong is not None:
-        images = torch.cat([weak[:labelled], network_input(batch.strong, s.device)])
-        images = images.contiguous(memory_format=torch.channels_last)
+    images, weak = _inputs(s, batch)
     if batch.index not in taught:
         taught[batch.index] = s.teacher(weak) if s.teacher else None, own_average(s, weak)
         s.clock.mark("teacher")
@@ -155,6 +152,18 @@ def _forward(s: Session, batch: MicroBatch, taught: Taught, network: nn.Module, 
     measured = s.criterion.measure(out, teacher, batch.targets, s.step / s.job.steps, own)
     s.clock.mark("criterion")
     return Pass(out, teacher, measured)
+
+
+def _inputs(s: Session, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """The images as the student sees them, and as those who teach do; in half precision where all compute in the same one."""
+    kinds = {s.dtype, *({s.teacher_dtype} if s.teaching else ())}
+    dtype = (kinds.pop() if len(kinds) == 1 else None) or torch.float32
+    if batch.strong is None:
+        images = network_input(batch.images, s.device, dtype)
+        return images, images
+    few = [part.expand(-1, 3, -1, -1) for part in (batch.images[: batch.targets.labelled], batch.strong)]
+    images = network_input(torch.cat(few), s.device, dtype)
+    return images, network_input(batch.images, s.device, dtype) if s.teaching else images
 
 
 def _totals(

@@ -215,7 +215,9 @@ def draining() -> dict[str, int]:
 def _shorten_timeout(world: WorkerGroup) -> None:
     """Once all have made a step, whoever is waited for longer is lost: the first one may compile, fetch and start slowly."""
     if world.size > 1 and torch.distributed.is_initialized():
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), torch.distributed.group.WORLD)
+        set_timeout = getattr(torch.distributed, "set_timeout", None)  # public from PyTorch 2.14 on
+        set_timeout = set_timeout or torch.distributed.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=TIMEOUT_S), torch.distributed.group.WORLD)
 
 
 def _train(job: TrainJob, world: WorkerGroup, threads: int, interrupt: Interrupt) -> dict[str, Any]:

@@ -8,10 +8,16 @@ from small import SWEEP_BASE
 
 from dfssd.data.synthetic import make_dataset
 
-SIZE = ["--imgsz", "64", "--batch", "4", "--amp", "fp32"]
-TRAINING = ["--steps", "6", "--teacher-steps", "6", "--val-every", "3", "--log-every", "1", "--teacher", "yolov8n.yaml"]
+SIZE = ["--imgsz", "64"]
+STUDENT = ["--batch", "4", "--amp", "fp32", "--steps", "6", "--val-every", "3", "--log-every", "1"]
+TEACHER = ["--teacher-steps", "6", "--teacher", "yolov8n.yaml"]
 MEASURING = ["--latency-repeats", "3", "--sample-images", "2"]
-ALL = [*SIZE, *TRAINING, *MEASURING, "--label-fraction", "0.4", "--no-baseline"]
+ALL = [*SIZE, *STUDENT, *TEACHER, *MEASURING, "--label-fraction", "0.4", "--no-baseline"]
+OWN = {  # each job refuses flags that it does not read
+    "teacher": [*STUDENT, "--role", "label_only"],
+    "pseudo_label": ["--tta", "none", "--floor", "0.07"],
+    "evaluate": MEASURING,
+}
 SPACE = 'ROWS = {"labels alone": {"method": "label_only"}, "distilled": {"method": "distill"}}'
 pytestmark = pytest.mark.slow  # some five minutes
 
@@ -51,13 +57,12 @@ def test_a_sweep(jobs):
 
 @pytest.mark.parametrize("job", ["teacher", "pseudo_label", "evaluate"])
 def test_what_cannot_be_placed_says_so_within_a_minute(jobs, job):
-    wrong = ["--gpu", "require", "--floor", "0.07"] if job == "pseudo_label" else ["--cpus-per-worker", "3"]
+    wrong = ["--gpu", "require"] if job == "pseudo_label" else ["--cpus-per-worker", "3"]
     lacks = (
         "1 labelling actor with a GPU each need 1 GPUs, the cluster has 0" if job == "pseudo_label" else "room for 0"
     )
-    more = [*TRAINING, "--role", "label_only"] if job == "teacher" else []
     begun = time.monotonic()
-    done = jobs.run(job, "--run-name", "r", "--overwrite", *SIZE, *more, *wrong)
+    done = jobs.run(job, "--run-name", "r", "--overwrite", *SIZE, *OWN[job], *wrong)
     assert done.returncode == 2 and lacks in said(done) and "Traceback" not in said(done), said(done)[-3000:]
     assert time.monotonic() - begun < 60
 
@@ -72,16 +77,11 @@ def test_a_dry_run_times_its_steps_on_a_node(jobs):
 def test_gpus_that_only_ray_believes_in_are_named(made_up_gpus, job):
     """Two GPUs of which PyTorch sees none: a user error, without retries; with --gpu never all is well."""
     flags = ["--run-name", "r", *SIZE]
-    more = {
-        "teacher": [*TRAINING, "--role", "label_only"],
-        "pseudo_label": ["--tta", "none", "--floor", "0.07"],
-        "evaluate": MEASURING,
-    }[job]
     begun = time.monotonic()
-    done = made_up_gpus.run(job, *flags, *more)
+    done = made_up_gpus.run(job, *flags, *OWN[job])
     assert done.returncode == 2 and "GPU that PyTorch does not see" in said(done), said(done)[-4000:]
     assert time.monotonic() - begun < 120
-    done = made_up_gpus.run(job, *flags, *more, "--gpu", "never")
+    done = made_up_gpus.run(job, *flags, *OWN[job], "--gpu", "never")
     assert done.returncode == 0, said(done)[-4000:]
 
 
@@ -91,7 +91,7 @@ def made_up_gpus():
         make_dataset(jobs.root / "images", images=60, side=64, seed=3)
         data = ["--data", str(jobs.root / "images"), "--label-fraction", "0.4"]
         assert jobs.run("prepare", "--run-name", "r", *data).returncode == 0
-        assert jobs.run("teacher", "--run-name", "r", *SIZE, *TRAINING, "--gpu", "never").returncode == 0
+        assert jobs.run("teacher", "--run-name", "r", *SIZE, *STUDENT, *TEACHER, "--gpu", "never").returncode == 0
         yield jobs
 
 

@@ -1,6 +1,8 @@
 """Whoever computes which micro-batch: the same numbers."""
 
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +29,24 @@ OWN = {
 }
 
 
+def _note_reads(place):
+    """Every process appends to one file which tables it reads from storage."""
+    real = Storage.read
+
+    def read(self, name):
+        if name.endswith(".parquet"):
+            with Path(place, "reads").open("a") as file:
+                file.write(f"{self.uri.rsplit('/', 1)[-1]}/{name}\n")
+        return real(self, name)
+
+    Storage.read = read
+
+
 def _worker(rank, workers, place, steps, changes):
     torch.set_num_threads(1)
+    if workers > 1:  # in a process of its own
+        tempfile.tempdir = str(place)
+        _note_reads(place)
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=workers)
     config = tiny_config(place, steps=steps, val_every=steps, **{**OWN, **changes})
@@ -54,11 +72,14 @@ def run(strip, tmp_path):
         place = tmp_path / f"{workers}-{time.monotonic_ns()}"
         prepare(Data(data=str(strip), label_fraction=0.5), 0, Storage(str(place)).at("r", "dataset"))
         give_teacher_and_candidates(place)
+        for stage in ("dataset", "pseudo"):
+            (place / "r" / stage / "stage.json").write_text("{}")
         if workers == 1:
             _worker(0, 1, place, steps, changes)
         else:
             torch.multiprocessing.spawn(_worker, (workers, place, steps, changes), nprocs=workers)
-        return torch.load(place / "result.pt", weights_only=False)
+        reads = (place / "reads").read_text().split() if workers > 1 else []
+        return {**torch.load(place / "result.pt", weights_only=False), "reads": reads}
 
     return one
 
@@ -87,6 +108,7 @@ def test_two_workers_do_what_one_does(run):
     """All terms, balanced, thresholds that move, in fp32: two micro-batches, by one worker one after the other."""
     one, two = (run(workers, 4, micro_batch=4) for workers in (1, 2))
     _compare(one, two, 4)
+    assert sorted(two["reads"]) == ["dataset/manifest.parquet", "pseudo/shard-00000.parquet"]  # once a machine
     assert len({h["pse/pseudo_labels"] for h in one["log"] if "pse/pseudo_labels" in h}) > 1  # all terms are at work
 
 

@@ -15,17 +15,18 @@ from small import SWEEP_BASE
 from dfssd.data.synthetic import make_dataset
 
 ROOT = Path(__file__).parents[2]
-SIZE = ["--imgsz", "64", "--batch", "4"]
-LIGHT = ["--log-every", "1", "--amp", "fp32", "--teacher", "yolov8n.yaml"]
-TRAINING = ["--steps", "6", "--teacher-steps", "6", "--val-every", "3", *LIGHT]
-JOBS = {
+SIZE = ["--imgsz", "64", "--gpu", "never"]
+LIGHT = ["--batch", "4", "--log-every", "1", "--amp", "fp32"]
+STUDENT = ["--steps", "6", "--val-every", "3", *LIGHT]
+TEACHER = ["--teacher-steps", "6", "--teacher", "yolov8n.yaml"]
+JOBS = {  # each job refuses flags that it does not read
     "prepare": ["--label-fraction", "0.4"],
-    "teacher": TRAINING,
-    "pseudo_label": ["--tta", "none", "--steps", "6"],
-    "distill": TRAINING,
-    "suggest": ["--k", "5", "--imgsz", "64", "--gpu", "never"],
+    "teacher": [*SIZE, *STUDENT, *TEACHER],
+    "pseudo_label": [*SIZE, "--tta", "none", "--steps", "6"],
+    "distill": [*SIZE, *STUDENT],
+    "suggest": [*SIZE, "--k", "5"],
     "review": ["--export", "cvat", "--imgsz", "64"],
-    "evaluate": ["--latency-repeats", "3", "--sample-images", "2"],
+    "evaluate": [*SIZE, "--latency-repeats", "3", "--sample-images", "2"],
 }
 SPACE = 'ROWS = {"labels alone": {"method": "label_only"}, "distilled": {"method": "distill"}}'
 
@@ -72,8 +73,6 @@ class Cluster:
     def job(self, name: str, *more: str, run: str = "r", flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         own = ["--storage-path", str(self.root / "runs"), "--run-name", run]
         own += ["--data", str(self.data)] if name in ("prepare", "pipeline", "sweep") else []
-        if name not in ("suggest", "review"):
-            own += [*(SIZE if name not in ("prepare", "sweep") else []), "--gpu", "never"]
         return self.submit(sys.executable, f"jobs/{name}.py", *own, *more, flags=flags)
 
 
@@ -101,13 +100,13 @@ def test_each_job_runs_and_ends_with_0(cluster):
     runs = cluster.root / "runs" / "r"
     assert (runs / "suggest" / "suggest.csv").exists() and (runs / "review" / "annotations.xml").exists()
     assert (runs / "student" / "best.pt").exists() and (runs / "report" / "report.html").exists()
-    whole = [*TRAINING, *JOBS["prepare"], "--tta", "none", *JOBS["evaluate"], "--no-baseline"]
+    whole = [*JOBS["teacher"], *JOBS["prepare"], "--tta", "none", *JOBS["evaluate"][len(SIZE) :], "--no-baseline"]
     done = cluster.job("pipeline", *whole)
     assert done.returncode == 0 and said(done).count(", skipped") >= 6, said(done)[-4000:]
 
 
 def test_a_sweep_runs_as_a_job(cluster):
-    done = cluster.job("sweep", "own_space.py", run="sweep")
+    done = cluster.job("sweep", "own_space.py", "--gpu", "never", run="sweep")
     assert done.returncode == 0 and "2/2 trials" in said(done), said(done)[-4000:]
     assert (cluster.root / "runs" / "sweep" / "table.md").exists()
 
@@ -134,7 +133,7 @@ def test_neither_data_nor_runs_are_uploaded(cluster):
 
 
 def test_a_stopped_job_goes_on_when_submitted_again(cluster):
-    steps = ["--steps", "400", "--teacher-steps", "400", "--val-every", "400", *LIGHT]
+    steps = [*SIZE, *LIGHT, "--teacher-steps", "400", "--val-every", "400", "--teacher", "yolov8n.yaml"]
     assert cluster.job("prepare", *JOBS["prepare"], run="stopped").returncode == 0
     first = cluster.job("teacher", *steps, run="stopped", flags=("--no-wait", "--submission-id", "first"))
     assert first.returncode == 0, said(first)
@@ -154,6 +153,6 @@ def test_a_stopped_job_goes_on_when_submitted_again(cluster):
 
 def test_what_can_never_be_scheduled_ends_within_a_minute(cluster):
     begun = time.monotonic()
-    done = cluster.job("teacher", "--role", "label_only", *TRAINING, "--cpus-per-worker", "64")
+    done = cluster.job("teacher", "--role", "label_only", *SIZE, *STUDENT, "--cpus-per-worker", "64")
     assert done.returncode != 0 and "need 64 CPUs, the cluster has 2" in said(done), said(done)[-3000:]
     assert time.monotonic() - begun < 60

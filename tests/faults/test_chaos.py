@@ -1,6 +1,6 @@
 """Faults at moments drawn from a seed, over one pipeline on S3 and an MLflow server: see benchmarks/reliability.py.
 
-CHAOS_FAULTS (30), CHAOS_SEED (0) and CHAOS_STEPS (20, of each training) choose what is done.
+CHAOS_FAULTS (30), CHAOS_SEED (0) and CHAOS_STEPS (60, of each training) choose what is done.
 """
 
 import os
@@ -23,7 +23,7 @@ def _asked(name, default):
 @pytest.mark.chaos
 @pytest.mark.timeout(3 * 3600)
 def test_a_pipeline_that_is_broken_again_and_again_ends_as_one_that_nobody_touched(tmp_path):
-    number, seed, steps = _asked("FAULTS", "30"), _asked("SEED", "0"), _asked("STEPS", "20")
+    number, seed, steps = _asked("FAULTS", "30"), _asked("SEED", "0"), _asked("STEPS", "60")
     faults, took_s = reliability.measure(tmp_path, number, seed, steps)
     print(reliability.table(faults, steps, seed, took_s))
     assert len(faults) == number, "the run ended before all faults: raise CHAOS_STEPS"
@@ -31,7 +31,7 @@ def test_a_pipeline_that_is_broken_again_and_again_ends_as_one_that_nobody_touch
 
 def test_faults_are_spread_over_the_whole_pipeline_and_come_equally_often():
     for seed in range(5):
-        places = broken_run.places(20, 30, random.Random(seed))
+        places = broken_run.places(60, 30, random.Random(seed))
         assert len(places) == 30 and places == sorted(places)
         reached = {broken_run.STAGES[k] for k, _ in places}
         assert reached >= set(broken_run.TRAININGS) and len(reached) > len(broken_run.TRAININGS)

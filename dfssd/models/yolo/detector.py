@@ -219,7 +219,7 @@ class Teacher:
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def __call__(self, images_bchw: Tensor) -> TeacherOutput:
-        """What it says of images in float32."""
+        """What it says of images in float32, or in the precision of its pass."""
         self.head.training = True
         kind = self.device.type
         if self.dtype is None or self.frozen:

@@ -10,7 +10,6 @@ import ast
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 from ultralytics.nn import tasks
 
@@ -75,6 +74,8 @@ def _is_layer(name: Any) -> bool:
     if name.startswith("nn."):
         found = getattr(nn, name[3:], None)
     elif name.startswith("torchvision.ops."):
+        import torchvision
+
         found = getattr(torchvision.ops, name[16:], None)
     else:
         found = getattr(tasks, name, None)
