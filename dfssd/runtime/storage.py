@@ -227,8 +227,11 @@ class Storage:
         try:
             self.write(".write-test", b"ok")
             self.delete(".write-test")
-        except StorageError as error:
-            raise StorageError(f"storage is not writable: {error.what}", where=self.uri, todo=error.todo) from error
+        except OSError as error:
+            what, todo = str(error), "give another --storage-path, or the rights and credentials to write there"
+            if isinstance(error, StorageError):
+                what, todo = error.what, error.todo
+            raise StorageError(f"storage is not writable: {what}", where=self.uri, todo=todo) from error
 
 
 def read_uri(uri: str) -> bytes:
