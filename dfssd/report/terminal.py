@@ -66,7 +66,8 @@ def print_export(config: Config) -> None:
 def said(results: dict[str, Any]) -> list[str]:
     """The verdict in sentences: did the unlabelled images pay, on val and on test, and what the line would see."""
     unlabelled = bool(results.get("labels", {}).get("unlabelled", True))
-    no_gate = "no gate: there is no label-only student to compare with"
+    missing = "distilled" if "label_only" in results else "label-only"
+    no_gate = f"no gate: there is no {missing} student to compare with"
     lines = [verdict(results["gate"], unlabelled) if "gate" in results else no_gate]
     lines += [
         labels_in_words(results),
