@@ -67,12 +67,7 @@ def line_chart(
         parts.append(f'<line x1="{x}" y1="{TOP}" x2="{x}" y2="{HEIGHT - BOTTOM}" class="mark"/>')
     for k, (name, own) in enumerate(lines.items()):
         colour, dash = PALETTE[k % len(PALETTE)], ' stroke-dasharray="5 3"' if k >= len(PALETTE) else ""
-        for piece in _pieces(own):
-            path = " ".join("{},{}".format(*place(x, y)) for x, y in piece)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-            if len(piece) == 1:
-                x, y = place(*piece[0])
-                parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>')
+        parts += _curve(place, own, colour, dash)
         if dots and name in dots:
             x, y = place(*dots[name])
             parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="{colour}" stroke="var(--panel)" stroke-width="1.5"/>')
@@ -98,6 +93,18 @@ def _axes(place: Place, across: Sequence[float], up: Sequence[float], x_label: s
     if y_label:
         turned = f'transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'
         parts.append(f'<text {turned} text-anchor="middle">{escape(y_label)}</text>')
+    return parts
+
+
+def _curve(place: Place, points: Points, colour: str, dash: str) -> list[str]:
+    """A line for each piece of a curve; a dot for a piece of one point."""
+    parts = []
+    for piece in _pieces(points):
+        path = " ".join("{},{}".format(*place(x, y)) for x, y in piece)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        if len(piece) == 1:
+            x, y = place(*piece[0])
+            parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>')
     return parts
 
 

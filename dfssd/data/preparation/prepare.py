@@ -14,7 +14,6 @@ import pyarrow as pa
 from dfssd.config import Data, Run
 from dfssd.data.checks import Checked
 from dfssd.data.formats.read import read_source
-from dfssd.data.formats.source import Source
 from dfssd.data.formats.unpack import resolve_zip
 from dfssd.data.manifest import TRAIN, Manifest, write_manifest, write_table, write_withheld
 from dfssd.data.preparation import grouping
@@ -57,7 +56,10 @@ def prepare(
     hashes = thumbnails.hashes_of(images)
     groups, pairs = grouping.group_hashes(hashes, config.near_duplicate, config.max_group_share)
     previous = read_previous(store)
-    split_names, labelled, hidden = _chosen(images, groups, pairs, config, seed, source, previous, corrections)
+    split_names = split_images(images, groups, pairs, config, seed, source, previous)
+    split_names, labelled, hidden = _labelled(
+        split_names, images, groups, pairs, config, seed, classes, previous, corrections
+    )
     rows, withheld = make_rows(images, split_names, labelled, groups, levels)
     meta = {"format": source.format, "seed": seed, "label_fraction": config.label_fraction, "split": config.split}
     meta["val_from_labels"] = config.val_from_labels
@@ -83,19 +85,19 @@ def prepare(
     return summary
 
 
-def _chosen(
+def _labelled(
+    names: list[str],
     images: list[Checked],
     groups: np.ndarray,
     pairs: Pairs,
     config: Data,
     seed: int,
-    source: Source,
+    classes: int,
     previous: Previous | None,
     corrections: Collection[str],
 ) -> tuple[list[str], set[str], str]:
-    """The split of each image, ids of those whose labels may be used, and why the others are hidden ('' where none is)."""
-    classes = len(source.names)
-    names = split_images(images, groups, pairs, config, seed, source, previous)
+    """The splits (val may be taken from the labelled images), ids of the images whose labels may be used, and why the others
+    are hidden ('' where none is)."""
     if config.val_from_labels:
         names = without_val(images, names, groups, config)
     labelled, hidden = choose_labelled(images, names, config, seed, classes, previous)
