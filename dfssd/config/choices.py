@@ -126,6 +126,14 @@ FORMATS = {
     "csv": DataFormat("TensorFlow's table"),
 }
 
+# What `dfssd.review.exports` writes.
+REVIEW_FORMATS = {
+    "labelstudio": Option("tasks with predictions, and the labelling configuration"),
+    "cvat": Option("CVAT for images 1.1"),
+    "coco": Option("one JSON"),
+    "yolo": Option("a .zip of text files"),
+}
+
 
 def in_words(table: Mapping[str, Divergence | ThresholdPolicy | Option | DataFormat]) -> str:
     """All choices and what they are, for help."""

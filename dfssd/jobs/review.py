@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dfssd.config.choices import REVIEW_FORMATS, in_words
 from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
 
@@ -18,12 +19,14 @@ EXAMPLE = """dfssd review --export labelstudio --storage-path runs --run-name li
   dfssd review --corrected export.json --storage-path runs --run-name line3"""
 READS = ("run.storage_path", "run.run_name", "run.experiment", "run.seed", "train.imgsz", "thresholds")
 
+PROGRAMS = ("", *REVIEW_FORMATS)
+
 
 def job(words: Sequence[str]) -> None:
     extra: dict[str, Any] = {
         "export": (
-            Literal["", "labelstudio", "cvat", "coco", "yolo"],
-            Field("", description="Write proposals for this program."),
+            Literal[PROGRAMS],
+            Field("", description=f"Write proposals for this program ({in_words(REVIEW_FORMATS)})."),
         ),
         "which": (Literal["doubtful", "all"], Field("doubtful", description="Images to export.")),
         "k": (int, Field(0, description="Images at most; 0: all of them.")),

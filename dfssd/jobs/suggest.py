@@ -11,19 +11,25 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dfssd.config.choices import REVIEW_FORMATS, in_words
 from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
 
 EXAMPLE = "dfssd suggest --k 50 --export labelstudio --storage-path runs --run-name line3"
 READS = ("run.storage_path", "run.run_name", "run.gpu", "run.seed", "train.imgsz", "train.amp", "thresholds")
 
+PROGRAMS = (*REVIEW_FORMATS, "none")
+
 
 def job(words: Sequence[str]) -> None:
     extra: dict[str, Any] = {
         "k": (int, Field(50, description="Images to suggest.")),
         "export": (
-            Literal["labelstudio", "cvat", "coco", "yolo", "none"],
-            Field("labelstudio", description="Program that the suggested images are written for."),
+            Literal[PROGRAMS],
+            Field(
+                "labelstudio",
+                description=f"Program that the suggested images are written for ({in_words(REVIEW_FORMATS)}).",
+            ),
         ),
         "label_studio_root": (str, Field("", description="Folder that Label Studio serves local files from.")),
     }

@@ -11,14 +11,12 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 from dfssd.data.boxes import corners
 from dfssd.data.manifest import Boxes, Row
-
-Format = Literal["labelstudio", "cvat", "coco", "yolo"]
 
 
 @dataclass
@@ -33,12 +31,11 @@ class Proposal:
         return self.row.uri.rsplit("/", 1)[-1]
 
 
-def export(
-    fmt: Format, proposals: Sequence[Proposal], names: Sequence[str], by: str, root: str = ""
-) -> dict[str, bytes]:
+def export(fmt: str, proposals: Sequence[Proposal], names: Sequence[str], by: str, root: str = "") -> dict[str, bytes]:
     """Files by name, to be imported into the program.
 
     Args:
+        fmt: a name of `config.choices.REVIEW_FORMATS`.
         by: what made the boxes (a run and its teacher), shown as the predictions' version.
         root: folder that Label Studio serves (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT); '': the disk's root.
     """

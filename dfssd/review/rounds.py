@@ -14,7 +14,7 @@ from dfssd.pseudo.quality import Quality, measure
 from dfssd.pseudo.shards import read_shards
 from dfssd.report.pictures import draw
 from dfssd.review import suggest
-from dfssd.review.exports import Format, Proposal, export
+from dfssd.review.exports import Proposal, export
 from dfssd.review.incoming import read_corrected
 from dfssd.review.network import look
 from dfssd.review.sheets import captioned, table
@@ -111,7 +111,7 @@ def look_at(config: Config, run: Storage, teacher: ArtefactName, k: int) -> Look
 
 
 def suggest_images(
-    config: Config, run: Storage, teacher: ArtefactName, k: int, fmt: Format | None, root: str
+    config: Config, run: Storage, teacher: ArtefactName, k: int, fmt: str | None, root: str
 ) -> list[str]:
     """Choose `k` images; leaves suggest.csv, scores.csv, suggest.png and the export below `<run>/suggest`.
 
@@ -160,7 +160,7 @@ def proposed(boxes: Boxes, tau_c: np.ndarray) -> Boxes:
     return above
 
 
-def export_images(config: Config, run: Storage, which: str, fmt: Format, k: int, root: str) -> list[str]:
+def export_images(config: Config, run: Storage, which: str, fmt: str, k: int, root: str) -> list[str]:
     """Write proposals for review: the most doubtful images, or all pseudo-labels, below `<run>/review`."""
     state = read_labelled(config, run)
     by_id = {r.image_id: (r, b) for r, b in zip(state.rows, state.boxes, strict=True)}

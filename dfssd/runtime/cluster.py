@@ -159,11 +159,6 @@ def nodes_now() -> list[Node]:
     return found
 
 
-def alive_nodes() -> list[Node]:
-    """Nodes that take tasks."""
-    return [node for node in nodes_now() if node.cpus > 0]
-
-
 def _settled() -> list[Node]:
     """The nodes once all is free that is about to be, or after a few seconds, at the moment when most was free."""
     deadline, best = time.monotonic() + SETTLE_S, nodes_now()

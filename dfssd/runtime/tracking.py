@@ -2,7 +2,7 @@
 
 Without a server the runs go to `<storage-path>/mlflow.db` (sqlite, for one host); MLFLOW_TRACKING_URI names a server.
 The driver's calls wait in an outbox, workers log through a thread with a queue; what a server that is down has missed is
-delivered from `history.json` and `stage.json` later (`runtime/replay.py`).
+delivered from `history.json` and `stage.json` later (`pipeline/replay.py`).
 """
 
 from __future__ import annotations
