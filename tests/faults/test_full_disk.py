@@ -55,8 +55,9 @@ def equal(first: Storage, second: Storage) -> None:
 
 @pytest.mark.parametrize(
     "stages",
-    [pytest.param(FEW, id="two stages"), pytest.param(STAGES, marks=[pytest.mark.slow, pytest.mark.faults], id="all")],
+    [pytest.param(FEW, id="two stages"), pytest.param(STAGES, marks=pytest.mark.faults, id="all")],
 )
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whichever_write_of_a_pipeline_fails_it_ends_in_a_sentence_and_goes_on(strip, tmp_path, monkeypatch, stages):
     """The n-th write fails, for all n: each in an attempt of its own, which the next attempt goes on from."""

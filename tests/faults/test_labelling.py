@@ -122,6 +122,7 @@ def _end_orphans(storage):
             return
 
 
+@pytest.mark.slow  # a killed worker is in make test; actors are killed in make faults and the chaos run
 def test_a_killed_actor_is_replaced(run, undisturbed, local_ray):
     killed: list[int] = []
 
