@@ -130,19 +130,32 @@ def test_where_every_image_is_labelled_the_student_learns_from_labels_and_teache
     assert with_steps(_config(steps=7, ratio=0.5), run).distill.unlabelled_ratio in (0.5, 0)
 
 
+@pytest.mark.parametrize("hidden", [{"labels_per_class": 20}, {"labelled_list": "few.txt"}])
+def test_hidden_labels_leave_unlabelled_images(hidden, capsys):
+    config = _config().model_copy(update={"data": Data(**hidden)})
+    assert with_expected_steps(config, images=8000, labelled=8000).train.steps == pytest.approx(
+        20 * 6400 * 0.9 / 16, rel=0.02
+    )
+    assert "unlabelled images" in capsys.readouterr().out
+
+
 def test_what_has_no_effect_is_said():
     assert any("leave --steps out" in n for n in settings_without_effect(_config(steps=9, epochs_unlabelled=3)))
     assert not [n for n in settings_without_effect(_config(epochs_unlabelled=3)) if "steps" in n]
 
 
-def test_a_sweep_has_one_number_for_all_trials(tmp_path):
+def test_a_sweep_has_one_number_for_all_trials(tmp_path, capsys):
     """Trials and schedulers compare equal steps; the data's list of images gives the number where nobody does."""
     make_dataset(tmp_path / "data", images=20, side=64)
     config = _config(tmp_path).model_copy(update={"data": Data(data=str(tmp_path / "data"))})
-    settled = sweep_job.with_equal_steps(config)
+    thresholds, fractions = (load_space(find_space(name)) for name in ("thresholds", "label_fraction"))
+    settled = sweep_job.with_equal_steps(config, thresholds)
     planned = sweep_job._planned(settled, load_space(find_space("thresholds")))
     assert {t.config.train.steps for t in planned} == {settled.train.steps} and settled.train.steps >= FEWEST
-    assert sweep_job.with_equal_steps(_config(steps=7)).train.steps == 7
+    assert sweep_job.with_equal_steps(_config(steps=7), thresholds).train.steps == 7
+    assert "unlabelled images" not in capsys.readouterr().out
+    assert sweep_job.with_equal_steps(config, fractions).distill == config.distill
+    assert "of 14 unlabelled images" in capsys.readouterr().out, "its rows hide labels"
     with pytest.raises(DfssdError, match="compare equal steps"):
         sweep_job._planned(
             settled, replace(load_space(find_space("thresholds")), rows={"none": {"train.steps": 0}}, axes={})

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from dfssd.errors import DfssdError
+from dfssd.evaluate.open_model import open_model
 from dfssd.line import drift
 from dfssd.line.detector import LineDetector, decode, letterbox, network_input, nms
 from dfssd.models.nms import suppress
@@ -101,6 +103,11 @@ def test_drift_is_seen_and_not_invented():
             watch.add(numbers)
         assert any(word in said for said in watch.warnings()), change
     assert drift.Drift(drift.reference([])).warnings() == []
+
+
+def test_a_folder_without_a_model_is_a_sentence(tmp_path):
+    with pytest.raises(DfssdError, match="there is no model in it"):
+        open_model(str(tmp_path))
 
 
 def test_a_model_from_elsewhere_is_refused(tmp_path):

@@ -248,6 +248,8 @@ def test_who_asks_for_a_checkpoint():
     assert interrupt.wanted() == CHECKPOINT
     interrupt.ask(stop=True)
     assert interrupt.wanted() == STOP > 999 * CHECKPOINT
+    interrupt.stored()  # asked for while a validation was running: the checkpoint is there, and it ends after the next step
+    assert interrupt.wanted() == STOP
     assert Interrupt(0, lambda: 1e9).wanted() == NOTHING
 
 

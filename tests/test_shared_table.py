@@ -67,6 +67,18 @@ def test_files_of_a_finished_artefact_are_read_once_for_all_processes(shards):
     )
 
 
+@pytest.mark.parametrize("content", [b"", bytes(4096)], ids=["empty", "zeros"])
+def test_a_copy_that_a_power_cut_has_emptied_is_made_again(shards, content):
+    store, read, _ = shards
+    store.write_json("stage.json", {"a": 1})
+    read_pseudo(store)
+    (kept,) = shared_table.Path(shared_table.tempfile.gettempdir()).glob("*/*.arrow")
+    kept.write_bytes(content)
+    for times in (2, 3, 3):
+        _check(read_pseudo(store))
+        assert len(read) == 140 * times
+
+
 def test_a_disk_that_takes_no_copy_is_no_error(shards, monkeypatch, capsys):
     store, read, _ = shards
     store.write_json("stage.json", {"a": 1})

@@ -223,6 +223,19 @@ def test_one_refused_name_does_not_lose_the_others(storage, mlflow, monkeypatch,
     assert "not reachable" not in said and "try again" not in said
 
 
+def test_a_run_that_was_deleted_is_not_taken_for_metrics_that_are_refused(storage, mlflow, capsys):
+    runs = Runs(storage, "exp", "r")
+    run_id = runs.stage("teacher", None, {})
+    assert runs.close(60)
+    mlflow.delete_run(run_id)
+    with pytest.raises(Exception, match="active"):
+        tracker_module.log_rows(mlflow, run_id, [("loss", 1.0, 1, 1), ("lr", 1.0, 1, 1)])
+    assert "refuses" not in capsys.readouterr().out
+    mlflow.restore_run(run_id)
+    tracker_module.log_rows(mlflow, run_id, [("loss", 1.0, 1, 1)])
+    assert _steps(mlflow, run_id, "loss") == [1]
+
+
 def test_a_resumed_stage_goes_on_in_its_run(storage):
     first = Runs(storage, "exp", "r").stage("student", None, {"a": 1})
     again = Runs(storage, "exp", "r")

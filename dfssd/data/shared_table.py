@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dfssd.errors import StorageError
 from dfssd.runtime.storage import Storage, is_remote, side_by_side
 
 WORTH_SHARING = 128  # files; fewer are read in less time than it takes to look for a copy
@@ -47,6 +48,8 @@ def read_tables(store: Storage, names: Sequence[str], shared: bool = False) -> p
                 lock, fcntl.LOCK_EX
             )  # the others wait here for the first; the system lets go of it if that dies
             return _kept(folder / f"{what}-{version}.arrow", store, names)
+    except StorageError:
+        raise
     except OSError as error:
         print(f"WARNING: {store.uri} is read by each process: {error}", flush=True)
         return _read(store, names)
@@ -67,7 +70,11 @@ def _kept(place: Path, store: Storage, names: Sequence[str]) -> pa.Table:
             writer.write_table(table)
         part.replace(place)
     os.utime(place)
-    return pa.ipc.open_file(pa.memory_map(str(place))).read_all()
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(place))).read_all()
+    except pa.ArrowInvalid:  # a power cut left its name without its content: the next process makes it again
+        place.unlink()
+        return _read(store, names)
 
 
 def _read(store: Storage, names: Sequence[str]) -> pa.Table:

@@ -103,7 +103,9 @@ def _open(file: str, config: Config) -> tuple[SquareDetect, list[str], int, dict
     """Detector, its class names, input side, its operating point if it carries one, and what is timed."""
     path = Path(file)
     if not path.exists():
-        raise DfssdError("there is no such model", where=file, todo="give a .pt, an .onnx file or an OpenVINO folder")
+        raise DfssdError(
+            "there is no such model", where=file, todo="give a .pt, an .onnx file, an OpenVINO folder or an .engine"
+        )
     if path.suffix == ".pt":
         model, names = ready_model(path.read_bytes(), file, config.train.imgsz)
         timed = lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)  # noqa: E731
@@ -111,7 +113,9 @@ def _open(file: str, config: Config) -> tuple[SquareDetect, list[str], int, dict
     try:
         line = LineDetector(path, 1)
     except (ValueError, RuntimeError, StopIteration) as error:
-        raise DfssdError(str(error).splitlines()[0], where=file, todo="write it with dfssd export") from error
+        raise DfssdError(
+            (str(error).splitlines() or ["there is no model in it"])[0], where=file, todo="write it with dfssd export"
+        ) from error
     point = line.metadata["operating_point"]
     return exported(line), line.names, line.imgsz, point, lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF)
 

@@ -14,7 +14,7 @@ from dfssd.line.predict import Detector
 
 
 def open_model(file: str, imgsz: int = 640, threads: int = 0) -> Detector:
-    """A detector from an .onnx file, an OpenVINO folder or a .pt.
+    """A detector from an .onnx file, an OpenVINO folder, a TensorRT .engine or a .pt.
 
     Args:
         imgsz: side of the input (px), of a .pt only: exported models know theirs.
@@ -24,14 +24,18 @@ def open_model(file: str, imgsz: int = 640, threads: int = 0) -> Detector:
     """
     path = Path(file)
     if not path.exists():
-        raise DfssdError("there is no such model", where=file, todo="give an .onnx file, an OpenVINO folder or a .pt")
+        raise DfssdError(
+            "there is no such model", where=file, todo="give an .onnx file, an OpenVINO folder, an .engine or a .pt"
+        )
     if path.suffix == ".pt":
         return _Network(path, imgsz)
     try:
         return LineDetector(path, threads)
     except (ValueError, RuntimeError, StopIteration, ImportError) as error:
         raise DfssdError(
-            f"cannot be opened: {str(error).splitlines()[0]}", where=file, todo="write it with dfssd export"
+            f"cannot be opened: {(str(error).splitlines() or ['there is no model in it'])[0]}",
+            where=file,
+            todo="write it with dfssd export",
         ) from error
 
 

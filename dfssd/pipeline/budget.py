@@ -15,6 +15,7 @@ from dfssd.runtime.storage import Storage
 
 TIMES = 20  # that each unlabelled image is seen
 TIMES_LABELLED = 100  # that each labelled image is seen where there is no unlabelled one
+FEW = 0.1  # share of the labels that is expected to stay where they are hidden and nobody says how many
 FEWEST, MOST = 1000, 20000  # steps, unless --epochs-unlabelled says how often
 
 
@@ -63,14 +64,19 @@ def with_steps(config: Config, run: Storage) -> Config:
     return config if config.train.steps else _settled(config, labelled, unlabelled)
 
 
-def with_expected_steps(config: Config, images: int, labelled: int) -> Config:
-    """The same for data that is not prepared yet, about: images in all, and those with a label."""
-    hides = config.data.label_fraction or config.data.labels_per_class or config.data.labelled_list
+def with_expected_steps(config: Config, images: int, labelled: int, hides: bool = False) -> Config:
+    """The same for data that is not prepared yet, about: images in all, and those with a label.
+
+    Args:
+        hides: labels will be hidden from training by something else than these settings say.
+    """
+    hides = hides or bool(config.data.label_fraction or config.data.labels_per_class or config.data.labelled_list)
     if images == labelled and not hides:
         config = _without_unlabelled(config)
     if config.train.steps:
         return config
-    share, own = config.data.split_shares[0], config.data.label_fraction or 1.0
+    unknown = FEW if hides and images == labelled else 1.0  # how many labels stay is not known before they are read
+    share, own = config.data.split_shares[0], config.data.label_fraction or unknown
     used = round(share * labelled * own)
     return _settled(config, used, max(0, round(images - (1 - share) * labelled) - used), "about, as the data looks: ")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from dfssd.config import Config
+from dfssd.config import Config, Export
 from dfssd.errors import DfssdError
 from dfssd.export.formats import check_formats
 from dfssd.export.write import export_model
@@ -25,10 +25,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         DfssdError: a format's library is missing, settings exclude each other, or nothing has measured the models.
     """
     settings = context.config.export
-    here = not os.environ.get("RAY_ADDRESS")  # else the task may run where a GPU is, and asks there
-    check_formats(tuple(f for f in settings.formats if here or f != "tensorrt"))
-    if settings.nms_inside and (settings.int8 or "tensorrt" in settings.formats):
-        raise DfssdError("--nms-inside goes with neither --int8 nor tensorrt", todo="leave one of them out")
+    check_settings(settings)
     if not context.run.exists(f"{REPORT}/stage.json") and REPORT not in planned:
         raise DfssdError(
             "nothing has measured the models, so there is no operating point to export",
@@ -46,6 +43,18 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
     return [f"export: {', '.join(settings.formats)}{' and int8' if settings.int8 else ''}"]
 
 
+def check_settings(settings: Export) -> None:
+    """What is to be written goes together, and what it needs is installed.
+
+    Raises:
+        DfssdError: it does not, or is not.
+    """
+    here = not os.environ.get("RAY_ADDRESS")  # else the task may run where a GPU is, and asks there
+    check_formats(tuple(f for f in settings.formats if here or f != "tensorrt"))
+    if settings.nms_inside and (settings.int8 or "tensorrt" in settings.formats):
+        raise DfssdError("--nms-inside goes with neither --int8 nor tensorrt", todo="leave one of them out")
+
+
 def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     """Write the files in one Ray task, then log the model to MLflow."""
     import ray
@@ -59,7 +68,9 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     resources = task_resources(run, "require" if "tensorrt" in context.config.export.formats else "never")
     task = ray.remote(export_model).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=1)
     ref = task.remote(context.config, context.run.uri, model, resources.threads)
-    done = result(ref, str(stage.name), run, f"{resources.cpus:g} CPUs on one node")
+    done = result(
+        ref, str(stage.name), run, f"{resources.cpus:g} CPUs{' and a GPU' if resources.gpu else ''} on one node"
+    )
     stage.store.write_json("export.json", done)
     context.runs.artefact(run_id, "export.json", stage.store.read("export.json"))
     context.runs.metrics(run_id, tracked(done))

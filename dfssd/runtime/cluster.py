@@ -60,9 +60,10 @@ def _init_in_background(started: threading.Event) -> None:
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it says that a thread can set no signal handler
     try:
         ray.init(**_settings())
-    except Exception:
+    except (Exception, SystemExit):
         logging.getLogger(__name__).debug("Ray did not start in the background", exc_info=True)
-    started.set()
+    finally:
+        started.set()
     threading.Event().wait()
 
 
@@ -236,7 +237,8 @@ def task_resources(run: Run, gpu: Gpu = "never") -> Resources:
         gpu: as the setting of that name, for a task that computes on one.
     """
     ask = Ask(1, 1, run.cpus_per_worker, gpu, "task")
-    return wait_for_room(run, lambda nodes: place_workers(nodes, ask), {"CPU": max(1.0, ask.cpus)})
+    bundle = {"CPU": max(1.0, ask.cpus), **({"GPU": 1.0} if gpu == "require" else {})}
+    return wait_for_room(run, lambda nodes: place_workers(nodes, ask), bundle)
 
 
 def actor_resources(run: Run, asked: int) -> Actors:

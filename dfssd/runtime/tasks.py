@@ -28,10 +28,16 @@ def result(task: ray.ObjectRef, what: str, run: Run, asks: str) -> Any:
         DfssdError: no node took the task although there was room for it, or what the task raised as a user error.
     """
     begun, limit = time.monotonic(), max(UNPLACED_S, run.wait_min * 60)
+    unplaced: float | None = None  # since when no node has it: a task whose node was lost waits anew
     while not ray.wait([task], timeout=SILENT_S)[0]:
-        waited, state = time.monotonic() - begun, task_state(task)
-        print(f"{what}: {state or 'at work'}, {clock(waited)}", flush=True)
-        if state.startswith("waits for a node"):
+        state = task_state(task)
+        print(f"{what}: {state or 'at work'}, {clock(time.monotonic() - begun)}", flush=True)
+        if not state.startswith("waits for a node"):
+            unplaced = None
+        else:
+            now = time.monotonic()
+            unplaced = now - SILENT_S if unplaced is None else unplaced
+            waited = now - unplaced
             print(f"{what}: it asks for {asks}; {describe()}, {free()} free", flush=True)
             if waited > limit:
                 ray.cancel(task, force=True)

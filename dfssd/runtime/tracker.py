@@ -17,7 +17,7 @@ from dfssd.runtime.system_metrics import SystemMetrics
 BATCH = 500  # metrics in one call; MLflow accepts 1000
 SLOW_S = 2.0  # a call that fails after longer is not repeated at once
 CLOSE_S = 5.0  # that the end of a training waits for its last numbers; the driver delivers what then is missing
-_refused: set[str] = set()  # metrics that the server does not take, said once
+_refused: set[tuple[str, str]] = set()  # (run, metric) that the server does not take, said once
 LOOK_S = 5.0  # between looks for a run id that the driver did not know when training began
 
 
@@ -131,7 +131,7 @@ def log_rows(client: Any, run_id: str, rows: Iterable[tuple[str, float, int, int
     """
     from mlflow.entities import Metric
 
-    rows = [row for row in rows if row[0] not in _refused]
+    rows = [row for row in rows if (run_id, row[0]) not in _refused]
     if not rows:
         return
     try:
@@ -141,7 +141,9 @@ def log_rows(client: Any, run_id: str, rows: Iterable[tuple[str, float, int, int
             raise
         names = sorted({row[0] for row in rows})
         if len(names) == 1:
-            _refused.add(names[0])
+            if client.get_run(run_id).info.lifecycle_stage != "active":
+                raise  # it is the run that is refused: it was deleted
+            _refused.add((run_id, names[0]))
             print(f"WARNING: MLflow refuses the metric {names[0]!r}: {first_line(error)}", flush=True)
             return
         half = set(names[: len(names) // 2])

@@ -47,6 +47,7 @@ def with_absolute_paths(config: Config) -> Config:
         return absolute(spec) if Path(spec).is_file() else spec  # yolov8n.yaml is a name, not a path
 
     run, data, models, pseudo, distill = config.run, config.data, config.models, config.pseudo, config.distill
+    train = config.train
     changes = {
         "run": run.model_copy(update={"storage_path": absolute(run.storage_path)}),
         "data": data.model_copy(
@@ -55,6 +56,9 @@ def with_absolute_paths(config: Config) -> Config:
                 "labelled_list": absolute(data.labelled_list),
                 "unlabelled": tuple(map(absolute, data.unlabelled)),
             }
+        ),
+        "train": train.model_copy(
+            update={"cache_dir": absolute(train.cache_dir), "decoded_dir": absolute(train.decoded_dir)}
         ),
         "models": models.model_copy(update={"teacher": model(models.teacher), "student": model(models.student)}),
         "pseudo": pseudo.model_copy(update={"label_teachers": tuple(map(model, pseudo.label_teachers))}),
@@ -78,7 +82,7 @@ def with_data(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"data": str(place)})})
 
 
-def with_equal_steps(config: Config) -> Config:
+def with_equal_steps(config: Config, space: Space) -> Config:
     """The config with a number of steps for all trials, which compare equal steps: the data's list of images suggests it.
 
     Raises:
@@ -86,11 +90,12 @@ def with_equal_steps(config: Config) -> Config:
     """
     if config.train.steps:
         return config
-    found = count_images(config)
-    steps = with_expected_steps(
-        config, found.images, found.labelled
-    ).train  # trials may hide other shares of the labels
-    return config.model_copy(update={"train": steps})
+    found, keys = count_images(config), {*space.axes, *(key for row in space.rows.values() for key in row)}
+    hides = any(key.startswith("data.label") for key in keys)
+    expected = with_expected_steps(config, found.images, found.labelled, hides)
+    return config.model_copy(
+        update={"train": expected.train}
+    )  # and nothing else: trials may hide other shares of the labels
 
 
 def _planned(config: Config, space: Space) -> list[Trial]:
@@ -100,6 +105,10 @@ def _planned(config: Config, space: Space) -> list[Trial]:
         DfssdError: settings that contradict each other, or a space without a number of steps.
     """
     planned = trials(space, config, config.run.run_name)
+    if config.export.register_as:
+        from dfssd.pipeline.exporting import check_settings
+
+        check_settings(config.export)  # the best trial is exported at the end, which may be hours from now
     if not all(t.config.train.steps for t in planned):
         raise DfssdError(
             f"space {space.name} sets train.steps to 0, but trials and schedulers compare equal steps",
@@ -120,7 +129,7 @@ def describe(config: Config, space: Space, options: Options) -> None:
     from dfssd.sweep.driver import check_shareable, probes, share
 
     Storage(config.run.storage_path).check_writable()
-    config, sweep = with_equal_steps(with_data(with_absolute_paths(config))), config.run.run_name
+    config, sweep = with_equal_steps(with_data(with_absolute_paths(config)), space), config.run.run_name
     source = read_source(config.data.data, config.data.format, config.data.names)
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
@@ -164,7 +173,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
     refuse_relative_paths_in_a_job(config)
     storage, sweep = Storage(config.run.storage_path), config.run.run_name
     storage.check_writable()
-    config = with_equal_steps(with_data(with_absolute_paths(config)))
+    config = with_equal_steps(with_data(with_absolute_paths(config)), space)
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
     _claim(config, space, planned, options)

@@ -62,8 +62,11 @@ def ask_for_checkpoint(store: Storage) -> None:
     store.write_json(REQUEST, {"seen": False})
     while store.exists(REQUEST):
         waited = time.monotonic() - begun
-        if waited > LIMIT_S or (waited > SEEN_S and not store.read_json(REQUEST).get("seen")):
-            store.delete(REQUEST)
+        try:
+            if waited > LIMIT_S or (waited > SEEN_S and not store.read_json(REQUEST).get("seen")):
+                store.delete(REQUEST)
+                return
+        except FileNotFoundError:  # stored since it was looked for
             return
         time.sleep(0.2)
 

@@ -38,8 +38,8 @@ class Interrupt:
         return max(self._asked, CHECKPOINT if due else NOTHING)
 
     def stored(self) -> None:
-        """A checkpoint was written: the clock starts anew, and nobody needs another."""
-        self._asked, self._stored = NOTHING, self._clock()
+        """A checkpoint was written: the clock starts anew, and nobody needs another. Who asked to end still does."""
+        self._asked, self._stored = self._asked if self._asked >= STOP else NOTHING, self._clock()
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def train(
                 record(s, metrics, log)
                 left = (time.monotonic() - begun) / (s.step - first) * (steps - s.step)
                 say(world, progress_line(job.stage, s.step, steps, metrics, left))
-                if changed := feed.follow(metrics["time/step (s)"], metrics["time/data wait (s)"]):
+                if s.step < steps and (changed := feed.follow(metrics["time/step (s)"], metrics["time/data wait (s)"])):
                     say(world, f"{job.stage}: {changed}")
             if is_validation:
                 last_metrics = validate_and_keep_best(s)
