@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	@test -f demo/data/data.yaml || $(BIN)/python -m dfssd.data.synthetic --out demo/data --images 800 --side 128
 	@$(BIN)/python jobs/pipeline.py --data demo/data --label-fraction 0.08 --imgsz 128 \
-	  --steps 220 --teacher-steps 450 --mean-teacher-steps 200 --storage-path demo/runs --run-name demo
+	  --steps 220 --teacher-steps 600 --mean-teacher-steps 40 --storage-path demo/runs --run-name demo
 
 check: install
 	$(BIN)/ruff format --check .

@@ -47,9 +47,13 @@ def test_every_row_has_its_function():
     assert asked | set(JSON_FORMATS) == set(FORMATS) - {"auto"}
 
 
-def test_the_page_on_data_names_every_format():
-    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
-    assert not [name for name in FORMATS if f"`{name}`" not in page]
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [("data", FORMATS), ("distillation", DIVERGENCES), ("pseudo_labels", POLICIES), ("method", POLICIES)],
+)
+def test_the_page_names_every_choice(page, table):
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text()
+    assert not [name for name in table if f"`{name}`" not in text]
 
 
 def test_the_command_line_offers_the_rows_and_says_what_they_are(capsys):

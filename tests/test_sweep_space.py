@@ -6,10 +6,11 @@ import pytest
 from ray import tune
 
 from dfssd.config import Config, Data, all_keys
+from dfssd.config.checks import settings_without_effect
 from dfssd.errors import DfssdError
 from dfssd.sweep import shared
 from dfssd.sweep.points import apply, in_words, make_trial, trials
-from dfssd.sweep.space import Space, load_space
+from dfssd.sweep.space import Space, find_space, load_space
 
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
 
@@ -136,3 +137,14 @@ def test_a_space_reads_the_same_in_every_process() -> None:
     assert in_words(made[0]) != in_words(tune.loguniform(0.05, 3.0)) and in_words(made[1]) != in_words(
         tune.quniform(0, 1, 0.2)
     )
+
+
+def test_no_row_of_our_spaces_sets_what_has_no_effect() -> None:
+    """Trials that differ in nothing would be the same run under names that claim differences."""
+    for file in sorted((Path(find_space("thresholds")).parent).glob("*.py")):
+        space = load_space(str(file))
+        if space.search == "grid" and not file.stem.startswith("_"):
+            base = apply(Config(), space.base)
+            known = set(settings_without_effect(base))
+            for trial in trials(space, base, "s"):
+                assert set(settings_without_effect(trial.config)) <= known, (file.stem, trial.row)

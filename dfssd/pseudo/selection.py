@@ -1,7 +1,8 @@
 """From candidates and class thresholds to what an unlabelled image says: the one place where pseudo-labels are chosen.
 
-It runs on the CPU before the batch is copied to the device, for candidates that a labelling job stored and for those that a
-teacher finds inside the loop alike: whoever has boxes calls `select`.
+It runs on the CPU, in the training worker (where the thresholds of this step are), before targets are copied to the device.
+Candidates that a labelling job stored and those that a teacher finds inside the loop (`from_detections`) come alike, as
+columns of the batch, to `targets_of`; `select` does the same for arrays.
 
 A candidate whose score reaches its class threshold is a sure box, with weight score**gamma; one that moved under flips
 (agreement below the limit) still says that there is a defect of this class, but not where exactly: its box and DFL terms have
@@ -104,7 +105,7 @@ def select(candidates: Sequence[Boxes], tau_c: Tensor, rules: Rules) -> Selected
     Args:
         candidates: for each image (n,7) [cls, cx, cy, w, h, score, agreement], coordinates 0..1 of the image that the
             student sees. An empty array is an image without candidates, as is one of boxes of score NO_CANDIDATE alone.
-            A teacher inside the loop brings `from_detections` of its boxes after NMS.
+            `from_detections` makes them of boxes after NMS.
         tau_c: (C,) class thresholds, above 0; those of before the batch, where a policy moves.
         rules: weights, and what an uncertain box says.
     """
@@ -163,7 +164,8 @@ def _targets(rows: Tensor, image: Tensor, images: int, weight: Tensor, box_weigh
 
 
 def from_detections(found: Sequence[Tensor], height_px: int, width_px: int) -> list[Boxes]:
-    """Candidates from boxes after NMS (`dfssd.models.families.predict`), one array an image; agreement 1.
+    """Candidates from boxes after NMS (`dfssd.models.families.predict`), one array an image; agreement 1. Boxes are cut at
+    the edges of the input, and those of which nothing is left are dropped.
 
     Args:
         found: (n,6) [x1, y1, x2, y2 px of the input, score, class] an image, on any device: one copy for all of them.
@@ -172,10 +174,12 @@ def from_detections(found: Sequence[Tensor], height_px: int, width_px: int) -> l
     flat = torch.cat(list(found)).float().cpu().numpy() if found else np.zeros((0, 6), np.float32)
     candidates = np.ones((len(flat), CANDIDATE_COLUMNS), np.float32)
     side = np.array([width_px, height_px], np.float32)
-    low, high = flat[:, :2] / side, flat[:, 2:4] / side
+    low, high = (np.clip(flat[:, i : i + 2], 0, side) / side for i in (0, 2))
     candidates[:, X : Y + 1], candidates[:, W : H + 1] = (low + high) / 2, high - low
     candidates[:, SCORE], candidates[:, CLS] = flat[:, 4], flat[:, 5]
-    return np.split(candidates, np.cumsum([len(f) for f in found])[:-1])
+    return [
+        own[(own[:, W : H + 1] > 0).all(1)] for own in np.split(candidates, np.cumsum([len(f) for f in found])[:-1])
+    ]
 
 
 def targets_of(batch: Mapping[str, Any], labelled: int, tau_c: Tensor | None, rules: Rules) -> StepTargets:

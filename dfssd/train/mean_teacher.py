@@ -17,12 +17,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dfssd.config import Config
+from dfssd.data.boxes import AGREEMENT, CLS, SCORE, XYWH
 from dfssd.models.families import predict
 from dfssd.pseudo.running import RunningThresholds
+from dfssd.pseudo.selection import from_detections
 from dfssd.runtime.worker_group import WorkerGroup
 
 FALLEN = 0.5  # share of its first val mAP50-95 below which the average has collapsed
@@ -59,12 +62,20 @@ class InLoopTeacher:
         """
         own = self.config.pseudo
         found = predict(self.average, weak_bchw, own.floor, own.nms_iou, own.max_candidates, dtype)
-        candidates = _candidates(found, weak_bchw.shape[3], weak_bchw.shape[2], labelled).cpu()
+        own_images = from_detections(found, weak_bchw.shape[2], weak_bchw.shape[3])
+        rows = torch.from_numpy(np.concatenate(own_images))
+        counts = torch.tensor([len(one) for one in own_images])
         real = batch["batch_idx"] < labelled
-        rows = candidates.numpy()
-        counted = self.thresholds.counted(rows[:, 0], rows[:, 5], len(weak_bchw), batch["cls"][real].numpy(), labelled)
-        columns = {"cls": candidates[:, 0], "bboxes": candidates[:, 1:5], "score": candidates[:, 5]}
-        columns |= {"agreement": torch.ones_like(candidates[:, 5]), "batch_idx": candidates[:, 6]}
+        counted = self.thresholds.counted(
+            rows[:, CLS].numpy(), rows[:, SCORE].numpy(), len(weak_bchw), batch["cls"][real].numpy(), labelled
+        )
+        columns = {
+            "cls": rows[:, CLS],
+            "bboxes": rows[:, XYWH],
+            "score": rows[:, SCORE],
+            "agreement": rows[:, AGREEMENT],
+        }
+        columns["batch_idx"] = torch.arange(labelled, labelled + len(counts)).repeat_interleave(counts)
         return batch | {k: torch.cat([batch[k][real], v.to(batch[k].dtype)]) for k, v in columns.items()}, counted
 
     def see(self, counted: Tensor, device: torch.device) -> None:
@@ -85,16 +96,3 @@ class InLoopTeacher:
         if share > ONE_CLASS and usual < ONE_CLASS_LABELS:
             return f"{share:.0%} of its pseudo-labels are of class {first}, which has {usual:.0%} of the labels"
         return ""
-
-
-def _candidates(found: list[Tensor], width: int, height: int, first: int) -> Tensor:
-    """(n,7) [cls, cx, cy, w, h (0..1), score, image] of predictions in px of the input, images counted from `first`."""
-    parts = []
-    for k, one in enumerate(found):
-        own = one.float()
-        x1, x2 = (own[:, i].clamp(0, width) / width for i in (0, 2))
-        y1, y2 = (own[:, i].clamp(0, height) / height for i in (1, 3))
-        index = torch.full_like(x1, float(first + k))
-        rows = torch.stack([own[:, 5], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, own[:, 4], index], 1)
-        parts.append(rows[(rows[:, 3] > 0) & (rows[:, 4] > 0)])
-    return torch.cat(parts)
