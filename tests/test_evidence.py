@@ -10,6 +10,7 @@ import torch
 from dfssd.evaluate import coco, curves, escapes, intervals, verdict
 from dfssd.evaluate.escapes import Pictures
 from dfssd.evaluate.validation import record, summarise
+from dfssd.report.point import point_text
 
 NAMES = ["a", "b", "c"]
 
@@ -262,3 +263,31 @@ def test_the_verdict_names_escapes_rejects_and_doubts():
     assert any("cannot measure overkill" in line for line in lines)
     assert "At equal false boxes" in verdict.equal_footing(results)
     assert verdict.equal_footing({"student": results["student"]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high", "said"),
+    [(5, 0.013, 0.149, "too few pictures"), (9, 0.05, 0.2, "more than was asked"), (0, 0.0, 0.01, "it holds")],
+)
+def test_the_operating_point_says_what_test_says(count, low, high, said):
+    point = {"max_escape": 0.02, "score": 0.056, "reachable": True}
+    text = point_text(
+        point, "the student", {"count": count, "pictures": 75, "rate": count / 75, "low": low, "high": high}
+    )
+    assert f"{count} of 75" in text and said in text and "confirms it" not in text
+
+
+def test_where_map_and_escapes_disagree_it_is_said():
+    def results(gain, own, base):
+        rates = {"student": own, "label_only": base}
+        lines = {m: {"escape": {"count": n, "pictures": 75, "rate": n / 75}} for m, n in rates.items()}
+        return {
+            "gate": {"map50_95": {"difference": gain}},
+            **{m: {"test": {"line": line}} for m, line in lines.items()},
+        }
+
+    said = verdict.disagreement(results(0.016, 5, 1))
+    assert "5 of 75" in said and "label-only student 1" in said and "higher" in said
+    assert "lower" in verdict.disagreement(results(-0.016, 1, 5))
+    assert not any(verdict.disagreement(results(*one)) for one in [(0.016, 1, 5), (-0.016, 5, 1), (0.016, 3, 3)])
+    assert verdict.disagreement({"student": {}}) == ""

@@ -50,6 +50,12 @@ class _Network:
         self.imgsz, self.metadata = imgsz, dict[str, Any]()
 
     def thresholds(self, score: float | None = None) -> np.ndarray:
+        if score is None:
+            print(
+                f"WARNING: a .pt has no operating point: score 0.25 at {self.imgsz} px is taken. --score and --imgsz give "
+                "others; dfssd export writes a model that brings its own",
+                flush=True,
+            )
         return np.full(len(self.names), 0.25 if score is None else score, np.float32)
 
     def __call__(self, pictures: Sequence[np.ndarray], tau_c: np.ndarray | None = None) -> list[np.ndarray]:

@@ -61,6 +61,23 @@ def equal_footing(results: dict[str, Any]) -> str:
     )
 
 
+def disagreement(results: dict[str, Any]) -> str:
+    """One line where mAP on val and escapes on test point to different students; '' where they do not."""
+    lines = [results.get(m, {}).get("test", {}).get("line") for m in ("student", "label_only")]
+    if "gate" not in results or None in lines:
+        return ""
+    own, base = (line["escape"] for line in lines)
+    gain = results["gate"]["map50_95"]["difference"]
+    if not own["pictures"] or gain == 0 or own["rate"] == base["rate"] or (gain > 0) == (own["rate"] < base["rate"]):
+        return ""
+    worse = "higher" if gain > 0 else "lower"
+    return (
+        f"NOTE: mAP and escapes disagree: mAP50-95 of the distilled student is {worse} on val, but at its own operating "
+        f"point {own['count']} of {own['pictures']} defective test pictures pass, with the label-only student "
+        f"{base['count']}. Look at both, and at the false boxes below, before one of them goes to the line."
+    )
+
+
 def labels_in_words(results: dict[str, Any]) -> str:
     """One line: whose labels were used; '' of a measurement that does not say."""
     labels = results.get("labels")

@@ -1,6 +1,7 @@
 """Label pictures with an exported model: drawn pictures, CSV, JSON and COCO. Needs no cluster and, for .onnx, no torch.
 
-With --watch it labels what arrives in a folder until Ctrl-C; after a restart it goes on where it was.
+With --watch it labels what arrives in a folder (not in folders below it) until Ctrl-C; after a restart it goes on where it
+was.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ def _times(count: float) -> str:
     return f"{count:.0f} times" if count >= 1.5 else "once" if count >= 0.95 else f"with a chance of {count:.0%}"
 
 
-def with_steps(config: Config, run: Storage) -> Config:
-    """Settings as a finished data set asks for: no unlabelled images in a batch where it has none, and the number of steps,
-    which is said, where it is not given.
+def with_steps(config: Config, run: Storage, quiet: bool = False) -> Config:
+    """Settings as a finished data set asks for: no unlabelled images in a batch where it has none, and the number of steps
+    where it is not given, which is said unless `quiet` (of a stage that trains nothing).
 
     The same data and settings always give the same, so that a run that goes on keeps it.
     """
@@ -61,7 +61,7 @@ def with_steps(config: Config, run: Storage) -> Config:
     splits, labelled = summary["splits"], int(summary["labelled_images"])
     unlabelled = splits["train"]["images"] - labelled + splits["unlabelled-only"]["images"]
     config = _without_unlabelled(config) if not unlabelled else config
-    return config if config.train.steps else _settled(config, labelled, unlabelled)
+    return config if config.train.steps else _settled(config, labelled, unlabelled, quiet=quiet)
 
 
 def with_expected_steps(config: Config, images: int, labelled: int, hides: bool = False) -> Config:
@@ -87,7 +87,8 @@ def _without_unlabelled(config: Config) -> Config:
     return config.model_copy(update={"distill": config.distill.model_copy(update={"unlabelled_ratio": 0.0})})
 
 
-def _settled(config: Config, labelled: int, unlabelled: int, said: str = "") -> Config:
+def _settled(config: Config, labelled: int, unlabelled: int, said: str = "", quiet: bool = False) -> Config:
     steps, why = steps_for(config, labelled, unlabelled)
-    print(f"{said}{why}", flush=True)
+    if not quiet:
+        print(f"{said}{why}", flush=True)
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})

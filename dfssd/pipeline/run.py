@@ -40,7 +40,7 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
             if name.round > 1 and ended:
                 continue
             if name != DATASET:  # which says how many images of which kind there are
-                context.config = with_steps(context.config, context.run)
+                context.config = with_steps(context.config, context.run, quiet=row_of(name).training is None)
                 if len(planned) > 1 and not row_of(name).wanted(context.config):
                     print(f"{name}: left out, for there is no unlabelled image", flush=True)
                     continue
@@ -70,7 +70,7 @@ def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:
         DfssdError: a user error, with the stage left so that the same command goes on.
     """
     if name != DATASET:  # which says how many there are
-        context.config = with_steps(context.config, context.run)
+        context.config = with_steps(context.config, context.run, quiet=row_of(name).training is None)
     stage = make_stage(context.config, context.run, name)
     with stage.lease():
         return _run_held(context, stage)

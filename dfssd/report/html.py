@@ -103,7 +103,7 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
         "models": _table(f"Models, {tables.model_title(results)}", tables.model_rows(results)),
         "chosen": tables.CHOSEN,
         "latency_note": results["latency"]["note"],
-        "point_text": point_text(point, prose),
+        "point_text": point_text(point, prose, line["escape"]),
         "point_charts": point_charts(results, titles, point, names, prose),
         "escapes": _table("Escapes by class", tables.escape_rows(results, names, best)),
         "best_title": prose,
@@ -116,7 +116,9 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
 
 
 def _is_note(text: str) -> bool:
-    return any(word in text for word in ("cannot measure", "cannot be", "cannot confirm", "common score is used"))
+    return any(
+        word in text for word in ("disagree", "cannot measure", "cannot be", "cannot confirm", "common score is used")
+    )
 
 
 def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:

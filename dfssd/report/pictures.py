@@ -75,7 +75,7 @@ def draw(
         x1, y1, x2, y2 = _edges(box, picture.size)
         score = float(box[5]) if len(box) > 5 else None
         faint = uncertain_below is not None and score is not None and score < uncertain_below[c]
-        colour = "#999999" if faint else COLOURS[c % len(COLOURS)]
+        colour = "#ffd60a" if faint else COLOURS[c % len(COLOURS)]
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=1 if faint else 2)
         if not faint:
             text = names[c] if score is None else f"{names[c]} {score:.2f}"

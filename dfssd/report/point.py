@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dfssd.evaluate.verdict import share
 from dfssd.report import charts
 
 
@@ -16,15 +17,33 @@ def svg(*args: Any, **kwargs: Any) -> Markup:
     return Markup(charts.line_chart(*args, **kwargs))
 
 
-def point_text(point: dict[str, Any], title: str) -> str:
-    """What was asked for and chosen, in sentences; `title` is what a sentence calls the model."""
+def point_text(point: dict[str, Any], title: str, escape: dict[str, Any]) -> str:
+    """What was asked for and chosen, and what test says of it, in sentences.
+
+    Args:
+        title: what a sentence calls the model. escape: its share of defective test pictures that pass, with its interval.
+    """
     reached = "" if point["reachable"] else " It cannot be reached: the lowest usable score stands instead."
     return (
         f"Asked for: at most {point['max_escape']:.1%} of the defective pictures pass (--max-escape). For {title} val "
         f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which let no more pass "
-        f"and spare clean pictures.{reached} Test confirms it: it had no part in the choice. Pictures are "
-        "counted as the line sees them: letterboxed to a square, as an exported model takes them."
+        f"and spare clean pictures.{reached} Test, which had no part in the choice: "
+        f"{_on_test(escape, point['max_escape'])} Pictures are counted as the line sees them: "
+        "letterboxed to a square, as an exported model takes them."
     )
+
+
+def _on_test(escape: dict[str, Any], most: float) -> str:
+    """Does test confirm the rate that was asked for? One sentence."""
+    if not escape["pictures"]:
+        return "no defective picture there could check it."
+    if escape["low"] > most:
+        judged = "more than was asked for."
+    elif escape["high"] <= most:
+        judged = "it holds."
+    else:
+        judged = f"too few pictures to confirm or refute {most:.1%}."
+    return f"{share(escape)} pass; {judged}"
 
 
 def point_charts(

@@ -12,7 +12,7 @@ from dfssd.data.manifest import read_manifest
 from dfssd.errors import mask
 from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import publish_best, verdict
-from dfssd.evaluate.verdict import equal_footing, escapes_in_words, labels_in_words, on_test
+from dfssd.evaluate.verdict import disagreement, equal_footing, escapes_in_words, labels_in_words, on_test
 from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import tracking_uri
@@ -70,6 +70,7 @@ def said(results: dict[str, Any]) -> list[str]:
     no_gate = f"no gate: there is no {missing} student to compare with"
     lines = [verdict(results["gate"], unlabelled) if "gate" in results else no_gate]
     lines += [
+        disagreement(results),
         labels_in_words(results),
         on_test(results),
         *escapes_in_words(results, models_in(results)),
@@ -132,6 +133,7 @@ def print_files(results: dict[str, Any], on: str) -> None:
         "mAP50-95",
         "COCO mAP50-95",
         "score",
+        "chosen on",
         "escapes",
         "rejects",
         "false boxes",
@@ -144,7 +146,17 @@ def print_files(results: dict[str, Any], on: str) -> None:
         rates = [f"{r['count']} of {r['pictures']}" for r in (line["escape"], line["overkill"])]
         numbers = [f"{one['map50']:.4f}", f"{one['map50_95']:.4f}", "-" if coco is None else f"{coco:.4f}"]
         times = f"{one['latency_ms']:.1f}, {one['latency_p95_ms']:.1f}"
-        rows.append([file, *numbers, f"{point['score']:.3f}", *rates, f"{line['false_boxes']:.2f}", times])
+        rows.append(
+            [
+                file,
+                *numbers,
+                f"{point['score']:.3f}",
+                point["chosen_on"].split(" (")[0],
+                *rates,
+                f"{line['false_boxes']:.2f}",
+                times,
+            ]
+        )
         notes += [f"scores chosen on {point['chosen_on']} for at most {point['max_escape']:.1%} escapes"]
         notes += [*point["notes"], *doubts(line, point["max_escape"], on), one["latency_note"]]
     print(render(f"measured on {on}", header, rows))
