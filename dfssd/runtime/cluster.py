@@ -91,7 +91,7 @@ def connect() -> None:
     set_driver_environment()
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**_settings())
+        _init()
     except Exception as error:  # of Ray's own processes it raises no class of its own
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raw = type(error) is Exception  # the end of a log
@@ -104,6 +104,17 @@ def connect() -> None:
         ) from error
     watch_local_ray()
     _take_back(terminate)
+
+
+def _init() -> None:
+    """`ray.init`; a local Ray is tried once more, since another program may take the port that was just free."""
+    try:
+        ray.init(**_settings())
+    except Exception:  # of several classes, by when the port was taken
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        ray.shutdown()
+        ray.init(**_settings())
 
 
 def _settings() -> dict[str, Any]:

@@ -53,6 +53,19 @@ def test_a_ray_that_does_not_start_ends_in_a_sentence(monkeypatch):
         cluster.connect()
     assert "same command again" in caught.value.todo
 
+    tried = []
+
+    def only_once(**settings):
+        tried.append(settings)
+        if len(tried) == 1:
+            init()
+
+    monkeypatch.setattr(ray, "init", only_once)
+    monkeypatch.setattr(cluster, "watch_local_ray", lambda: None)
+    monkeypatch.setattr(cluster, "_take_back", lambda handler: None)
+    cluster.connect()
+    assert len(tried) == 2, "it starts where the port was taken once"
+
 
 @pytest.mark.slow
 @pytest.mark.faults
