@@ -1,10 +1,14 @@
 """At the line: letterbox and NMS without torch agree with Ultralytics', drift is seen and not invented."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from dfssd.config import Config
 from dfssd.errors import DfssdError
+from dfssd.evaluate.files import _open as measure_file
 from dfssd.evaluate.open_model import open_model
 from dfssd.line import drift
 from dfssd.line.detector import LineDetector, decode, letterbox, network_input, nms
@@ -108,6 +112,15 @@ def test_drift_is_seen_and_not_invented():
 def test_a_folder_without_a_model_is_a_sentence(tmp_path):
     with pytest.raises(DfssdError, match="there is no model in it"):
         open_model(str(tmp_path))
+
+
+def test_a_model_whose_runtime_is_missing_is_a_sentence_for_predict_and_evaluate_alike(tmp_path, monkeypatch):
+    engine = tmp_path / "student.engine"
+    engine.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for opens in (lambda: open_model(str(engine)), lambda: measure_file(str(engine), Config())):
+        with pytest.raises(DfssdError, match=r"cannot be opened: .*[tT]ensor"):
+            opens()
 
 
 def test_a_model_from_elsewhere_is_refused(tmp_path):

@@ -20,8 +20,8 @@ from dfssd.errors import DfssdError, nearest
 from dfssd.evaluate.escapes import Pictures, operating_point
 from dfssd.evaluate.latency import measure_latency
 from dfssd.evaluate.measure import LATENCY_CONF, measure_split, thresholds_of
+from dfssd.evaluate.open_model import model_path, open_exported
 from dfssd.evaluate.squares import SquareDetect, collect_squares, exported, network
-from dfssd.line.detector import LineDetector
 from dfssd.models.families import predict, ready_model
 from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.storage import Storage
@@ -101,21 +101,12 @@ def _pictures(config: Config, on: str) -> tuple[Manifest, list[Row], list[Row]]:
 
 def _open(file: str, config: Config) -> tuple[SquareDetect, list[str], int, dict[str, Any] | None, Any]:
     """Detector, its class names, input side, its operating point if it carries one, and what is timed."""
-    path = Path(file)
-    if not path.exists():
-        raise DfssdError(
-            "there is no such model", where=file, todo="give a .pt, an .onnx file, an OpenVINO folder or an .engine"
-        )
+    path = model_path(file)
     if path.suffix == ".pt":
         model, names = ready_model(path.read_bytes(), file, config.train.imgsz)
         timed = lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)  # noqa: E731
         return network(model), names, config.train.imgsz, None, timed
-    try:
-        line = LineDetector(path, 1)
-    except (ValueError, RuntimeError, StopIteration) as error:
-        raise DfssdError(
-            (str(error).splitlines() or ["there is no model in it"])[0], where=file, todo="write it with dfssd export"
-        ) from error
+    line = open_exported(path, 1)
     point = line.metadata["operating_point"]
     return exported(line), line.names, line.imgsz, point, lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF)
 

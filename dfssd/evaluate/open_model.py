@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dfssd.errors import DfssdError
-from dfssd.line.detector import LineDetector, letterbox, network_input
+from dfssd.line.detector import LineDetector, letterbox, network_input, on_pictures
 from dfssd.line.predict import Detector
 
 
@@ -22,19 +22,36 @@ def open_model(file: str, imgsz: int = 640, threads: int = 0) -> Detector:
     Raises:
         DfssdError: it is not there, or not a model of this kind.
     """
+    path = model_path(file)
+    return _Network(path, imgsz) if path.suffix == ".pt" else open_exported(path, threads)
+
+
+def model_path(file: str) -> Path:
+    """Path of a model that is there.
+
+    Raises:
+        DfssdError: it is not.
+    """
     path = Path(file)
     if not path.exists():
         raise DfssdError(
             "there is no such model", where=file, todo="give an .onnx file, an OpenVINO folder, an .engine or a .pt"
         )
-    if path.suffix == ".pt":
-        return _Network(path, imgsz)
+    return path
+
+
+def open_exported(path: Path, threads: int) -> LineDetector:
+    """An exported model.
+
+    Raises:
+        DfssdError: it is none, or its runtime is not installed.
+    """
     try:
         return LineDetector(path, threads)
     except (ValueError, RuntimeError, StopIteration, ImportError) as error:
         raise DfssdError(
             f"cannot be opened: {(str(error).splitlines() or ['there is no model in it'])[0]}",
-            where=file,
+            where=str(path),
             todo="write it with dfssd export",
         ) from error
 
@@ -64,11 +81,4 @@ class _Network:
         tau_c = self.thresholds() if tau_c is None else tau_c
         ready = [letterbox(p, self.imgsz) for p in pictures]
         found = network(self.model, float(tau_c.min()) * 0.999)(network_input([r[0] for r in ready]))
-        result = []
-        for boxes, picture, (_, gain, edge) in zip(found, pictures, ready, strict=True):
-            own = boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]].copy()
-            size = np.array([picture.shape[1], picture.shape[0]])
-            for k in (0, 2):
-                own[:, k : k + 2] = ((own[:, k : k + 2] - edge) / gain).clip(0, size)
-            result.append(own)
-        return result
+        return on_pictures(found, pictures, ready, tau_c)

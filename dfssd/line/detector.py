@@ -24,6 +24,28 @@ NMS_IOU, MOST = 0.7, 300  # as in `yolo val`
 PAD = 114  # grey of the letterbox's edges
 
 
+def on_pictures(
+    found: Sequence[np.ndarray],
+    pictures: Sequence[np.ndarray],
+    ready: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    tau_c: np.ndarray,
+) -> list[np.ndarray]:
+    """Boxes at or above their class's threshold, in px of the picture and cut at its edges, of boxes of the network's input.
+
+    Args:
+        found: (n,6) [x1, y1, x2, y2 (px of the input), score, class] a picture.
+        ready: what `letterbox` returned for each picture. tau_c: (C,) thresholds.
+    """
+    result = []
+    for boxes, picture, (_, gain, edge) in zip(found, pictures, ready, strict=True):
+        own = boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]].copy()
+        size = np.array([picture.shape[1], picture.shape[0]])
+        for k in (0, 2):
+            own[:, k : k + 2] = ((own[:, k : k + 2] - edge) / gain).clip(0, size)
+        result.append(own)
+    return result
+
+
 def letterbox(picture: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scale the longer side to `side` and pad to a square, as Ultralytics does.
 
@@ -204,11 +226,4 @@ class LineDetector:
         tau_c = self.tau_c if tau_c is None else tau_c
         ready = [letterbox(to_uint8(p, self.white), self.imgsz) for p in pictures]
         found = self.boxes_of_input(network_input([r[0] for r in ready]), float(tau_c.min()) * 0.999)
-        result = []
-        for boxes, picture, (_, gain, edge) in zip(found, pictures, ready, strict=True):
-            boxes = boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]].copy()
-            size = np.array([picture.shape[1], picture.shape[0]])
-            for k in (0, 2):
-                boxes[:, k : k + 2] = ((boxes[:, k : k + 2] - edge) / gain).clip(0, size)
-            result.append(boxes)
-        return result
+        return on_pictures(found, pictures, ready, tau_c)

@@ -53,9 +53,7 @@ def report_stage(context: Context, stage: Stage, run_id: str) -> Result:
         check_gpu(run)
     task = ray.remote(measure).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=2)
     ref = task.remote(context.config, context.run.uri, models, resources.threads)
-    results = result(
-        ref, str(stage.name), run, f"{resources.cpus:g} CPUs{' and a GPU' if resources.gpu else ''} on one node"
-    )
+    results = result(ref, str(stage.name), run, f"{resources.each()} on one node")
     stage.store.write_json("metrics.json", results)
     write_report(context.config, context.run, results)
     for which in (run_id, context.runs.parent()):

@@ -68,9 +68,7 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     resources = task_resources(run, "require" if "tensorrt" in context.config.export.formats else "never")
     task = ray.remote(export_model).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=1)
     ref = task.remote(context.config, context.run.uri, model, resources.threads)
-    done = result(
-        ref, str(stage.name), run, f"{resources.cpus:g} CPUs{' and a GPU' if resources.gpu else ''} on one node"
-    )
+    done = result(ref, str(stage.name), run, f"{resources.each()} on one node")
     stage.store.write_json("export.json", done)
     context.runs.artefact(run_id, "export.json", stage.store.read("export.json"))
     context.runs.metrics(run_id, tracked(done))

@@ -62,9 +62,11 @@ class Resources:
 
     def describe(self, workers: str | int) -> str:
         """What each of so many workers (2, or 1:4) has, in words."""
-        return (
-            f"{str(workers).replace(':', ' to ')} worker(s) with {self.cpus:g} CPUs{' and a GPU' if self.gpu else ''}"
-        )
+        return f"{str(workers).replace(':', ' to ')} worker(s) with {self.each()}"
+
+    def each(self) -> str:
+        """What one worker or task has, in words."""
+        return f"{self.cpus:g} CPUs{' and a GPU' if self.gpu else ''}"
 
     def bundle(self) -> dict[str, float]:
         """As Ray wants it."""
