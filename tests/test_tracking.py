@@ -266,8 +266,11 @@ def test_a_broken_server_stops_nothing_and_costs_seconds_once(
     assert not runs.close()
     assert time.monotonic() - begun < 3, "seven stages wait for it once"
     said = capsys.readouterr().out
-    assert "not reachable" in said or kind == "hangs"
     assert "dfssd track replay" in said
+    while "not reachable" not in said and kind != "hangs":  # a busy machine's 500 comes later than what waits for it
+        assert time.monotonic() - begun < 20, said
+        time.sleep(0.05)
+        said += capsys.readouterr().out
     tracker = Tracker(uri, "x" * 32)
     begun = time.monotonic()
     for step in range(200):
