@@ -166,9 +166,9 @@ class ManifestDataset(torch.utils.data.Dataset):
         self.images.forget()
         return samples
 
-    def batches(self, rank: int = 0, world: int = 1) -> list[list[int]]:
-        """Batches in rectangular order; each rank takes every world-th one."""
-        firsts = range(rank * VAL_BATCH, len(self), world * VAL_BATCH)
+    def batches(self, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        """Batches in rectangular order; each rank takes every `world_size`-th one."""
+        firsts = range(rank * VAL_BATCH, len(self), world_size * VAL_BATCH)
         return [list(range(first, min(first + VAL_BATCH, len(self)))) for first in firsts]
 
 

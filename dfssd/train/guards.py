@@ -66,10 +66,10 @@ def check_reach(
     out: StudentOutput,
     first_layer: Tensor | None,
     silent: set[str],
-    world: WorkerGroup | None = None,
+    workers: WorkerGroup | None = None,
 ) -> dict[str, float]:
     """`reach` and `judge` of a step of one micro-batch a worker; `silent` terms may be 0 in this batch."""
-    squares = (world or WorkerGroup()).sum(reach(losses, out, first_layer))
+    squares = (workers or WorkerGroup()).sum(reach(losses, out, first_layer))
     return _judged(list(grouped(losses)), squares, first_layer is not None, silent)
 
 

@@ -150,10 +150,10 @@ def _two_ranks(stores):
     shared, found = ({}, threading.Barrier(2)), {}
 
     def work(rank):
-        world = _Rank(rank, 2)
-        object.__setattr__(world, "shared", shared)
+        workers = _Rank(rank, 2)
+        object.__setattr__(workers, "shared", shared)
         try:
-            state = checkpoint.load_agreed(stores[rank], "f", world)
+            state = checkpoint.load_agreed(stores[rank], "f", workers)
             found[rank] = state["step"] if state else None
         except DfssdError as error:
             found[rank] = error
