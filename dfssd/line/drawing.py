@@ -37,7 +37,7 @@ def drawn(picture: np.ndarray, boxes: np.ndarray, names: Sequence[str]) -> np.nd
         colour = COLOURS[int(box[5]) % len(COLOURS)]
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thick)
         _write(canvas, f"{names[int(box[5])]} {box[4]:.2f}", (x1, y1, y2), colour, size)
-    return canvas
+    return np.asarray(canvas)
 
 
 def _write(canvas: np.ndarray, text: str, at: tuple[int, int, int], colour: tuple[int, int, int], size: float) -> None:
