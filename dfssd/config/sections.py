@@ -396,7 +396,7 @@ class Export(Section):
     int8: bool = Field(False, description="Also int8, calibrated on unlabelled pictures; what it loses is said.")
     calibration_pictures: int = Field(128, ge=8, description="Unlabelled pictures that int8 is calibrated on.")
     parity_pictures: int = Field(
-        200, ge=1, description="Labelled test pictures on which the files must equal the network."
+        200, ge=1, description="Labelled test and val pictures at most on which the files must equal the network."
     )
     register_as: str = Field(
         "",

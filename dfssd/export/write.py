@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,12 +164,13 @@ def check_parity(
         point: the network's operating point; each file brings its own.
     """
     found, tau_c = [], thresholds_of(point, names)
+    splits = ", ".join(f"{count} {split}" for split, count in Counter(row.split for row in rows).items())
     for name, detector in detectors.items():
         conf = INSIDE_CONF if detector.inside else 0.001  # a model with NMS inside keeps no lower scores
         own = collect_squares(network(net, conf), rows, imgsz)
         other = collect_squares(exported(detector, conf), rows, imgsz)
         passed = _passed(own, tau_c), _passed(other, detector.tau_c.astype(np.float64))
-        found.append(compare(name, _precision(name, detector), own, other, names, passed))
+        found.append(compare(name, _precision(name, detector), own, other, names, passed, splits))
     return found
 
 
