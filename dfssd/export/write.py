@@ -87,6 +87,8 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
         picture = letterbox(decode(rows[0].uri, white=rows[0].white), config.train.imgsz)[0]
         latency = _latency(config, run, model, net, detectors, place, threads, network_input([picture]))
     store = run.at("export")
+    if store.exists("stage.json"):
+        store.delete("stage.json")  # of what these files replace: until the stage has finished it would be wrong
     for name, data in files.items():
         store.write(name, data)
     timing = latency["timings"]

@@ -175,6 +175,8 @@ STAGES = (
         inputs=lambda config, run, number: (DATASET, exported_model(config, run), REPORT),
         body="dfssd.pipeline.exporting:export_stage",
         needs="dfssd.pipeline.exporting:needs",
+        grows=("export.formats", "export.int8"),
+        again="dfssd.pipeline.exporting:register_finished",
         wanted=lambda config: bool(config.export.formats),
     ),
 )
@@ -238,7 +240,11 @@ def make_stage(config: Config, run: Storage, name: ArtefactName) -> Stage:
     """The stage with what must match: its settings and its inputs."""
     from dfssd.runtime.artefact import Stage
 
-    return Stage(run, name, settings_of(config, name), row_of(name).inputs(config, run, name.round))
+    row = row_of(name)
+    stage = Stage(run, name, settings_of(config, name), row.inputs(config, run, name.round), row.grows)
+    if row.grows and not config.run.overwrite:
+        stage.keep()
+    return stage
 
 
 def resolve(target: str) -> Callable[..., Any]:
