@@ -105,7 +105,7 @@ def terms_of(
     totals = measured.named(criterion.workers.sum(measured.flat()))
     if criterion.balance:
         if criterion.balance.due:
-            names, squares = criterion.squares(measured, totals)
-            criterion.balance.follow(names, criterion.workers.sum(squares))
+            names, squared_norms = criterion.squared_norms(measured, totals)
+            criterion.balance.follow(names, criterion.workers.sum(squared_norms))
         criterion.balance.advance()
     return criterion.terms(measured, totals, progress)

@@ -164,11 +164,11 @@ class Criterion:
         neck = out.raw[MAIN].feats
         return Measured(sums, parts, [*neck, *(t for t in out.taps if all(t is not n for n in neck))])
 
-    def squares(self, measured: Measured, totals: Totals, scale: float = 1.0) -> tuple[list[str], Tensor]:
+    def squared_norms(self, measured: Measured, totals: Totals, scale: float = 1.0) -> tuple[list[str], Tensor]:
         """What `Balance` has to know of a micro-batch: names of balanced terms, and their squared gradient norms."""
         assert self.balance is not None
         terms = grouped(self._divided(measured, totals))
-        return self.balance.names(terms), self.balance.squares(terms, measured.neck, scale)
+        return self.balance.names(terms), self.balance.squared_norms(terms, measured.neck, scale)
 
     def terms(self, measured: Measured, totals: Totals, progress: float) -> Terms:
         """Weighted terms of a micro-batch: its share of the loss of the global batch.

@@ -72,7 +72,7 @@ def collect(
             one = record(boxes.cpu(), batch["cls"][mine], truth, batch["im_file"][k])
             row = rows[batch["im_file"][k]]
             for key in ("boxes", "truth"):
-                one[key] = batch["fit"][k].pixels_out(one[key])
+                one[key] = batch["letterbox"][k].pixels_out(one[key])
             stats.append({**one, "image_id": row.image_id, "group": row.group, "size": (row.width, row.height)})
     return [one for part in workers.gather(stats) for one in part]
 

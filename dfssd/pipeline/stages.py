@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, section
-from dfssd.pipeline.row import Row
 from dfssd.pipeline.settings import counted
+from dfssd.pipeline.stage_row import StageRow
 from dfssd.runtime.artefact_names import (
     DATASET,
     EXPORT,
@@ -53,6 +53,10 @@ def _student_inputs(config: Config, run: Storage, number: int) -> tuple[Artefact
     return (DATASET, *teacher, *((PSEUDO.of_round(newest),) if distill.unlabelled_ratio > 0 else ()))
 
 
+def _has_unlabelled(config: Config) -> bool:
+    return config.unlabelled_batch() > 0
+
+
 def _report_inputs(config: Config, run: Storage, number: int) -> tuple[ArtefactName, ...]:
     return (DATASET, *finished_models(run))
 
@@ -74,7 +78,7 @@ def _no_better(run: Storage, number: int) -> bool:
 PLACE = section("run", "seed", "num_workers", "cpus_per_worker", "gpu", "wait_min")  # where it lies; for any stage
 RUN = section("run")
 _ALONE = section("train", "teacher_steps", "teacher_patience")  # of a training of the student
-_PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
+PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
     *(f"distill.{k}" for k in ("unlabelled_ratio", "score_power", "uncertain", "silent", "agreement_min", "lambda_u")),
     *("distill.balance", "distill.share_u"),
     *section("thresholds"),
@@ -87,7 +91,7 @@ _SELF_LABELLED = (  # of a training whose own average labels
 )
 
 STAGES = (
-    Row(
+    StageRow(
         role=DATASET.role,
         does="check images and labels, group near-duplicates, split, choose the labelled subset",
         reads=(*PLACE, "run.seed", *section("data")),
@@ -96,11 +100,11 @@ STAGES = (
         needs="dfssd.pipeline.data:needs",
         renew="dfssd.pipeline.data:renew",
     ),
-    Row(
+    StageRow(
         role=TEACHER.role,
         does="train the large detector on the labelled images; in later rounds on its own pseudo-labels too",
         reads=(*RUN, "models.teacher", *section("train")),
-        reads_later=_PSEUDO_LABELS,
+        reads_later=PSEUDO_LABELS,
         free=("train.steps",),  # counts as far as train.teacher_steps comes from it
         inputs=_teacher_inputs,
         body="dfssd.pipeline.training:train_stage",
@@ -110,7 +114,7 @@ STAGES = (
         ends_rounds=_no_better,
         teaches=True,
     ),
-    Row(
+    StageRow(
         role=MEAN_TEACHER.role,
         does="the teacher goes on with labelled and unlabelled images, which its own average labels",
         reads=(*RUN, "models.teacher", *_SELF_LABELLED, *section("mean_teacher")),
@@ -120,10 +124,10 @@ STAGES = (
         body="dfssd.pipeline.training:train_stage",
         training=Training("teacher", labels_itself=True),
         needs="dfssd.pipeline.training:needs",
-        wanted=lambda config: config.mean_teacher.mean_teacher and config.unlabelled_batch() > 0,
+        wanted=lambda config: config.mean_teacher.mean_teacher and _has_unlabelled(config),
         teaches=True,
     ),
-    Row(
+    StageRow(
         role=LABEL_ONLY.role,
         does="train the student on the labelled images alone, for as many steps: what everything is compared with",
         reads=(*RUN, "models.student", *_ALONE),
@@ -133,24 +137,26 @@ STAGES = (
         needs="dfssd.pipeline.training:needs",
         wanted=lambda config: config.baseline,
     ),
-    Row(
+    StageRow(
         role=PSEUDO.role,
         does="stream the unlabelled images through the teacher; keep every candidate box",
         reads=(*section("run", "seed"), *section("pseudo"), "train.imgsz", "train.amp"),
         inputs=_labelling_inputs,
         body="dfssd.pipeline.labelling:label_stage",
         needs="dfssd.pipeline.labelling:needs",
+        wanted=_has_unlabelled,
         in_rounds=True,
     ),
-    Row(
+    StageRow(
         role=QUALITY.role,
         does="measure what the pseudo-labels are worth, before anything trains on them",
         reads=(*PLACE, *section("thresholds"), "train.steps"),
         inputs=lambda config, run, number: (DATASET, PSEUDO.of_round(number)),
         body="dfssd.pipeline.labelling:quality_stage",
+        wanted=_has_unlabelled,
         in_rounds=True,
     ),
-    Row(
+    StageRow(
         role=STUDENT.role,
         does="train the student on labels, pseudo-labels and the teacher's features and predictions",
         reads=(*RUN, "models.student", *_ALONE, *section("thresholds"), *section("distill")),
@@ -159,7 +165,7 @@ STAGES = (
         training=Training("student", distils=True),
         needs="dfssd.pipeline.training:needs",
     ),
-    Row(
+    StageRow(
         role=REPORT.role,
         does="measure all finished models, and write the report",
         reads=(*section("run", "seed", "num_workers"), *section("evaluate"), "train.imgsz"),
@@ -167,7 +173,7 @@ STAGES = (
         body="dfssd.pipeline.evaluation:report_stage",
         needs="dfssd.pipeline.evaluation:needs",
     ),
-    Row(
+    StageRow(
         role=EXPORT.role,
         does="write the student for the line (ONNX, OpenVINO, int8), prove that it finds the same, log it to MLflow",
         reads=(*section("run", "seed", "num_workers"), *section("export"), "evaluate.latency_repeats", "train.imgsz"),
@@ -183,13 +189,18 @@ STAGES = (
 ROWS = {row.role: row for row in STAGES}
 
 
-def row_of(name: ArtefactName) -> Row:
+def row_of(name: ArtefactName) -> StageRow:
     return ROWS[name.role]
 
 
 def wanted(config: Config) -> list[ArtefactName]:
     """The stages of a pipeline with these settings, in order, without later rounds."""
-    return [ArtefactName(row.role) for row in STAGES if row.wanted(config)]
+    return [name for name in (ArtefactName(row.role) for row in STAGES) if is_wanted(config, name)]
+
+
+def is_wanted(config: Config, name: ArtefactName) -> bool:
+    """Is the stage part of a pipeline with these settings? Later rounds need unlabelled images."""
+    return row_of(name).wanted(config) and (name.round == 1 or _has_unlabelled(config))
 
 
 def plan(config: Config, names: Sequence[ArtefactName]) -> Iterator[ArtefactName]:
@@ -254,7 +265,7 @@ def resolve(target: str) -> Callable[..., Any]:
     return found
 
 
-def markdown(rows: Iterable[Row] = STAGES) -> str:
+def markdown(rows: Iterable[StageRow] = STAGES) -> str:
     """The list of stages for the documentation."""
     lines = ["| stage | what it does | in every round |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| `{r.role}` | {r.does} | {'yes' if r.in_rounds else ''} |" for r in rows)])

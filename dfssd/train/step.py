@@ -78,7 +78,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         _follow_balance(s, batches, alone, taught, totals)
     scale = HALF_SCALE if s.scaler else 1.0
     shares: list[Terms] = []
-    squares: list[Tensor] = []  # of each micro-batch: (1 or 2, terms), at the outputs and the first layer
+    squared_norms: list[Tensor] = []  # of each micro-batch: (1 or 2, terms), at the outputs and the first layer
     for turn, batch in enumerate(batches):
         with _synchronised(s.wrapped, turn == len(batches) - 1):
             one = alone or _forward(s, batch, taught, s.wrapped, turn, len(batches))
@@ -87,7 +87,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
                 check_teacher(one.teacher, s.step)
                 check_finite(terms.losses, s.step, batch.files)
                 targets = (None,) if first_layer is None else (None, first_layer)
-                squares.append(torch.stack([reach(terms.losses, one.out, t, scale) for t in targets]))
+                squared_norms.append(torch.stack([reach(terms.losses, one.out, t, scale) for t in targets]))
                 s.clock.mark("checks")
             # Each term is a share of the global loss; DDP averages over workers, hence the factor. Times the batch as in
             # Ultralytics, whose clipping norm belongs to a loss of that size.
@@ -97,7 +97,7 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
         shares.append(terms)
     gradient = Gradient(_summed(shares), asked_sum)
     if log:
-        total = s.workers.sum(torch.stack(squares).sum(0))
+        total = s.workers.sum(torch.stack(squared_norms).sum(0))
         if s.scaler and not bool(torch.isfinite(total).all()):  # an overflow, which the scale will meet too
             return gradient
         gradient.norms = judge(gradient.terms, total[0], at_first_layer=False)
@@ -196,8 +196,8 @@ def _follow_balance(
         parts = []
         for batch in batches:
             one = alone or _forward(s, batch, taught, s.student, 0, 0)
-            names, squares = s.criterion.squares(one.measured, totals, scale)
-            parts.append(squares)
+            names, squared_norms = s.criterion.squared_norms(one.measured, totals, scale)
+            parts.append(squared_norms)
         balance.follow(names, s.workers.sum(torch.stack(parts).sum(0)))
     balance.advance()
 
