@@ -5,8 +5,9 @@
 
 For each seed: a detector learns from `--start` of the labels and looks at the rest; then as many images again get their
 labels, once those that `dfssd suggest` chooses (the same function) and once random ones; the same training from the same
-weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty`, `rare`, `coverage` choose by
-one part of the score alone, `best` takes the best scores without spreading. What is finished is not done again. Leaves
+weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty` takes the images that the
+first detector is most unsure of, `coverage` covers the feature space whatever the classes, `random3` labels three times as
+many at random, `none` no more at all. What is finished is not done again. Leaves
 `<out>/suggest.json` and the table as `suggest.md`; no Ray, no MLflow.
 """
 
@@ -30,6 +31,7 @@ from dfssd.config import Config, Models, Run, Train
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.pseudo.in_process import label_in_process
 from dfssd.review.active_learning import Looked, look_at
+from dfssd.review.coverage import Coverage, choose
 from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 
@@ -67,8 +69,24 @@ def random_rows(seen: Looked, k: int, seed: int) -> list[str]:
     return random.Random(seed).sample(sorted(r.image_id for r in seen.state.manifest.unlabelled_rows()), k)
 
 
-def by(seen: Looked, k: int, total: np.ndarray | None = None) -> list[str]:
-    return [seen.rows[i].image_id for i in seen.choose(k, total)[0]]
+def by(seen: Looked, k: int) -> list[str]:
+    return [seen.rows[i].image_id for i in seen.choose(k)[0]]
+
+
+def uncertain_rows(seen: Looked, k: int, seed: int) -> list[str]:
+    """The images that the teacher is most unsure of, one of each group of near-duplicates: the usual choice."""
+    of_group: dict[int, int] = {}
+    for i in np.argsort(-seen.scores.uncertainty, kind="stable").tolist():
+        if int(seen.groups[i]) not in seen.taken:
+            of_group.setdefault(int(seen.groups[i]), i)
+    return [seen.rows[i].image_id for i in list(of_group.values())[:k]]
+
+
+def covering_rows(seen: Looked, k: int, seed: int) -> list[str]:
+    """Covers the feature space, whatever the classes."""
+    every, known = np.ones((len(seen.rows), 1)), np.ones((len(seen.known), 1))
+    coverage = Coverage(seen.features, every, seen.known, known, np.ones(1))
+    return [seen.rows[i].image_id for i in choose(coverage, np.ones(len(seen.rows)), seen.groups, seen.taken, k)[0]]
 
 
 ARMS = {  # how k image ids are chosen
@@ -76,10 +94,8 @@ ARMS = {  # how k image ids are chosen
     "random": random_rows,
     "random3": lambda seen, k, seed: random_rows(seen, 3 * k, seed),  # what far more labels would give
     "none": lambda seen, k, seed: [],  # as many steps on the first labels alone
-    "uncertainty": lambda seen, k, seed: by(seen, k, seen.scores.uncertainty),
-    "rare": lambda seen, k, seed: by(seen, k, seen.scores.rare),
-    "coverage": lambda seen, k, seed: by(seen, k, np.ones(len(seen.rows))),
-    "best": lambda seen, k, seed: [seen.rows[i].image_id for i in np.argsort(-seen.scores.total(), kind="stable")[:k]],
+    "uncertainty": uncertain_rows,
+    "coverage": covering_rows,
 }
 
 
