@@ -22,6 +22,7 @@ from dfssd.config.choices import (
     Gpu,
     floors,
     in_words,
+    readers,
     temperatures,
 )
 
@@ -249,20 +250,26 @@ class Thresholds(Section):
     threshold_policy: Annotated[str, Choice(POLICIES)] = Field(
         "gmm", description=f"How class thresholds are set. {in_words(POLICIES)}."
     )
-    tau: float = Field(
-        0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
-    )
+    tau: float = Field(0.5, gt=0, lt=1, description=f"A threshold for all classes. Read by {readers('tau')}.")
     precision: float = Field(
         0.7,
         gt=0,
         lt=1,
-        description="Share of right pseudo-labels that 'precision' asks of each class, with 95 % confidence, on val.",
+        description="Share of right pseudo-labels that is asked of each class, with 95 % confidence, on val. "
+        f"Read by {readers('precision')}.",
     )
     tau_min: float = Field(
         0.0, ge=0, lt=1, description=f"Lowest threshold of a policy that sets them itself; 0: {floors()}."
     )
-    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of a policy that sets them itself.")
-    tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of 'ema'.")
+    tau_max: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description=f"Highest threshold of a policy that sets them itself. Read by {readers('tau_max')}.",
+    )
+    tau_decay: float = Field(
+        0.999, ge=0, lt=1, description=f"Decay of an average of confidences. Read by {readers('tau_decay')}."
+    )
 
     def lowest(self, policy: str = "") -> float:
         """Lowest threshold of a policy, by default of the chosen one."""
