@@ -109,7 +109,9 @@ class Data(Section):
     split: Literal["grouped", "random", "given"] = Field(
         "grouped", description="grouped: near-duplicates stay together; random: leaks; given: the data's own."
     )
-    split_shares: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="Shares of train, val, test.")
+    split_shares: tuple[float, float, float] = Field(
+        (0.8, 0.1, 0.1), description="Shares of train, val, test [each from 0, together 1]."
+    )
     label_fraction: float = Field(
         0.0,
         ge=0,
@@ -142,6 +144,11 @@ class Data(Section):
         False,
         description="Take val out of the labelled images, which are then chosen among train and val: 300 labels are 300.",
     )
+
+    @property
+    def hides_labels(self) -> bool:
+        """Are labels of train images hidden, for research?"""
+        return bool(0 < self.label_fraction < 1 or self.labels_per_class or self.labelled_list)
 
 
 class Models(Section):
@@ -185,7 +192,9 @@ class Train(Section):
         0.0, ge=0, le=1, description="Share of images below which a class is seen more often (LVIS); 0: off."
     )
     flipud: float = Field(0.0, ge=0, le=1, description="Probability of an up-down flip.")
-    hsv: tuple[float, float, float] = Field((0.015, 0.7, 0.4), description="Random hue, saturation, value gains.")
+    hsv: tuple[float, float, float] = Field(
+        (0.015, 0.7, 0.4), description="Random hue, saturation, value gains [each from 0 to 1]."
+    )
     val_every: int = Field(0, ge=0, description="Steps between validations and checkpoints; 0: a tenth of all.")
     log_every: int = Field(20, ge=1, description="Steps between two lines of progress.")
     loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: as the step needs.")
@@ -395,7 +404,7 @@ class Export(Section):
     formats: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = Field(
         ("onnx",),
         description="What is written: onnx always; openvino and tensorrt where they are installed, the last on a GPU like "
-        "that at the line. Without any the pipeline exports nothing.",
+        "that at the line. They are added to what is there. Without any (--formats alone) the pipeline exports nothing.",
     )
     nms_inside: bool = Field(
         False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."
@@ -403,11 +412,12 @@ class Export(Section):
     int8: bool = Field(False, description="Also int8, calibrated on unlabelled pictures; what it loses is said.")
     calibration_pictures: int = Field(128, ge=8, description="Unlabelled pictures that int8 is calibrated on.")
     parity_pictures: int = Field(
-        200, ge=1, description="Labelled test pictures on which the files must equal the network."
+        200, ge=1, description="Labelled test and val pictures at most on which the files must equal the network."
     )
     register_as: str = Field(
         "",
-        description="Register the exported model in MLflow under this name; champion where it beats the present one.",
+        description="Register the exported model in MLflow under this name; champion where it beats the present one on val "
+        "of the same data set.",
         json_schema_extra={"flag": "register"},
     )
 
@@ -450,8 +460,10 @@ class Config(Section):
                 f"takes at least one for each of {self.run.workers[1]} workers, and at most {self.most_workers()}, so that "
                 f"each has a labelled and an unlabelled image: give {low} to {high}"
             )
-        if abs(sum(self.data.split_shares) - 1) > 1e-6:
-            raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
+        if abs(sum(self.data.split_shares) - 1) > 1e-6 or min(self.data.split_shares) < 0:
+            raise ValueError(f"--split-shares {self.data.split_shares} must be from 0 and add up to 1")
+        if not all(0 <= gain <= 1 for gain in self.train.hsv):
+            raise ValueError(f"--hsv {self.train.hsv}: each must be from 0 to 1")
         if self.thresholds.lowest() > self.thresholds.tau_max:
             raise ValueError(f"--tau-min {self.thresholds.lowest()} is above --tau-max {self.thresholds.tau_max}")
         taps, others = self.distill.taps, self.distill.teacher_taps

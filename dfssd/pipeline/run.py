@@ -10,9 +10,11 @@ from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job, s
 from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.replay import deliver_later, summary_numbers
-from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
+from dfssd.pipeline.stages import is_wanted, make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
+
+SAID = {"interrupted": "goes on", "added to": "adds to what is there"}
 
 
 def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
@@ -41,7 +43,7 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
                 continue
             if name != DATASET:  # which says how many images of which kind there are
                 context.config = with_steps(context.config, context.run, quiet=row_of(name).training is None)
-                if len(planned) > 1 and not row_of(name).wanted(context.config):
+                if DATASET in planned and not is_wanted(context.config, name):
                     print(f"{name}: left out, for there is no unlabelled image", flush=True)
                     continue
             run_stage(context, name)
@@ -91,8 +93,10 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
         record = stage.store.read_json("stage.json")
         print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)
         deliver_later(context.runs, context.run, str(name))  # what MLflow missed while it was down
+        if row.again:
+            resolve(row.again)(context, stage)
         return dict(record["summary"])
-    print(f"{name}: {'goes on' if state == 'interrupted' else 'starts'}", flush=True)
+    print(f"{name}: {SAID.get(state, 'starts')}", flush=True)
     params = context.runs.params if context.tags else flatten(stage.config)
     run_id = context.runs.stage(str(name), stage.recorded_run_id(), params, context.title, keep=stage.record_run_id)
     status = "FAILED"
