@@ -81,7 +81,9 @@ def give_teacher_and_candidates(storage):
         boxes.append(np.concatenate([rng.integers(0, 3, (2, 1)), numbers], 1).astype(np.float32))
     write_table(run.at("pseudo"), "shard-00000.parquet", pseudo_table([r.image_id for r in rows], "t", boxes))
     val, found = manifest.of_split("val"), []
-    for row in val:  # each defect is found, and many faint ones where there is nothing: what a precision can be asked of
+    for (
+        row
+    ) in val:  # each defect is found, and many faint ones where there is nothing: what a precision can be asked of
         truth = row.boxes if row.boxes is not None else np.zeros((0, 5), np.float32)
         right = np.concatenate([truth, rng.uniform(0.3, 1.0, (len(truth), 1))], 1)
         wrong = np.concatenate([np.arange(30)[:, None] % 3, np.full((30, 4), 0.02), rng.uniform(0.1, 0.3, (30, 1))], 1)

@@ -247,7 +247,6 @@ def _train(job: TrainJob, world: WorkerGroup, threads: int, interrupt: Interrupt
         if metrics:  # none: somebody asked for a checkpoint between validations
             ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
-    interrupt = Interrupt(60 * job.config.train.checkpoint_min)
     watch = ending.Watch(job.store, interrupt.ask) if world.rank == 0 else None
     try:
         return train(job, world, get_device(), log, save, interrupt)
