@@ -144,8 +144,9 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_is_lost(prepared, growing)
 
 @pytest.mark.slow  # a notice of a quarter of a minute, and another start of the group
 @pytest.mark.parametrize("growing", [0], indirect=True)
-def test_a_node_that_is_taken_away_gives_notice_and_loses_nothing(prepared, growing, capfd):
+def test_a_node_that_is_taken_away_gives_notice_and_loses_nothing(prepared, growing, capfd, monkeypatch):
     """A spot machine: no validation and no clock is near, so the notice alone brings the checkpoint the run goes on from."""
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)  # as on a cluster: Ray watches, too
     for _ in range(2):
         growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     steps = 800
