@@ -31,11 +31,10 @@ from gpu_step import Bench, step_of
 
 from dfssd.config import Config, Pseudo, Run
 from dfssd.data.dataset import ManifestDataset
-from dfssd.data.letterbox import decode_shard
 from dfssd.evaluate.validation import validate
 from dfssd.models.yolo.detector import load_detector
 from dfssd.pseudo.in_process import label_in_process
-from dfssd.pseudo.shards import shard_images, shards
+from dfssd.pseudo.shards import decode_shard, shard_images, shards
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train.loop import train

@@ -28,7 +28,6 @@ import tyro
 
 from dfssd.config import Config, Data, Models, Pseudo, Run, Train
 from dfssd.data.boxes import corners
-from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withheld
 from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
@@ -36,7 +35,7 @@ from dfssd.evaluate.validation import record, summarise
 from dfssd.models.precision import autocast_dtype
 from dfssd.models.yolo.detector import build_detector, detector_bytes, resolve_weights
 from dfssd.pipeline.training import train_job
-from dfssd.pseudo.shards import fuse_and_write, shards
+from dfssd.pseudo.shards import decode_shard, fuse_and_write, shards
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.report.tables import render
 from dfssd.runtime.artefact_names import TEACHER

@@ -50,7 +50,7 @@ class Settings:
     amp: str = "auto"
 
 
-def session(s: Settings, folder: str, world: WorkerGroup, micro_batches: int) -> Any:
+def session(s: Settings, folder: str, workers: WorkerGroup, micro_batches: int) -> Any:
     config = Config(
         run=Run(storage_path=folder, run_name="r", num_workers=str(micro_batches)),
         models=Models(teacher="yolov8s.yaml", student="yolov8n.yaml"),
@@ -58,7 +58,7 @@ def session(s: Settings, folder: str, world: WorkerGroup, micro_batches: int) ->
         distill=Distill(**FULL),  # type: ignore[arg-type]
     )
     job = train_job(config, Storage(f"{folder}/r"), STUDENT, teacher=TEACHER, pseudo=PSEUDO)
-    return build_session(job, world, torch.device("cpu"))
+    return build_session(job, workers, torch.device("cpu"))
 
 
 def step(s: Any, batches: Any) -> None:

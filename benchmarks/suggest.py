@@ -28,7 +28,7 @@ from semi_rows import measured, parse_row, train_row
 from dfssd.config import Config, Models, Run, Train
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.pseudo.in_process import label_in_process
-from dfssd.review.rounds import Looked, look_at
+from dfssd.review.active_learning import Looked, look_at
 from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 

@@ -29,8 +29,8 @@ def __getattr__(name: str) -> object:
     """What a notebook needs, imported when it is asked for: `import dfssd` alone imports nothing slow."""
     if name not in __all__:
         raise AttributeError(f"module 'dfssd' has no attribute {name!r}")
-    home = "dfssd.errors" if name == "DfssdError" else "dfssd.api"
-    return getattr(importlib.import_module(home), name)
+    module = "dfssd.errors" if name == "DfssdError" else "dfssd.api"
+    return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:

@@ -36,11 +36,13 @@ def settings(file: str | Path = "", **values: Any) -> Config:
     from dfssd.config.file import checked, read_config
 
     tree = (read_config(str(file)) if file else Config()).model_dump()
-    homes = {key.rpartition(".")[2]: key.rpartition(".")[0] for key in all_keys()}
+    sections = {
+        key.rpartition(".")[2]: key.rpartition(".")[0] for key in all_keys()
+    }  # by field; "" of the pipeline's own
     for name, value in values.items():
-        if name not in homes:
-            raise DfssdError(f"{name!r} is not a setting{nearest(name, homes)}")
-        (tree[homes[name]] if homes[name] else tree)[name] = value
+        if name not in sections:
+            raise DfssdError(f"{name!r} is not a setting{nearest(name, sections)}")
+        (tree[sections[name]] if sections[name] else tree)[name] = value
     return checked(tree)
 
 

@@ -78,6 +78,9 @@ def run(name: str, words: Sequence[str] | None = None) -> None:
     """
     module, _, function = COMMANDS[name].job.partition(":")
     words = sys.argv[1:] if words is None else words
+    if "--version" in words:
+        print(f"dfssd {__version__}")
+        return
     main(lambda: getattr(importlib.import_module(module), function)(words))
 
 

@@ -112,10 +112,10 @@ def terms_of(
 ) -> Terms:
     """The terms of a step of one micro-batch a worker."""
     measured = criterion.measure(out, teacher, targets, progress, own)
-    totals = measured.named(criterion.world.sum(measured.flat()))
+    totals = measured.named(criterion.workers.sum(measured.flat()))
     if criterion.balance:
         if criterion.balance.due:
-            names, squares = criterion.squares(measured, totals)
-            criterion.balance.follow(names, criterion.world.sum(squares))
+            names, squared_norms = criterion.squared_norms(measured, totals)
+            criterion.balance.follow(names, criterion.workers.sum(squared_norms))
         criterion.balance.advance()
     return criterion.terms(measured, totals, progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dfssd.cli import COMMANDS
+from dfssd.cli import COMMANDS, run
 from dfssd.config import SECTIONS, Config, Data, Distill, Pseudo, Run, Thresholds, Train, all_keys
 from dfssd.config.checks import refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.config.flags import parse
@@ -215,6 +215,20 @@ def test_the_console_lists_commands_and_names_the_nearest():
     assert _console("--version").stdout == _console("prepare", "--version").stdout == f"dfssd {__version__}\n"
     wrong = _console("pipelin")
     assert wrong.returncode == 2 and "did you mean 'pipeline'?" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_its_version(name, capsys, monkeypatch):
+    """`dfssd NAME --version` and jobs/NAME.py --version, whatever else the command asks for."""
+    from dfssd import __version__
+
+    run(name, ["--version"])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--version"])
+    run(name)
+    assert capsys.readouterr().out == f"dfssd {__version__}\n" * 2
+    with pytest.raises(SystemExit):
+        run(name, ["--help"])
+    assert "--version" in capsys.readouterr().out
 
 
 def test_the_commands_of_the_table_are_there():

@@ -236,8 +236,8 @@ def test_two_workers_add_up_to_one(settings, monkeypatch):
     for conv in teacher.model.model[-1].cv3:
         conv[-1].bias.data += 6
 
-    def terms(world, rows, sub, labelled):
-        criterion = Criterion(DetectionLoss(student.detector, box_loss), config, world, one.pairing)
+    def terms(workers, rows, sub, labelled):
+        criterion = Criterion(DetectionLoss(student.detector, box_loss), config, workers, one.pairing)
         targets = targets_of(sub, labelled, torch.full((3,), 0.3), Rules.of(config))
         return terms_of(criterion, student(images[rows]), teacher(images[rows]), targets, 0.0)
 

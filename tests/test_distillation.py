@@ -66,7 +66,7 @@ def _together(teacher_spec, student_spec, taps=(), teacher_taps=(), names=NAMES,
 def _follow(balance, terms, neck):
     """A step of one micro-batch."""
     if balance.due:
-        balance.follow(balance.names(terms), balance.squares(terms, neck))
+        balance.follow(balance.names(terms), balance.squared_norms(terms, neck))
     balance.advance()
 
 

@@ -35,18 +35,18 @@ CPU = torch.device("cpu")
 
 
 def test_micro_batches_have_the_same_content_whoever_computes_them():
-    def parts(rank, world, count):
-        sampler = StepSampler({"a": 30, "b": 50}, {"a": 8, "b": 4}, 3, 0, 5, 9, rank, world, count)
+    def parts(rank, world_size, count):
+        sampler = StepSampler({"a": 30, "b": 50}, {"a": 8, "b": 4}, 3, 0, 5, 9, rank, world_size, count)
         drawn = list(sampler)
         assert len(drawn) == len(sampler)
         return {(k // len(sampler.mine), sampler.mine[k % len(sampler.mine)]): d for k, d in enumerate(drawn)}
 
     whole = parts(0, 1, 4)
     assert len(whole) == 20 and all([d.stream for d in one] == ["a", "a", "b"] for one in whole.values())
-    for world in (2, 3, 4):
+    for world_size in (2, 3, 4):
         shared = {}
-        for rank in range(world):
-            shared |= parts(rank, world, 4)
+        for rank in range(world_size):
+            shared |= parts(rank, world_size, 4)
         assert shared == whole
     together = [sorted(d for k, one in whole.items() if k[0] == step for d in one) for step in range(5)]
     assert together == [sorted(one) for one in StepSampler({"a": 30, "b": 50}, {"a": 8, "b": 4}, 3, 0, 5, 9)]
@@ -168,7 +168,7 @@ def test_a_run_keeps_its_micro_batches(prepared):
     s.load_state(state)
     assert s.micro_batches == 2 and len(s.mine) == 2
     crowd = build_session(other, WorkerGroup(), CPU)
-    object.__setattr__(crowd.world, "size", 3)
+    object.__setattr__(crowd.workers, "size", 3)
     with pytest.raises(DfssdError, match="works in 2 micro-batches, fewer than 3 workers"):
         crowd.load_state(state)
 

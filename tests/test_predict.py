@@ -10,6 +10,7 @@ import pytest
 from dfssd.cli import run
 from dfssd.errors import DfssdError
 from dfssd.line import predict as line
+from dfssd.line.drawing import drawn
 from dfssd.line.results import LINES, Results
 
 
@@ -61,6 +62,63 @@ def test_files_of_a_labelling(tmp_path):
     )
 
 
+def test_a_second_run_replaces_the_lines_of_the_same_pictures(tmp_path):
+    """Twice into one folder: a line a picture, what is new in it; other pictures' lines stay, and it is said."""
+    (tmp_path / "in").mkdir()
+    for name in ("1.png", "2.png"):
+        _picture(tmp_path / "in" / name)
+    _picture(tmp_path / "other.png", defect=False)
+
+    def label(*places):
+        said = []
+        line.predict(
+            line.Labelling(Bright(), tmp_path / "out", draw=False, say=said.append), line.find_pictures(places)
+        )
+        return said[-1], [json.loads(t) for t in (tmp_path / "out" / LINES).read_text().splitlines()]
+
+    pictures = str(tmp_path / "in")
+    assert "earlier" not in label(pictures)[0]
+    _picture(tmp_path / "in" / "2.png", defect=False)
+    said, lines = label(pictures)
+    assert [(one["file"][-5:], one["verdict"]) for one in lines] == [("1.png", "reject"), ("2.png", "pass")]
+    assert "earlier" not in said and "2 pictures, 1 rejected" in said
+    assert len(list(csv.DictReader((tmp_path / "out" / "boxes.csv").open()))) == 2
+    said, lines = label(str(tmp_path / "other.png"))
+    assert "with 2 pictures of earlier runs" in said and len(lines) == 3
+    with (tmp_path / "out" / LINES).open("a") as stream:  # a run that was killed before its end leaves two
+        stream.write(json.dumps({**lines[0], "verdict": "pass", "boxes": []}) + "\n")
+    again = Results(tmp_path / "out", ["a", "bright"])
+    assert len((tmp_path / "out" / LINES).read_text().splitlines()) == 3 and next(again.lines())["verdict"] == "pass"
+
+
+def test_another_model_into_the_same_folder(tmp_path):
+    """Lines say which model found what; classes that only the earlier one knew are no crash at the end."""
+    first = Results(tmp_path, ["crack"], "1" * 12)
+    first.add(tmp_path / "x.png", "1", (60, 40), np.array([[1, 2, 11, 12, 0.7, 0]], np.float32))
+    second = Results(tmp_path, ["pit"], "2" * 12)
+    second.add(tmp_path / "y.png", "1", (60, 40), np.array([[1, 2, 11, 12, 0.7, 0]], np.float32))
+    found = json.loads(second.finish()[2].read_text())
+    assert [c["name"] for c in found["categories"]] == ["pit", "crack"]
+    assert [a["category_id"] for a in found["annotations"]] == [2, 1]
+    assert [one["model"][0] for one in second.lines()] == ["1", "2"]
+
+
+def test_small_pictures_are_drawn_so_large_that_one_can_read_them(tmp_path):
+    for place in ("a/x.png", "b/a/x.png", "a/x.jpg"):  # three files whose folder and name are called the same
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        _picture(tmp_path / place)
+    labelling = line.Labelling(Bright(), tmp_path / "out", say=lambda text: None)
+    line.predict(labelling, line.find_pictures([str(tmp_path / "a"), str(tmp_path / "b")]))
+    pictures = [cv2.imread(str(p)) for p in (tmp_path / "out" / "drawn").iterdir()]
+    assert len(pictures) == 3 and {p.shape for p in pictures} == {(440, 660, 3)}
+    coloured = np.ptp(pictures[0].astype(int), 2) > 60
+    rows, columns = np.nonzero(coloured)
+    assert rows.min() < 10 * 11 - 15 and abs(columns.min() - 30 * 11) < 4, "a label stands above the box"
+    assert drawn(np.zeros((700, 20, 3), np.uint8), np.zeros((0, 6)), []).shape == (700, 20, 3)
+    wide = drawn(np.zeros((20, 20, 3), np.uint8), np.array([[18, 0, 20, 20, 0.5, 0]]), ["a_class_of_a_long_name"])
+    assert (wide[:, 450:570].min(2) > 200).any(), "a label that begins at the right edge is moved into the picture"
+
+
 def test_coco_output_opens_in_a_coco_reader(tmp_path):
     faster = pytest.importorskip("faster_coco_eval")
     results = Results(tmp_path, ["a"])
@@ -76,18 +134,18 @@ def test_a_watched_folder_and_a_restart(tmp_path):
     (folder / "half.png").write_bytes((folder / "1.png").read_bytes()[:60])
     (folder / "note.txt").write_text("no picture")
     said = []
-    first = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=said.append)
+    first = line.Labelling(Bright(), tmp_path / "out", draw=False, say=said.append)
     line.watch(first, folder, poll_s=0.0, rounds=6)
     assert first.pictures == 1 and (folder / "unreadable" / "half.png").exists() and (folder / "note.txt").exists()
     with (tmp_path / "out" / LINES).open("a") as stream:  # killed in the middle of a line
         stream.write('{"file": "cut')
     _picture(folder / "2.png", defect=False)
-    second = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=said.append)
+    second = line.Labelling(Bright(), tmp_path / "out", draw=False, say=said.append)
     line.watch(second, folder, poll_s=0.0, rounds=3)
     assert second.pictures == 1  # the first one is not labelled again
     assert [one["verdict"] for one in second.results.lines()] == ["reject", "pass"]
     _picture(folder / "1.png", defect=False)  # another picture under the same name
-    third = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=said.append)
+    third = line.Labelling(Bright(), tmp_path / "out", draw=False, say=said.append)
     line.watch(third, folder, poll_s=0.0, rounds=3)
     assert third.pictures == 1 and [one["verdict"] for one in third.results.lines()] == ["pass", "pass"]
 
@@ -100,7 +158,7 @@ def test_deep_pictures_are_read_with_the_white_level_of_the_model(tmp_path):
     for metadata, verdict in (({"white": 4095.0}, "reject"), ({}, "pass")):
         detector = Bright()
         detector.metadata = metadata
-        labelling = line.Labelling(detector, tmp_path / verdict, drawn=False, say=lambda text: None)
+        labelling = line.Labelling(detector, tmp_path / verdict, draw=False, say=lambda text: None)
         assert labelling.label(tmp_path / "x.png")
         assert [one["verdict"] for one in labelling.results.lines()] == [verdict]
 
@@ -109,7 +167,7 @@ def test_a_file_that_still_grows_is_left_alone(tmp_path, monkeypatch):
     folder = tmp_path / "line"
     folder.mkdir()
     whole = _picture(tmp_path / "whole.png").read_bytes()
-    labelling = line.Labelling(Bright(), tmp_path / "out", drawn=False, say=lambda text: None)
+    labelling = line.Labelling(Bright(), tmp_path / "out", draw=False, say=lambda text: None)
     sizes = iter([*range(10, len(whole), max(1, len(whole) // 8)), len(whole)])
 
     def grow(_):

@@ -18,9 +18,9 @@ from dfssd.data.preparation.corrections import Correction, read_corrections, wri
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.review import suggest
+from dfssd.review.active_learning import data_settings, export_images, suggest_images, take_back
 from dfssd.review.exports import Proposal, export
 from dfssd.review.incoming import read_corrected
-from dfssd.review.rounds import data_settings, export_images, suggest_images, take_back
 from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 

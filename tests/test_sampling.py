@@ -6,21 +6,21 @@ from dfssd.data.sampling import StepSampler, epoch_order, repeat_factors, stable
 SIZES, PER_STEP = {"labelled": 37, "unlabelled": 101}, {"labelled": 24, "unlabelled": 24}
 
 
-def _sampler(first=0, last=12, rank=0, world=1, seed=0):
-    return StepSampler(SIZES, PER_STEP, seed, first, last, plain_from=9, rank=rank, world=world)
+def _sampler(first=0, last=12, rank=0, world_size=1, seed=0):
+    return StepSampler(SIZES, PER_STEP, seed, first, last, plain_from=9, rank=rank, world_size=world_size)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
-def test_world_size_only_slices_the_global_batch(world):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])
+def test_world_size_only_slices_the_global_batch(world_size):
     alone = list(_sampler())
-    ranks = [list(_sampler(rank=r, world=world)) for r in range(world)]
+    ranks = [list(_sampler(rank=r, world_size=world_size)) for r in range(world_size)]
     for step, want in enumerate(alone):
-        together = [d for r in range(world) for d in ranks[r][step]]
+        together = [d for r in range(world_size) for d in ranks[r][step]]
         assert sorted(together) == sorted(want)
-        assert {len(ranks[r][step]) for r in range(world)} == {48 // world}
-        for r in range(world):  # labelled ones first, equally many on every rank
+        assert {len(ranks[r][step]) for r in range(world_size)} == {48 // world_size}
+        for r in range(world_size):  # labelled ones first, equally many on every rank
             streams = [d.stream for d in ranks[r][step]]
-            assert streams == ["labelled"] * (24 // world) + ["unlabelled"] * (24 // world)
+            assert streams == ["labelled"] * (24 // world_size) + ["unlabelled"] * (24 // world_size)
 
 
 def test_each_image_once_an_epoch():
@@ -72,7 +72,9 @@ def test_an_epoch_with_repeat_factors_has_a_fixed_length_and_the_right_means():
     sampler = StepSampler({"labelled": factors}, {"labelled": 16}, 0, 0, 49, plain_from=99)
     drawn = np.bincount([d.image for b in sampler for d in b], minlength=36)
     assert drawn.sum() == 16 * 49 and drawn[30:].mean() > 2.2 * drawn[:20].mean()
-    halves = [list(StepSampler({"labelled": factors}, {"labelled": 16}, 0, 0, 9, 99, rank=r, world=2)) for r in (0, 1)]
+    halves = [
+        list(StepSampler({"labelled": factors}, {"labelled": 16}, 0, 0, 9, 99, rank=r, world_size=2)) for r in (0, 1)
+    ]
     for step, whole in enumerate(list(sampler)[:9]):
         assert sorted(halves[0][step] + halves[1][step]) == sorted(whole)
 

@@ -7,12 +7,12 @@ import torch
 from small import tiny_config
 
 from dfssd.data.boxes import corners, iou, unflip
-from dfssd.data.letterbox import decode_shard, out_of_letterbox
+from dfssd.data.letterbox import out_of_letterbox
 from dfssd.data.manifest import read_pseudo
 from dfssd.errors import DfssdError
 from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pseudo.fusion import FLIPS
-from dfssd.pseudo.shards import fuse_and_write, fuse_views
+from dfssd.pseudo.shards import decode_shard, fuse_and_write, fuse_views
 from dfssd.pseudo.teachers import TeacherActor, class_map, digest
 from dfssd.runtime.storage import Storage
 

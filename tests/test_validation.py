@@ -36,13 +36,13 @@ def trained(strip, tmp_path_factory):
     return storage, train_in_process(make_job("label_only", str(storage / "r"), config))
 
 
-def _measure(storage, split, world=None):
+def _measure(storage, split, workers=None):
     run = Storage(str(storage / "r"))
     manifest = read_manifest(run.at("dataset"))
     rows = manifest.of_split(split)
     model = load_detector(run.read("label_only/best.pt"), "best.pt", 64)
     dataset = ManifestDataset(rows, [r.boxes for r in rows], manifest.names, 64)
-    return validate(model, dataset, model.names, world or WorkerGroup(), torch.device("cpu")), rows, manifest
+    return validate(model, dataset, model.names, workers or WorkerGroup(), torch.device("cpu")), rows, manifest
 
 
 def test_equal_to_yolo_val(trained, tmp_path):

@@ -14,16 +14,16 @@ from pydantic.fields import FieldInfo
 from dfssd.config.choices import Choice
 from dfssd.config.file import checked, read_config, to_yaml
 from dfssd.config.sections import SECTIONS, Config, section
-from dfssd.version import __version__
 
-_Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+VERSION_HELP = "Print the version, and stop."  # which `cli.run` does, for all commands
 COMMON: dict[str, Any] = {
     "config": (str, FieldInfo(default="", description="Settings from a YAML or JSON file; flags win over it.")),
     "print_config": (
-        _Switch,
+        Switch,
         FieldInfo(default=False, description="Print the settings as YAML for --config, and stop."),
     ),
-    "version": (_Switch, FieldInfo(default=False, description="Print the version, and stop.")),
+    "version": (Switch, FieldInfo(default=False, description=VERSION_HELP)),
 }
 
 
@@ -62,9 +62,6 @@ def parse(
     model = _model(keys, base, {**extra, **COMMON})
     text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
     parsed = tyro.cli(model, args=words, description=text, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
-    if parsed.version:
-        print(f"dfssd {__version__}")
-        sys.exit(0)
     tree = base.model_dump()
     for key in keys:
         name, _, field = key.partition(".")

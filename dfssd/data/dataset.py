@@ -17,7 +17,7 @@ from torch import Tensor
 from dfssd.data.augment import Plan, Recipe, draw_plan, make_sample
 from dfssd.data.cache import DiskCache
 from dfssd.data.decoded import DecodedCache
-from dfssd.data.fit import into
+from dfssd.data.letterbox import letterboxed
 from dfssd.data.reading import Images, decode, disk_cache, shrink
 from dfssd.data.sampling import Draw
 from dfssd.data.strong_view import strong_view
@@ -148,15 +148,15 @@ class ManifestDataset(torch.utils.data.Dataset):
         return {**vars(self), "rows": []}
 
     def __getitem__(self, index: int) -> Sample:
-        """One sample, as `TrainingSet.augmented`; img has the shape of its batch, in which `fit` says where the image is."""
+        """One sample, as `TrainingSet.augmented`; img has the shape of its batch, `letterbox` says where in it."""
         small = self.images.load(index)
-        image, fit = into(small, self.batch_shapes[index // VAL_BATCH], enlarge=False)
+        image, letterbox = letterboxed(small, self.batch_shapes[index // VAL_BATCH], enlarge=False)
         boxes = self.boxes[index].copy()
-        boxes[:, 1:5] = fit.boxes_in(boxes[:, 1:5])
+        boxes[:, 1:5] = letterbox.boxes_in(boxes[:, 1:5])
         width, height = self.images.sizes_wh[index].tolist()
         return _sample(image, boxes) | {
             "im_file": self.images.uri(index),
-            "fit": fit._replace(image_wh=(width, height)),
+            "letterbox": letterbox._replace(image_wh=(width, height)),
         }
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
@@ -166,9 +166,9 @@ class ManifestDataset(torch.utils.data.Dataset):
         self.images.forget()
         return samples
 
-    def batches(self, rank: int = 0, world: int = 1) -> list[list[int]]:
-        """Batches in rectangular order; each rank takes every world-th one."""
-        firsts = range(rank * VAL_BATCH, len(self), world * VAL_BATCH)
+    def batches(self, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        """Batches in rectangular order; each rank takes every `world_size`-th one."""
+        firsts = range(rank * VAL_BATCH, len(self), world_size * VAL_BATCH)
         return [list(range(first, min(first + VAL_BATCH, len(self)))) for first in firsts]
 
 
@@ -209,7 +209,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     Returns:
         img: (B,3,H,W) or, where all are grey, (B,1,H,W) uint8 RGB, channels last in memory. cls, score, agreement,
         batch_idx: (N,). bboxes: (N,4) cx, cy, w, h, 0..1. im_file: list. Where samples have them: img_strong as img,
-        fit: list, load_s.
+        letterbox: list, load_s.
     """
     columns = [s["cls"] for s in samples]
     index = [torch.full((len(c),), float(i)) for i, c in enumerate(columns)]
@@ -228,8 +228,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         batch["img_strong"] = stack(strong)
     if "load_s" in samples[0]:
         batch["load_s"] = samples[0]["load_s"]
-    if "fit" in samples[0]:
-        batch["fit"] = [s["fit"] for s in samples]
+    if "letterbox" in samples[0]:
+        batch["letterbox"] = [s["letterbox"] for s in samples]
     return batch
 
 

@@ -197,14 +197,14 @@ def _named(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def validation_batches(
-    dataset: ManifestDataset, rank: int = 0, world: int = 1, device: torch.device | None = None
+    dataset: ManifestDataset, rank: int = 0, world_size: int = 1, device: torch.device | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Batches of a validation set in its rectangular order; each rank takes every world-th one.
+    """Batches of a validation set in its rectangular order; each rank takes every `world_size`-th one.
 
     Args:
         device: what they are for; beside a GPU they are loaded by processes.
     """
-    batches = dataset.batches(rank, world)
+    batches = dataset.batches(rank, world_size)
     on = device or torch.device("cpu")
     largest = max((h * w for h, w in dataset.batch_shapes), default=1) * 3 * max(map(len, batches), default=1)
     workers = 0

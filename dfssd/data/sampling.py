@@ -86,7 +86,7 @@ class StepSampler:
         per_step: images of each stream in a global batch.
         steps: range of steps to yield, `first` to `last` (exclusive).
         plain_from: first step without mosaic.
-        rank, world: which of a step's micro-batches: every world-th, from rank on.
+        rank, world_size: which of a step's micro-batches: every `world_size`-th, from rank on.
         micro_batches: slices that a step is cut into; 0: one a worker.
     """
 
@@ -99,18 +99,18 @@ class StepSampler:
         last: int,
         plain_from: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         micro_batches: int = 0,
     ) -> None:
-        self.micro_batches = micro_batches or world
+        self.micro_batches = micro_batches or world_size
         self.repeats, self.per_step, self.seed = repeats, per_step, seed
         self.first, self.last, self.plain_from = first, last, plain_from
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world_size
 
     @property
     def mine(self) -> range:
         """The micro-batches of a step that this rank computes."""
-        return range(self.rank, self.micro_batches, self.world)
+        return range(self.rank, self.micro_batches, self.world_size)
 
     def __len__(self) -> int:
         return (self.last - self.first) * len(self.mine)

@@ -23,7 +23,7 @@ LIMIT = {"pse": 10.0}
 class Balance:
     """Factors of the terms 'pse', 'pred' and 'feat', on top of their lambdas.
 
-    At each step: where `due`, the `squares` of all micro-batches are added up and given to `follow`; then `advance`.
+    At each step: where `due`, the `squared_norms` of all micro-batches are added up and given to `follow`; then `advance`.
 
     Args:
         config: `share_u`, `share_p`, `share_f`; a share of 0 leaves a term as it is.
@@ -48,7 +48,7 @@ class Balance:
         """Terms that are balanced; the same for all micro-batches of a step."""
         return [n for n in self.shares if n in terms and terms[n].requires_grad]
 
-    def squares(self, terms: dict[str, Tensor], neck: list[Tensor], scale: float = 1.0) -> Tensor:
+    def squared_norms(self, terms: dict[str, Tensor], neck: list[Tensor], scale: float = 1.0) -> Tensor:
         """Squared gradient norm of the supervised term and of those of `names`; images add up.
 
         Args:
@@ -58,14 +58,14 @@ class Balance:
         """
         return torch.stack([_square(terms[n], neck, scale) for n in ("sup", *self.names(terms))])
 
-    def follow(self, names: list[str], squares: Tensor) -> None:
+    def follow(self, names: list[str], squared_norms: Tensor) -> None:
         """Move the factors.
 
         Args:
             names: of the terms after the supervised one.
-            squares: sum over all micro-batches and workers.
+            squared_norms: sum over all micro-batches and workers.
         """
-        norms = squares.sqrt().tolist()
+        norms = squared_norms.sqrt().tolist()
         for name, norm in zip(names, norms[1:], strict=True):
             if not (norm > 0 and norms[0] > 0 and math.isfinite(norm) and math.isfinite(norms[0])):
                 continue  # nothing to measure; what is not finite stops the run elsewhere

@@ -99,7 +99,7 @@ class Criterion:
     Args:
         detection: detection loss of the student.
         config: weights and settings; None trains on labels alone.
-        world: the workers; their number decides nothing but whether DDP waits for the gradient of every parameter.
+        workers: all workers; their number decides nothing but whether DDP waits for the gradient of every parameter.
         pairing: how the teacher's predictions stand to the student's; needed with a teacher.
         generators: MGD's networks.
         teacher_detection: detection loss of an online teacher.
@@ -110,13 +110,13 @@ class Criterion:
         self,
         detection: Loss,
         config: Distill | None,
-        world: WorkerGroup,
+        workers: WorkerGroup,
         pairing: Pairing | None = None,
         generators: nn.ModuleList | None = None,
         teacher_detection: Loss | None = None,
         masks: torch.Generator | None = None,
     ) -> None:
-        self.detection, self.config, self.world, self.pairing = detection, config, world, pairing
+        self.detection, self.config, self.workers, self.pairing = detection, config, workers, pairing
         self.generators, self.teacher_detection, self.masks = list(generators or []), teacher_detection, masks
         self.balance = Balance(config) if config and config.balance == "gradnorm" else None
         self.lead = 1.0  # weight of the teacher's terms; what is missing to 1 goes to the student's own average
@@ -148,7 +148,7 @@ class Criterion:
             assert self.pairing is not None
             sums |= self._predictions(out.raw, teacher, self.pairing)
             # Skipped at weight 0, but not under DDP, which waits for the gradient of every parameter.
-            if out.projected and config.lambda_f > 0 and (schedule(config, progress) > 0 or self.world.size > 1):
+            if out.projected and config.lambda_f > 0 and (schedule(config, progress) > 0 or self.workers.size > 1):
                 sums["feat"] = self._features(out.projected, teacher)
         if own is not None:
             shared = Pairing(None, tuple(out.raw), True)
@@ -164,11 +164,11 @@ class Criterion:
         neck = out.raw[MAIN].feats
         return Measured(sums, parts, [*neck, *(t for t in out.taps if all(t is not n for n in neck))])
 
-    def squares(self, measured: Measured, totals: Totals, scale: float = 1.0) -> tuple[list[str], Tensor]:
+    def squared_norms(self, measured: Measured, totals: Totals, scale: float = 1.0) -> tuple[list[str], Tensor]:
         """What `Balance` has to know of a micro-batch: names of balanced terms, and their squared gradient norms."""
         assert self.balance is not None
         terms = grouped(self._divided(measured, totals))
-        return self.balance.names(terms), self.balance.squares(terms, measured.neck, scale)
+        return self.balance.names(terms), self.balance.squared_norms(terms, measured.neck, scale)
 
     def terms(self, measured: Measured, totals: Totals, progress: float) -> Terms:
         """Weighted terms of a micro-batch: its share of the loss of the global batch.

@@ -38,7 +38,7 @@ def validate(
     model: nn.Module,
     dataset: ManifestDataset,
     names: dict[int, str],
-    world: WorkerGroup,
+    workers: WorkerGroup,
     device: torch.device,
 ) -> dict[str, Any]:
     """Metrics of a detector in eval mode; every worker measures its share and all get the result.
@@ -52,15 +52,17 @@ def validate(
     Raises:
         DfssdError: the set has no box to find.
     """
-    return summarise(collect(detecting(model), dataset, world, device), names)
+    return summarise(collect(detecting(model), dataset, workers, device), names)
 
 
 @torch.no_grad()
-def collect(detect: Detect, dataset: ManifestDataset, world: WorkerGroup, device: torch.device) -> list[dict[str, Any]]:
+def collect(
+    detect: Detect, dataset: ManifestDataset, workers: WorkerGroup, device: torch.device
+) -> list[dict[str, Any]]:
     """What matched what on each image, of all workers: one record (see `record`) an image."""
     stats: list[dict[str, Any]] = []
     rows = {row.uri: row for row in dataset.rows}
-    for batch in validation_batches(dataset, world.rank, world.size, device):
+    for batch in validation_batches(dataset, workers.rank, workers.size, device):
         images = network_input(batch["img"], device)
         found = detect(images)
         height, width = images.shape[2:]
@@ -70,9 +72,9 @@ def collect(detect: Detect, dataset: ManifestDataset, world: WorkerGroup, device
             one = record(boxes.cpu(), batch["cls"][mine], truth, batch["im_file"][k])
             row = rows[batch["im_file"][k]]
             for key in ("boxes", "truth"):
-                one[key] = batch["fit"][k].pixels_out(one[key])
+                one[key] = batch["letterbox"][k].pixels_out(one[key])
             stats.append({**one, "image_id": row.image_id, "group": row.group, "size": (row.width, row.height)})
-    return [one for part in world.gather(stats) for one in part]
+    return [one for part in workers.gather(stats) for one in part]
 
 
 def record(found: Tensor, classes: Tensor, truth_xyxy: Tensor, name: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Annotated
 
 import tyro
 
+from dfssd.config.flags import VERSION_HELP, Switch
+
 EXAMPLE = "dfssd predict runs/line3/export/student.onnx new_pictures --out predictions"
 
 
@@ -41,6 +43,7 @@ class Flags:
     draw: bool = True
     imgsz: int = 640
     threads: int = 0
+    version: Annotated[Switch, tyro.conf.arg(help=VERSION_HELP)] = False
 
 
 def job(words: Sequence[str]) -> None:

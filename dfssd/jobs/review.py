@@ -40,7 +40,7 @@ def job(words: Sequence[str]) -> None:
             "give --export PROGRAM or --corrected FILE", todo="one sends labels out, the other takes them back"
         )
     from dfssd.config.checks import refuse_relative_paths_in_a_job
-    from dfssd.review.rounds import data_settings, export_images, take_back
+    from dfssd.review.active_learning import data_settings, export_images, take_back
     from dfssd.runtime.storage import Storage
 
     refuse_relative_paths_in_a_job(config)

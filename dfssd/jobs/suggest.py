@@ -38,7 +38,7 @@ def job(words: Sequence[str]) -> None:
         raise DfssdError(f"--k {flags.k}: at least one image", todo="give --k 50")
     from dfssd.config.checks import refuse_relative_paths_in_a_job
     from dfssd.pipeline.stages import best_teacher
-    from dfssd.review.rounds import suggest_images
+    from dfssd.review.active_learning import suggest_images
     from dfssd.runtime.artefact_names import newest_round
     from dfssd.runtime.storage import Storage
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from tyro.conf import Positional
 
 from dfssd.config import Run
+from dfssd.config.flags import VERSION_HELP, Switch
 
 EXAMPLE = "dfssd track replay line3 --storage-path runs"
 
@@ -25,6 +26,7 @@ class Track(BaseModel):
         Run.model_fields["storage_path"].default, description="Folder or URI that holds all runs."
     )
     experiment: str = Field(Run.model_fields["experiment"].default, description="Experiment in MLflow.")
+    version: Switch = Field(False, description=VERSION_HELP)
 
 
 def job(words: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,13 @@ import numpy as np
 from dfssd.data.formats.listing import IMAGE_SUFFIXES
 from dfssd.data.images import BadImage, open_image
 from dfssd.errors import DfssdError
+from dfssd.line.drawing import drawn
 from dfssd.line.drift import Drift, picture_numbers
 from dfssd.line.results import Results
 
 UNREADABLE = "unreadable"  # folder beside the pictures that what cannot be decoded is moved to
 TRIES = 3  # looks at an unreadable picture before it is moved: it may still be being written
 SAY_S = 5.0
-COLOURS = ((75, 25, 230), (75, 180, 60), (216, 99, 67), (49, 130, 245), (180, 30, 145), (128, 128, 0))  # BGR
 
 
 class Detector(Protocol):
@@ -62,7 +63,7 @@ class Labelling:
 
     Args:
         out: folder for results. score: one threshold for all classes; none: the model's operating point.
-        drawn: also keep pictures with their boxes drawn.
+        draw: also keep pictures with their boxes drawn, in `out`/drawn.
     """
 
     def __init__(
@@ -70,16 +71,17 @@ class Labelling:
         detector: Detector,
         out: Path,
         score: float | None = None,
-        drawn: bool = True,
+        draw: bool = True,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.detector, self.drawn, self.say = detector, drawn, say
+        self.detector, self.draw, self.say = detector, draw, say
         self.tau_c, self.white = detector.thresholds(score), float(detector.metadata.get("white", 0.0))
-        self.results = Results(out, detector.names)
+        self.results = Results(out, detector.names, str(detector.metadata.get("weights_sha256", ""))[:12])
         self.drift = Drift(detector.metadata.get("reference", {}))
         self.pictures = self.rejected = self.bad = 0
         self.busy_s = 0.0
         self._warned: set[str] = set()
+        self._drawn: dict[Path, Path] = {}
 
     def label(self, file: Path) -> bool:
         """Label one picture; False where it cannot be read."""
@@ -96,23 +98,18 @@ class Labelling:
         self.busy_s += time.perf_counter() - begun
         self.pictures += 1
         self.rejected += one["verdict"] == "reject"
-        if self.drawn:
-            self._draw(file, picture, boxes)
+        if self.draw:
+            place = self._place(file)
+            place.write_bytes(cv2.imencode(".jpg", drawn(picture, boxes, self.detector.names))[1].tobytes())
         return True
 
-    def _draw(self, file: Path, picture: np.ndarray, boxes: np.ndarray) -> None:
-        thick = max(1, round(max(picture.shape[:2]) / 400))
-        for box in boxes:
-            x1, y1, x2, y2 = (round(float(v)) for v in box[:4])
-            colour = COLOURS[int(box[5]) % len(COLOURS)]
-            cv2.rectangle(picture, (x1, y1), (x2, y2), colour, thick)
-            text, size = f"{self.detector.names[int(box[5])]} {box[4]:.2f}", max(0.35, max(picture.shape[:2]) / 1600)
-            cv2.putText(
-                picture, text, (x1, max(10, y1 - 3)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, thick, cv2.LINE_AA
-            )
-        place = self.results.out / "drawn" / f"{file.parent.name}_{file.stem}.jpg"
+    def _place(self, file: Path) -> Path:
+        """Where a drawn picture lies; a second one of the same folder's and own name gets a number of its path's own."""
+        place = self.results.out / "drawn" / f"{file.absolute().parent.name}_{file.stem}.jpg"
+        if self._drawn.setdefault(place, file) != file:
+            place = place.with_stem(f"{place.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}")
         place.parent.mkdir(exist_ok=True)
-        place.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
+        return place
 
     def progress(self) -> str:
         """Pictures, rejects and rate in one line."""
@@ -130,7 +127,7 @@ class Labelling:
 
 
 def predict(labelling: Labelling, files: Sequence[Path]) -> None:
-    """Label pictures once, and write all formats.
+    """Label pictures, and write all formats. What an earlier run into the same folder said of them is replaced.
 
     Raises:
         DfssdError: none of them could be read.
@@ -147,7 +144,9 @@ def predict(labelling: Labelling, files: Sequence[Path]) -> None:
         raise DfssdError("none of the pictures can be read", where=str(files[0]), todo="check that these are pictures")
     labelling.warn()
     places = labelling.results.finish()
-    labelling.say(f"{labelling.progress()}\nresults   {', '.join(map(str, places))}")
+    others = len(set(labelling.results.done) - set(map(str, files)))
+    kept = f" (with {others} pictures of earlier runs into this folder)" if others else ""
+    labelling.say(f"{labelling.progress()}\nresults   {', '.join(map(str, places))}{kept}")
 
 
 def watch(labelling: Labelling, folder: Path, poll_s: float = 1.0, rounds: int | None = None) -> None:

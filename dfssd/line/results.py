@@ -1,6 +1,7 @@
 """What `dfssd predict` leaves: one line of JSON a picture, written as it comes, and from these CSV, JSON and COCO.
 
-The lines are the memory of a watched folder too: a picture that has a line is done, whatever was killed in between.
+The lines are the memory of a watched folder too: a picture that has a line is done, whatever was killed in between. A
+picture that is labelled again has one line, the newest: an older one is taken out at the end, or at the next start.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ class Results:
 
     Args:
         out: folder, made where it is missing. names: class names.
+        model: what finds the boxes, as each line says: the beginning of its weights' sha256; '' where that is not known.
     """
 
-    def __init__(self, out: Path, names: Sequence[str]) -> None:
-        self.out, self.names = out, list(names)
+    def __init__(self, out: Path, names: Sequence[str], model: str = "") -> None:
+        self.out, self.names, self.model = out, list(names), model
         out.mkdir(parents=True, exist_ok=True)
         self.file = out / LINES
         self.done: dict[str, str] = {}
@@ -34,6 +36,7 @@ class Results:
             whole = data[: data.rfind(b"\n") + 1]
             if len(whole) < len(data):
                 self.file.write_bytes(whole)
+            self._tidy()
             self.done = {one["file"]: one["stamp"] for one in self.lines()}
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -44,6 +47,16 @@ class Results:
                 one = json.loads(text)
                 newest[one["file"]] = one
         yield from newest.values()
+
+    def _tidy(self) -> None:
+        """Take out lines that a newer one of the same picture has replaced; a kill leaves the old file or the new one."""
+        newest = list(self.lines())
+        with self.file.open("rb") as stream:
+            if sum(1 for _ in stream) == len(newest):
+                return
+        other = self.file.with_suffix(".new")
+        other.write_text("".join(json.dumps(one) + "\n" for one in newest), encoding="utf-8")
+        other.replace(self.file)
 
     def known(self, file: Path, stamp: str) -> bool:
         """Was this very content of the file labelled already?"""
@@ -58,6 +71,7 @@ class Results:
         one = {
             "file": str(file),
             "stamp": stamp,
+            "model": self.model,
             "width": size_wh[0],
             "height": size_wh[1],
             "verdict": "reject" if found else "pass",
@@ -70,6 +84,8 @@ class Results:
 
     def finish(self) -> list[Path]:
         """Write boxes.csv, boxes.json and coco.json from the lines."""
+        if self.file.exists():
+            self._tidy()
         pictures = list(self.lines())
         places = [self.out / name for name in ("boxes.csv", "boxes.json", "coco.json")]
         with places[0].open("w", newline="", encoding="utf-8") as stream:
@@ -84,8 +100,13 @@ class Results:
 
 
 def coco(pictures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """COCO annotations (with scores) of all pictures, boxes as x, y, width, height (px)."""
+    """COCO annotations (with scores) of all pictures, boxes as x, y, width, height (px).
+
+    Args:
+        names: classes of the model; those that an earlier one found in the same folder come after them.
+    """
     boxes: list[dict[str, Any]] = []
+    names = list(dict.fromkeys([*names, *(found["name"] for one in pictures for found in one["boxes"])]))
     for k, one in enumerate(pictures, 1):
         for found in one["boxes"]:
             x1, y1, x2, y2 = found["box"]
@@ -94,7 +115,7 @@ def coco(pictures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
                 {
                     "id": len(boxes) + 1,
                     "image_id": k,
-                    "category_id": list(names).index(found["name"]) + 1,
+                    "category_id": names.index(found["name"]) + 1,
                     "bbox": [x1, y1, *size],
                     "area": round(size[0] * size[1], 2),
                     "score": found["score"],

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, section
-from dfssd.pipeline.row import Row
 from dfssd.pipeline.settings import counted
+from dfssd.pipeline.stage_row import StageRow
 from dfssd.runtime.artefact_names import (
     DATASET,
     EXPORT,
@@ -87,7 +87,7 @@ _SELF_LABELLED = (  # of a training whose own average labels
 )
 
 STAGES = (
-    Row(
+    StageRow(
         role=DATASET.role,
         does="check images and labels, group near-duplicates, split, choose the labelled subset",
         reads=(*PLACE, "run.seed", *section("data")),
@@ -96,7 +96,7 @@ STAGES = (
         needs="dfssd.pipeline.data:needs",
         renew="dfssd.pipeline.data:renew",
     ),
-    Row(
+    StageRow(
         role=TEACHER.role,
         does="train the large detector on the labelled images; in later rounds on its own pseudo-labels too",
         reads=(*RUN, "models.teacher", *section("train")),
@@ -110,7 +110,7 @@ STAGES = (
         ends_rounds=_no_better,
         teaches=True,
     ),
-    Row(
+    StageRow(
         role=MEAN_TEACHER.role,
         does="the teacher goes on with labelled and unlabelled images, which its own average labels",
         reads=(*RUN, "models.teacher", *_SELF_LABELLED, *section("mean_teacher")),
@@ -123,7 +123,7 @@ STAGES = (
         wanted=lambda config: config.mean_teacher.mean_teacher and config.unlabelled_batch() > 0,
         teaches=True,
     ),
-    Row(
+    StageRow(
         role=LABEL_ONLY.role,
         does="train the student on the labelled images alone, for as many steps: what everything is compared with",
         reads=(*RUN, "models.student", *_ALONE),
@@ -133,7 +133,7 @@ STAGES = (
         needs="dfssd.pipeline.training:needs",
         wanted=lambda config: config.baseline,
     ),
-    Row(
+    StageRow(
         role=PSEUDO.role,
         does="stream the unlabelled images through the teacher; keep every candidate box",
         reads=(*section("run", "seed"), *section("pseudo"), "train.imgsz", "train.amp"),
@@ -142,7 +142,7 @@ STAGES = (
         needs="dfssd.pipeline.labelling:needs",
         in_rounds=True,
     ),
-    Row(
+    StageRow(
         role=QUALITY.role,
         does="measure what the pseudo-labels are worth, before anything trains on them",
         reads=(*PLACE, *section("thresholds"), "train.steps"),
@@ -150,7 +150,7 @@ STAGES = (
         body="dfssd.pipeline.labelling:quality_stage",
         in_rounds=True,
     ),
-    Row(
+    StageRow(
         role=STUDENT.role,
         does="train the student on labels, pseudo-labels and the teacher's features and predictions",
         reads=(*RUN, "models.student", *_ALONE, *section("thresholds"), *section("distill")),
@@ -159,7 +159,7 @@ STAGES = (
         training=Training("student", distils=True),
         needs="dfssd.pipeline.training:needs",
     ),
-    Row(
+    StageRow(
         role=REPORT.role,
         does="measure all finished models, and write the report",
         reads=(*section("run", "seed", "num_workers"), *section("evaluate"), "train.imgsz"),
@@ -167,7 +167,7 @@ STAGES = (
         body="dfssd.pipeline.evaluation:report_stage",
         needs="dfssd.pipeline.evaluation:needs",
     ),
-    Row(
+    StageRow(
         role=EXPORT.role,
         does="write the student for the line (ONNX, OpenVINO, int8), prove that it finds the same, log it to MLflow",
         reads=(*section("run", "seed", "num_workers"), *section("export"), "evaluate.latency_repeats", "train.imgsz"),
@@ -181,7 +181,7 @@ STAGES = (
 ROWS = {row.role: row for row in STAGES}
 
 
-def row_of(name: ArtefactName) -> Row:
+def row_of(name: ArtefactName) -> StageRow:
     return ROWS[name.role]
 
 
@@ -248,7 +248,7 @@ def resolve(target: str) -> Callable[..., Any]:
     return found
 
 
-def markdown(rows: Iterable[Row] = STAGES) -> str:
+def markdown(rows: Iterable[StageRow] = STAGES) -> str:
     """The list of stages for the documentation."""
     lines = ["| stage | what it does | in every round |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| `{r.role}` | {r.does} | {'yes' if r.in_rounds else ''} |" for r in rows)])

@@ -79,13 +79,13 @@ def _clusters(boxes: list[Corners], score: list[float], source: list[int], limit
     for k in sorted(range(len(boxes)), key=lambda k: -score[k]):
         near = [(o, c) for c in clusters if (o := _overlap(boxes[k], c.mean)) > limit]
         near.sort(key=lambda pair: -pair[0])
-        home = next((c for _, c in near if source[k] not in c.views), None)
-        if home is None and near:
+        cluster = next((c for _, c in near if source[k] not in c.views), None)
+        if cluster is None and near:
             continue  # all of them have a box of this view already: a double, not another defect
-        if home is None:
-            home = _Cluster()
-            clusters.append(home)
-        home.add(boxes[k], score[k], source[k])
+        if cluster is None:
+            cluster = _Cluster()
+            clusters.append(cluster)
+        cluster.add(boxes[k], score[k], source[k])
     return clusters
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from dfssd.config import Config
-from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest
-from dfssd.pseudo.shards import Log, Shard, Tally, fuse_and_write, summarise, unfinished
+from dfssd.pseudo.shards import Log, Shard, Tally, decode_shard, fuse_and_write, summarise, unfinished
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.storage import Storage
 

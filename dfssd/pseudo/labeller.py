@@ -17,9 +17,8 @@ import ray
 import ray.data
 
 from dfssd.config import Config
-from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Manifest
-from dfssd.pseudo.shards import Log, Shard, Tally, decoded_bytes, fuse_and_write, summarise, unfinished
+from dfssd.pseudo.shards import Log, Shard, Tally, decode_shard, decoded_bytes, fuse_and_write, summarise, unfinished
 from dfssd.pseudo.teachers import TeacherActor, check_teachers
 from dfssd.runtime.cluster import actor_resources, free
 from dfssd.runtime.progress import Silence

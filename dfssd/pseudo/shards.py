@@ -1,7 +1,7 @@
 """Shards of the labelling job: images that are labelled together, and the parquet file that comes of them.
 
 A shard passes three stages, each a function from row to row, wherever it runs (Ray Data tasks and actors, or threads of one
-process): decode (`data.letterbox.decode_shard`), networks (`pseudo.teachers.Teachers`), and fusion and writing (here).
+process): decode (`decode_shard`), networks (`pseudo.teachers.Teachers`), and fusion and writing (`fuse_and_write`).
 
 Legend: candidates are (n,7) arrays [cls, cx, cy, w, h (0..1 of the image), score, agreement]; found boxes, as the networks
 leave them, are (N,8) float32 arrays [image, view, x1, y1, x2, y2 px of the network's input, score, class of the data].
@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dfssd.config import Config, Pseudo
+from dfssd.config import Config, Pseudo, Train
 from dfssd.data.boxes import unflip
 from dfssd.data.checks import Problem
-from dfssd.data.letterbox import out_of_letterbox
+from dfssd.data.letterbox import GREY, Letterbox, letterboxed, out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
 from dfssd.data.preparation.bad_files import write_bad
+from dfssd.data.reading import decode, disk_cache
 from dfssd.errors import DfssdError, StorageError
 from dfssd.pseudo.fusion import FLIPS, fuse
 from dfssd.pseudo.scores import score_bin
 from dfssd.pseudo.thresholds import ScoreCounts
 from dfssd.runtime.progress import Progress
-from dfssd.runtime.storage import Storage
+from dfssd.runtime.storage import Storage, is_remote, side_by_side
 
 SHARD = 64  # images of up to 640 px; fewer of larger ones, so that a decoded shard never holds more than 80 MB
 FULL_SIDE = 640
@@ -92,6 +93,41 @@ def read_shards(store: Storage, prefix: str) -> Iterator[tuple[str, Boxes | None
         if name.startswith(f"{prefix}-"):
             table = read_table(store, name)
             yield from zip(table["image_id"].to_pylist(), boxes_from_arrow(table["boxes"]), strict=True)
+
+
+def decode_shard(row: Shard, imgsz: int, train: Train | None = None) -> Shard:
+    """Read and letterbox the images of a shard on a CPU task.
+
+    Args:
+        row: uris, and where some have more than 8 bits whites, as in the manifest.
+        train: settings that name a cache on disk; none: no cache.
+
+    Returns:
+        images: (n,imgsz,imgsz,3) uint8 RGB. sizes: (n,2) width, height (px), 0 of an image that cannot be read. Everything
+        else is passed on.
+    """
+    cache = disk_cache(train) if train else None
+    n = len(row["uris"])
+    images = np.full((n, imgsz, imgsz, 3), GREY, np.uint8)
+    sizes = np.zeros((n, 2), np.float32)
+
+    def load(place: tuple[str, float, str]) -> tuple[np.ndarray, Letterbox] | None:
+        try:
+            full = decode(place[0], cache, place[1], place[2])
+        except DfssdError:
+            return None  # becomes a row without boxes, and so a row of bad_files.parquet
+        return letterboxed(full, (imgsz, imgsz))
+
+    uris = [str(uri) for uri in row["uris"]]
+    ids = [str(i) for i in row.get("ids", [""] * n)]
+    places = list(zip(uris, map(float, row.get("whites", np.zeros(n))), ids, strict=True))
+    for k, found in enumerate(side_by_side(load, places, any(map(is_remote, uris)))):
+        if found is None:
+            continue
+        image, frame = found
+        images[k] = image[..., ::-1]
+        sizes[k] = frame.image_wh
+    return {**row, "images": images, "sizes": sizes}
 
 
 def fuse_views(row: Shard, settings: Pseudo, side: int) -> list[Boxes | None]:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from dfssd.config import Config
-from dfssd.data.letterbox import decode_shard
 from dfssd.data.manifest import Boxes, Row
 from dfssd.models.families import family_of
-from dfssd.pseudo.shards import fuse_views, shard_images, shards
+from dfssd.pseudo.shards import decode_shard, fuse_views, shard_images, shards
 from dfssd.pseudo.teachers import load_teachers
 from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage

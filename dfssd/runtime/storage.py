@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 from pyarrow import fs as pafs
 
 from dfssd.errors import DamagedFile, DfssdError, StorageError, mask
-from dfssd.runtime.patience import patiently
+from dfssd.runtime.retry import retried
 
 FETCHES = 16  # requests to an object store at a time: each waits tens of milliseconds for its first byte
 WINDOW = 256  # items that `side_by_side` works on before it waits for the slowest of them
@@ -56,7 +56,7 @@ def _write_local(path: str, data: bytes | memoryview) -> None:
 class Storage:
     """A folder on any pyarrow filesystem.
 
-    What fails for a moment is tried again for `PATIENCE_S`; what is not there raises FileNotFoundError, and every other
+    What fails for a moment is tried again for `RETRY_S`; what is not there raises FileNotFoundError, and every other
     fault a StorageError.
 
     Args:
@@ -104,12 +104,12 @@ class Storage:
 
     def exists(self, name: str = "") -> bool:
         path = self.path(name) if name else self.root
-        info = patiently(lambda: self.fs.get_file_info(path), path)
+        info = retried(lambda: self.fs.get_file_info(path), path)
         return bool(info.type != pafs.FileType.NotFound)
 
     def sizes(self, names: Sequence[str]) -> dict[str, int | None]:
         """Size of each file (bytes); None for one that is not there."""
-        infos = patiently(lambda: self.fs.get_file_info([self.path(n) for n in names]), self.root) if names else []
+        infos = retried(lambda: self.fs.get_file_info([self.path(n) for n in names]), self.root) if names else []
         return {n: i.size if i.type == pafs.FileType.File else None for n, i in zip(names, infos, strict=True)}
 
     def read(self, name: str) -> bytes:
@@ -124,7 +124,7 @@ class Storage:
             with self.fs.open_input_stream(self.path(name)) as stream:
                 return bytes(stream.read())
 
-        return patiently(whole, self.path(name))
+        return retried(whole, self.path(name))
 
     def read_json(self, name: str) -> Any:
         """Content of a json file.
@@ -174,7 +174,7 @@ class Storage:
             StorageError: it cannot be written, also after some time.
         """
         path = self.path(name)
-        patiently(lambda: _write_local(path, data) if self.is_local else self._upload(path, data), path)
+        retried(lambda: _write_local(path, data) if self.is_local else self._upload(path, data), path)
 
     def _upload(self, path: str, data: bytes | memoryview) -> None:
         self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
@@ -202,7 +202,7 @@ class Storage:
     def _infos(self, folder: str, recursive: bool, kind: pafs.FileType) -> list[pafs.FileInfo]:
         base = self.path(folder) if folder else self.root
         selector = pafs.FileSelector(base, allow_not_found=True, recursive=recursive)
-        return [i for i in patiently(lambda: self.fs.get_file_info(selector), base) if i.type == kind]
+        return [i for i in retried(lambda: self.fs.get_file_info(selector), base) if i.type == kind]
 
     def delete(self, name: str = "") -> None:
         """Remove a file or a folder with all in it; nothing happens where it does not exist."""
@@ -215,7 +215,7 @@ class Storage:
             elif kind == pafs.FileType.File:
                 self.fs.delete_file(path)
 
-        patiently(remove, path)
+        retried(remove, path)
 
     def digest(self, name: str) -> dict[str, Any]:
         """Size (bytes) and sha256 of one file."""

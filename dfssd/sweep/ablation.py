@@ -24,7 +24,7 @@ COLUMNS = [
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """One row of the table; shares 0..1.
 
     Args:
@@ -82,7 +82,7 @@ def ranked(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**record, "order": places.index(record["row"])} for record in records]
 
 
-def rows_of(records: list[dict[str, Any]]) -> list[Row]:
+def rows_of(records: list[dict[str, Any]]) -> list[AblationRow]:
     """Rows in the order of the trials.
 
     Args:
@@ -90,7 +90,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[Row]:
     """
     names = list(dict.fromkeys(record["row"] for record in sorted(records, key=lambda r: (r["order"], r["row"]))))
     first: dict[int, float] = {}
-    rows: list[Row] = []
+    rows: list[AblationRow] = []
     for name in names:
         own = {record["seed"]: record for record in records if record["row"] == name}
         values = {seed: r["result"]["test/map50"] for seed, r in sorted(own.items())}
@@ -99,7 +99,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[Row]:
         some = next(iter(own.values()))["result"]
         unit = "gpu_hours" if "gpu_hours" in some else "cpu_hours"
         rows.append(
-            Row(
+            AblationRow(
                 name=name,
                 x=next(iter(own.values())).get("x"),
                 values=values,
@@ -115,7 +115,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def _cells(row: Row, pm: str = "±") -> list[str]:
+def _cells(row: AblationRow, pm: str = "±") -> list[str]:
     def spread(values: dict[int, float]) -> str:
         mean = 100 * statistics.fmean(values.values())
         return f"{mean:.1f} {pm} {100 * statistics.stdev(values.values()):.1f}" if len(values) > 1 else f"{mean:.1f}"
@@ -134,16 +134,16 @@ def _cells(row: Row, pm: str = "±") -> list[str]:
     ]
 
 
-def terminal(rows: list[Row], title: str) -> str:
+def terminal(rows: list[AblationRow], title: str) -> str:
     return render(f"{title}: mean ± standard deviation over seeds, in %", HEADER, [_cells(row) for row in rows])
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[AblationRow]) -> str:
     lines = [HEADER, ["---"] * len(HEADER), *(_cells(row) for row in rows)]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def csv(rows: list[Row]) -> str:
+def csv(rows: list[AblationRow]) -> str:
     """Full precision, shares 0..1, values by seed."""
     buffer = io.StringIO()
     writer = csv_module.writer(buffer, lineterminator="\n")
@@ -158,7 +158,7 @@ def csv(rows: list[Row]) -> str:
     return buffer.getvalue()
 
 
-def latex(rows: list[Row]) -> str:
+def latex(rows: list[AblationRow]) -> str:
     """A tabular with booktabs rules."""
 
     def escaped(cell: str) -> str:

@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfssd.sweep.ablation import Row
+from dfssd.sweep.ablation import AblationRow
 
 INK, PALE = "#1f4e79", "#9db4c8"
 COLOURS = ("#8a8a8a", "#1f4e79", "#c0572b", "#3b7d4f", "#7a4b94", "#b08a1e")
 
 
-def draw(rows: list[Row], records: list[dict[str, Any]], title: str, search: bool) -> bytes:
+def draw(rows: list[AblationRow], records: list[dict[str, Any]], title: str, search: bool) -> bytes:
     """PNG of the figure that suits the sweep.
 
     Args:
@@ -40,7 +40,7 @@ def _bare(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _dots(rows: list[Row], title: str) -> Figure:
+def _dots(rows: list[AblationRow], title: str) -> Figure:
     """One line a row: every seed pale, the mean dark with one standard deviation to both sides."""
     figure = Figure(figsize=(7, 0.42 * len(rows) + 1.1))
     axes = figure.subplots()
@@ -56,9 +56,9 @@ def _dots(rows: list[Row], title: str) -> Figure:
     return figure
 
 
-def _curves(rows: list[Row], title: str) -> Figure:
+def _curves(rows: list[AblationRow], title: str) -> Figure:
     """Over x, one curve for rows of the same first part of their name, with a band of one standard deviation."""
-    series: dict[str, list[Row]] = {}
+    series: dict[str, list[AblationRow]] = {}
     for row in rows:
         series.setdefault(row.name.split(",")[0], []).append(row)
     figure = Figure(figsize=(7, 4))

@@ -22,7 +22,7 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
     begun = time.monotonic()
     s.average_statistics()
     with precision.for_validation(s.device):
-        result = validate(s.ema.ema, s.val, dict(enumerate(class_names(s.ema.ema))), s.world, s.device)
+        result = validate(s.ema.ema, s.val, dict(enumerate(class_names(s.ema.ema))), s.workers, s.device)
     metrics = {k: v for k, v in result.items() if isinstance(v, float)}
     before = s.best["metrics"]["map50_95"] if s.best else -math.inf
     if s.best is None or metrics["map50_95"] >= before:
@@ -31,7 +31,7 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
         since = s.step if risen or s.best is None else s.best["since"]  # an equal value is no progress
         s.best = {"step": s.step, "since": since, "metrics": metrics, "ema": weights}
     say(
-        s.world,
+        s.workers,
         f"{s.job.stage}: step {s.step}  val mAP50 {metrics['map50']:.4f}  mAP50-95 {metrics['map50_95']:.4f}  "
         f"(best mAP50-95 {s.best['metrics']['map50_95']:.4f} at step {s.best['step']})  "
         f"{time.monotonic() - begun:.1f} s",
@@ -46,7 +46,7 @@ def validate_and_keep_best(s: Session) -> dict[str, float]:
                 if fades
                 else "which may hold it back: set --fade"
             )
-            say(s.world, f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}); {hint}")
+            say(s.workers, f"{s.job.stage}: is now better than its teacher (val mAP50-95 {reached:.4f}); {hint}")
     return metrics
 
 
@@ -60,7 +60,7 @@ def out_of_patience(s: Session) -> bool:
     since = s.step - s.best["since"] if s.best else 0
     if not s.job.patience or since < s.job.patience * s.job.val_every():
         return False
-    say(s.world, f"{s.job.stage}: no better validation for {since} steps, stops at step {s.step} of {s.job.steps}")
+    say(s.workers, f"{s.job.stage}: no better validation for {since} steps, stops at step {s.step} of {s.job.steps}")
     return True
 
 
@@ -69,7 +69,7 @@ def collapsed(s: Session, last: dict[str, float]) -> bool:
     reason = s.in_loop.failing(last["map50_95"]) if s.in_loop and last else ""
     if reason and s.best is not None:
         kept = f"its best weights (step {s.best['step']}) are kept"
-        say(s.world, f"{s.job.stage}: {reason}; stops at step {s.step}, {kept}")
+        say(s.workers, f"{s.job.stage}: {reason}; stops at step {s.step}, {kept}")
     return bool(reason)
 
 
@@ -88,7 +88,7 @@ def finish(s: Session, last: dict[str, float], meter: Meter) -> dict[str, Any]:
         "device": str(s.device),
         "threads": torch.get_num_threads(),
     }
-    if s.world.rank == 0:
+    if s.workers.rank == 0:
         best, family = deepcopy(s.ema.ema), family_of(s.ema.ema)
         best.load_state_dict(s.best["ema"])
         note = {"stage": s.job.stage, "fingerprint": s.job.fingerprint()}

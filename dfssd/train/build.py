@@ -37,14 +37,14 @@ from dfssd.train.student import Student
 from dfssd.train.teaching import EMA_TAU, Teaching, build_teaching
 
 
-def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Session:
+def build_session(job: TrainJob, workers: WorkerGroup, device: torch.device) -> Session:
     """Build all parts of a training run; nothing is restored yet."""
     if job.config.train.loader_workers:
         start_server()  # which takes as long as the models do
     config = job.config
     torch.manual_seed(config.run.seed)
     run = Storage(job.run_uri)
-    shared = world.size > 1 or is_remote(job.run_uri)  # of the next stage too, where reading is slow
+    shared = workers.size > 1 or is_remote(job.run_uri)  # of the next stage too, where reading is slow
     manifest = read_manifest(run.at("dataset"), shared)
     weights = job.store.read("init.pt") if job.store.exists("init.pt") else None
     detector = build_model(job.model_spec, manifest.names, config.train.imgsz, weights)[0].to(device)
@@ -60,13 +60,13 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         detector.compile()
         if teaching:
             teaching.teacher.model.compile()
-    wrapped = world.share_gradients(student)
+    wrapped = workers.share_gradients(student)
     candidates = read_pseudo(run.at(str(job.pseudo)), shared) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if job.distill_settings() else None
     caches, dtype = _caches(job, manifest), autocast_dtype(config.train.amp, device)
     return Session(
         job=job,
-        world=world,
+        workers=workers,
         device=device,
         dtype=dtype,
         teacher_dtype=autocast_dtype(config.distill.teacher_amp, device),
@@ -77,10 +77,10 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
         optimiser=make_optimiser(student, job.train, student.online, config.distill.teacher_lr_factor),
         policy=policy,
         teaching=teaching,
-        criterion=_criterion(job, world, device, student, teaching),
+        criterion=_criterion(job, workers, device, student, teaching),
         streams=Streams(_streams(job, manifest, candidates, caches), job.strong_view),
         val=_validation(job, manifest, caches),
-        in_loop=InLoopTeacher(ema.ema, policy, config, world) if isinstance(policy, RunningThresholds) else None,
+        in_loop=InLoopTeacher(ema.ema, policy, config, workers) if isinstance(policy, RunningThresholds) else None,
         norms=GhostNorm(student),
         clock=StepClock(device),
         micro_batches=config.micro_batches(),
@@ -89,14 +89,14 @@ def build_session(job: TrainJob, world: WorkerGroup, device: torch.device) -> Se
 
 
 def _criterion(
-    job: TrainJob, world: WorkerGroup, device: torch.device, student: Student, teaching: Teaching | None
+    job: TrainJob, workers: WorkerGroup, device: torch.device, student: Student, teaching: Teaching | None
 ) -> Criterion:
     """All loss terms of the job."""
     box_loss, online = job.config.train.box_loss, student.online
     return Criterion(
         student.family.loss(student.detector, box_loss),
         job.distill_settings(),
-        world,
+        workers,
         pairing=teaching.pairing if teaching else None,
         generators=student.projections.generators if student.projections is not None else None,
         teacher_detection=family_of(online).loss(online, box_loss) if online is not None else None,

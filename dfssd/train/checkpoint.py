@@ -101,7 +101,7 @@ def newest(store: Storage, fingerprint: str | None) -> tuple[str, State] | None:
     return None
 
 
-def load_agreed(store: Storage, fingerprint: str, world: WorkerGroup) -> State | None:
+def load_agreed(store: Storage, fingerprint: str, workers: WorkerGroup) -> State | None:
     """The state that all workers go on from: rank 0 chooses, the others read that one, and all compare digests.
 
     Raises:
@@ -110,11 +110,11 @@ def load_agreed(store: Storage, fingerprint: str, world: WorkerGroup) -> State |
     found: tuple[str, State] | None = None
     told: tuple[int, str] | DfssdError | None = None  # an error is passed on, or the others would wait for this worker
     try:
-        found = newest(store, fingerprint) if world.rank == 0 else None
+        found = newest(store, fingerprint) if workers.rank == 0 else None
         told = (found[1]["step"], found[0]) if found else None
     except DfssdError as error:
         told = error
-    chosen = world.gather(told)[0]
+    chosen = workers.gather(told)[0]
     if isinstance(chosen, DfssdError):
         raise chosen
     if chosen is None:
@@ -124,7 +124,7 @@ def load_agreed(store: Storage, fingerprint: str, world: WorkerGroup) -> State |
         told = (state["step"], chosen[1])
     except DfssdError as error:
         told = error
-    for one in world.gather(told):
+    for one in workers.gather(told):
         if isinstance(one, DfssdError):
             raise one
         assert one == chosen, "every worker has read what rank 0 has chosen"

@@ -66,11 +66,11 @@ def check_reach(
     out: StudentOutput,
     first_layer: Tensor | None,
     silent: set[str],
-    world: WorkerGroup | None = None,
+    workers: WorkerGroup | None = None,
 ) -> dict[str, float]:
     """`reach` and `judge` of a step of one micro-batch a worker; `silent` terms may be 0 in this batch."""
-    squares = (world or WorkerGroup()).sum(reach(losses, out, first_layer))
-    return _judged(list(grouped(losses)), squares, first_layer is not None, silent)
+    squared_norms = (workers or WorkerGroup()).sum(reach(losses, out, first_layer))
+    return _judged(list(grouped(losses)), squared_norms, first_layer is not None, silent)
 
 
 def reach(losses: dict[str, Tensor], out: StudentOutput, first_layer: Tensor | None, scale: float = 1.0) -> Tensor:
@@ -89,7 +89,7 @@ def reach(losses: dict[str, Tensor], out: StudentOutput, first_layer: Tensor | N
     heads = [t for b in out.raw.values() for t in (b.boxes, b.scores)]
     targets = [first_layer] if first_layer is not None else [t for t in heads + out.projected if t.requires_grad]
     own = [t for b in (out.teacher or {}).values() for t in (b.boxes, b.scores)]
-    squares = []
+    squared_norms = []
     for name, term in grouped(losses).items():
         if not term.requires_grad:
             raise DfssdError(
@@ -100,24 +100,24 @@ def reach(losses: dict[str, Tensor], out: StudentOutput, first_layer: Tensor | N
         term = term * scale if scale != 1 else term
         grads = torch.autograd.grad(term, reached, retain_graph=True, allow_unused=True)
         found = [(g.float() / scale).square().sum() for g in grads if g is not None]
-        squares.append(torch.stack(found or [term.new_zeros(())]).sum())
-    return torch.stack(squares)
+        squared_norms.append(torch.stack(found or [term.new_zeros(())]).sum())
+    return torch.stack(squared_norms)
 
 
-def judge(terms: Terms, squares: Tensor, at_first_layer: bool) -> dict[str, float]:
+def judge(terms: Terms, squared_norms: Tensor, at_first_layer: bool) -> dict[str, float]:
     """Gradient norm of each term, which must be finite, above 0 and not negligible.
 
     Args:
-        squares: `reach`, added up over all micro-batches and workers: one of them may see no pseudo-label.
+        squared_norms: `reach`, added up over all micro-batches and workers: one of them may see no pseudo-label.
 
     Raises:
         DfssdError: a term's gradient does not arrive, or is not finite.
     """
-    return _judged(list(grouped(terms.losses)), squares, at_first_layer, terms.silent)
+    return _judged(list(grouped(terms.losses)), squared_norms, at_first_layer, terms.silent)
 
 
-def _judged(names: list[str], squares: Tensor, at_first_layer: bool, silent: set[str]) -> dict[str, float]:
-    norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
+def _judged(names: list[str], squared_norms: Tensor, at_first_layer: bool, silent: set[str]) -> dict[str, float]:
+    norms = dict(zip(names, squared_norms.sqrt().tolist(), strict=True))
     for name, norm in norms.items():
         _judge(name, norm, norms.get("sup", 0.0) if at_first_layer else 0.0, name in silent)
     return norms

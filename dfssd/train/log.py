@@ -24,7 +24,7 @@ def record(s: Session, metrics: dict[str, float], log: Log) -> None:
 def step_metrics(s: Session, gradient: Gradient, lr: float, norm: float, meter: Meter) -> dict[str, float]:
     """Numbers of one log step, with units in the names; loss terms are those of the global batch."""
     losses, config = gradient.terms.losses, s.job.config
-    flat = s.world.sum(torch.stack([v.detach() for v in losses.values()]))
+    flat = s.workers.sum(torch.stack([v.detach() for v in losses.values()]))
     step_s, data_s = meter.read()
     images = config.train.batch + (config.unlabelled_batch() if "unlabelled" in s.streams.streams else 0)
     metrics = {f"loss/{k}": float(v) for k, v in zip(losses, flat, strict=True)}
@@ -33,7 +33,7 @@ def step_metrics(s: Session, gradient: Gradient, lr: float, norm: float, meter: 
     metrics |= {f"grad/{k}": v for k, v in gradient.norms.items()}
     metrics |= {"lr": lr, "grad/norm": norm, "time/step (s)": step_s, "time/data wait (s)": data_s}
     metrics |= {f"time/{k} (s)": v for k, v in s.clock.read().items()}
-    metrics |= {"speed (img/s)": images / max(step_s, 1e-9), "workers": float(s.world.size)}
+    metrics |= {"speed (img/s)": images / max(step_s, 1e-9), "workers": float(s.workers.size)}
     if s.device.type == "cuda":
         metrics["memory/peak (GiB)"] = torch.cuda.max_memory_allocated(s.device) / 2**30
     if s.scaler:
@@ -57,6 +57,6 @@ def progress_line(stage: str, step: int, steps: int, metrics: dict[str, float], 
     )
 
 
-def say(world: WorkerGroup, text: str) -> None:
-    if world.rank == 0:
+def say(workers: WorkerGroup, text: str) -> None:
+    if workers.rank == 0:
         print(text, flush=True)

@@ -33,7 +33,7 @@ Save = Callable[[dict[str, Any], Session], None]
 
 def train(
     job: TrainJob,
-    world: WorkerGroup,
+    workers: WorkerGroup,
     device: torch.device,
     log: Log,
     save: Save,
@@ -64,15 +64,15 @@ def train(
     Raises:
         DfssdError: a loss term is not finite or reaches nothing, the data cannot be read, or it was asked to stop.
     """
-    s = build_session(job, world, device)
-    state = checkpoint.load_agreed(job.store.at("train"), job.fingerprint(), world)
+    s = build_session(job, workers, device)
+    state = checkpoint.load_agreed(job.store.at("train"), job.fingerprint(), workers)
     if state is not None:
         s.load_state(state)
-        say(world, f"{job.stage}: resumed at step {s.step} of {job.steps}")
+        say(workers, f"{job.stage}: resumed at step {s.step} of {job.steps}")
     fit_micro_batch(s, fresh=state is None)
     config, steps = job.config.train, job.steps
     say(
-        world,
+        workers,
         f"{job.stage}: {precision.describe(s.dtype, device, config.tf32)}, {s.micro_batches} micro-batches a step",
     )
     first_layer = next(p for p in s.student.parameters() if p.requires_grad)
@@ -117,9 +117,9 @@ def train(
                 metrics = step_metrics(s, gradient, lr, float(norm), meter)
                 record(s, metrics, log)
                 left = (time.monotonic() - begun) / (s.step - first) * (steps - s.step)
-                say(world, progress_line(job.stage, s.step, steps, metrics, left))
+                say(workers, progress_line(job.stage, s.step, steps, metrics, left))
                 if s.step < steps and (changed := feed.follow(metrics["time/step (s)"], metrics["time/data wait (s)"])):
-                    say(world, f"{job.stage}: {changed}")
+                    say(workers, f"{job.stage}: {changed}")
             if is_validation:
                 last_metrics = validate_and_keep_best(s)
                 record(s, {f"val/{k}": v for k, v in last_metrics.items()}, log)
@@ -153,7 +153,7 @@ def learn_thresholds(s: Session, batches: list[MicroBatch], terms: Terms) -> Non
     """Move the thresholds of a policy that learns; the others are not asked, and nobody waits for them."""
     if s.policy is None or not s.policy.learns or not all(b.chosen.pseudo for b in batches):
         return
-    alone = s.world.size == 1  # then the numbers never left the CPU
+    alone = s.workers.size == 1  # then the numbers never left the CPU
     seen = torch.stack([b.chosen.policy for b in batches]).sum(0) if alone else terms.policy.cpu()
     s.policy.update(*seen.chunk(2))
 

@@ -44,8 +44,8 @@ class InLoopTeacher:
         thresholds: follow its scores.
     """
 
-    def __init__(self, average: nn.Module, thresholds: RunningThresholds, config: Config, world: WorkerGroup) -> None:
-        self.average, self.thresholds, self.config, self.world = average, thresholds, config, world
+    def __init__(self, average: nn.Module, thresholds: RunningThresholds, config: Config, workers: WorkerGroup) -> None:
+        self.average, self.thresholds, self.config, self.workers = average, thresholds, config, workers
         self.started_at: float | None = None  # val mAP50-95 of the weights it began with
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class InLoopTeacher:
 
     def see(self, counted: Tensor, device: torch.device) -> None:
         """Move the thresholds by what all micro-batches of all workers counted in this step."""
-        self.thresholds.see(self.world.sum(counted.to(device)) if self.world.size > 1 else counted)
+        self.thresholds.see(self.workers.sum(counted.to(device)) if self.workers.size > 1 else counted)
 
     def failing(self, map50_95: float) -> str:
         """Why this teacher no longer learns anything good, in words; '' where it does."""

@@ -32,7 +32,7 @@ def fit_micro_batch(s: Session, fresh: bool, probe: Probe | None = None) -> None
             return
         probe = _fits
     config, count = s.job.config, s.micro_batches
-    while not all(s.world.gather(probe(s, count))):
+    while not all(s.workers.gather(probe(s, count))):
         if 2 * count > config.most_workers():
             raise DfssdError(
                 f"the GPU's memory does not hold a micro-batch of {_size(s, count)}, and the batch cannot be cut further",
@@ -47,7 +47,7 @@ def fit_micro_batch(s: Session, fresh: bool, probe: Probe | None = None) -> None
             f"the GPU's memory does not hold a micro-batch of {_size(s, s.micro_batches)}; {_size(s, count)} would fit",
             todo=f"set --micro-batch {size}" + ("" if fresh else " under a new --run-name: it changes the numbers"),
         )
-    if s.world.rank == 0:
+    if s.workers.rank == 0:
         print(
             f"{s.job.stage}: {_size(s, count)} fit into the GPU's memory at a time: {count} micro-batches a step",
             flush=True,

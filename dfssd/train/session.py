@@ -36,7 +36,7 @@ class Session:
     """The parts of one training run on one worker."""
 
     job: TrainJob
-    world: WorkerGroup
+    workers: WorkerGroup
     device: torch.device
     dtype: torch.dtype | None  # of the student's pass under autocast; None: float32
     teacher_dtype: torch.dtype | None
@@ -77,7 +77,7 @@ class Session:
     @property
     def mine(self) -> range:
         """The micro-batches of a step that this worker computes."""
-        return range(self.world.rank, self.micro_batches, self.world.size)
+        return range(self.workers.rank, self.micro_batches, self.workers.size)
 
     @property
     def share(self) -> float:
@@ -88,7 +88,7 @@ class Session:
         """Give all workers the same statistics of batch norm; each follows its own micro-batches."""
         averages = [self.ema.ema, *([self.teacher_ema.ema] if self.teacher_ema else [])]
         for model in (self.student, *averages):
-            self.world.average_buffers(model, self.share)
+            self.workers.average_buffers(model, self.share)
 
     def feed(self) -> Feed:
         """Micro-batches of this worker on its device, from the present step to the last."""
@@ -107,9 +107,17 @@ class Session:
         if config.train.repeat_threshold:
             labels, classes = [r.boxes for r in self.manifest.labelled_rows()], len(self.manifest.names)
             repeats["labelled"] = repeat_factors(labels, classes, config.train.repeat_threshold)
-        seed, world = config.run.seed, self.world
+        seed, workers = config.run.seed, self.workers
         sampler = StepSampler(
-            repeats, per_step, seed, self.step, self.job.steps, plain_from, world.rank, world.size, self.micro_batches
+            repeats,
+            per_step,
+            seed,
+            self.step,
+            self.job.steps,
+            plain_from,
+            workers.rank,
+            workers.size,
+            self.micro_batches,
         )
         batch_bytes = -(-sum(per_step.values()) // self.micro_batches) * 3 * config.train.imgsz**2
         return training_loader(self.streams, sampler, config.train.loader_workers, self.device, batch_bytes)
@@ -162,9 +170,9 @@ class Session:
         if self.scaler and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         self.micro_batches = state.get("micro_batches", self.micro_batches)
-        if self.micro_batches < self.world.size:
+        if self.micro_batches < self.workers.size:
             raise DfssdError(
-                f"this run works in {self.micro_batches} micro-batches, fewer than {self.world.size} workers",
+                f"this run works in {self.micro_batches} micro-batches, fewer than {self.workers.size} workers",
                 todo=f"resume it with --num-workers {self.micro_batches} or fewer",
             )
         torch.set_rng_state(state["rng"])

@@ -72,13 +72,13 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
     progress = s.step / s.job.steps
     taught: Taught = {}
     # By all workers alike: DDP's own forward pass may exchange something too (buckets), in the order of everybody else.
-    alone = _forward(s, batches[0], taught, s.wrapped, 0, 1) if s.micro_batches == s.world.size else None
+    alone = _forward(s, batches[0], taught, s.wrapped, 0, 1) if s.micro_batches == s.workers.size else None
     totals, asked_sum = _totals(s, batches, alone, taught, asked)
     if s.criterion.balance:
         _follow_balance(s, batches, alone, taught, totals)
     scale = HALF_SCALE if s.scaler else 1.0
     shares: list[Terms] = []
-    squares: list[Tensor] = []  # of each micro-batch: (1 or 2, terms), at the outputs and the first layer
+    squared_norms: list[Tensor] = []  # of each micro-batch: (1 or 2, terms), at the outputs and the first layer
     for turn, batch in enumerate(batches):
         with _synchronised(s.wrapped, turn == len(batches) - 1):
             one = alone or _forward(s, batch, taught, s.wrapped, turn, len(batches))
@@ -87,17 +87,17 @@ def accumulate(s: Session, batches: list[MicroBatch], asked: float, log: bool, f
                 check_teacher(one.teacher, s.step)
                 check_finite(terms.losses, s.step, batch.files)
                 targets = (None,) if first_layer is None else (None, first_layer)
-                squares.append(torch.stack([reach(terms.losses, one.out, t, scale) for t in targets]))
+                squared_norms.append(torch.stack([reach(terms.losses, one.out, t, scale) for t in targets]))
                 s.clock.mark("checks")
             # Each term is a share of the global loss; DDP averages over workers, hence the factor. Times the batch as in
             # Ultralytics, whose clipping norm belongs to a loss of that size.
-            loss = terms.total() * (s.job.config.train.batch * s.world.size)
+            loss = terms.total() * (s.job.config.train.batch * s.workers.size)
             (s.scaler.scale(loss) if s.scaler else loss).backward()
             s.clock.mark("backward")
         shares.append(terms)
     gradient = Gradient(_summed(shares), asked_sum)
     if log:
-        total = s.world.sum(torch.stack(squares).sum(0))
+        total = s.workers.sum(torch.stack(squared_norms).sum(0))
         if s.scaler and not bool(torch.isfinite(total).all()):  # an overflow, which the scale will meet too
             return gradient
         gradient.norms = judge(gradient.terms, total[0], at_first_layer=False)
@@ -176,7 +176,7 @@ def _totals(
         with torch.no_grad():
             parts = [_forward(s, b, taught, s.student, 0, 0).measured for b in batches]
         measured, flat = parts[0], torch.stack([p.flat() for p in parts]).sum(0)
-    flat = s.world.sum(torch.cat([flat, flat.new_full((1,), asked)]))
+    flat = s.workers.sum(torch.cat([flat, flat.new_full((1,), asked)]))
     return measured.named(flat[:-1]), flat[-1:]
 
 
@@ -196,9 +196,9 @@ def _follow_balance(
         parts = []
         for batch in batches:
             one = alone or _forward(s, batch, taught, s.student, 0, 0)
-            names, squares = s.criterion.squares(one.measured, totals, scale)
-            parts.append(squares)
-        balance.follow(names, s.world.sum(torch.stack(parts).sum(0)))
+            names, squared_norms = s.criterion.squared_norms(one.measured, totals, scale)
+            parts.append(squared_norms)
+        balance.follow(names, s.workers.sum(torch.stack(parts).sum(0)))
     balance.advance()
 
 

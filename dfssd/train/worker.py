@@ -171,19 +171,19 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:
     worker's failure starts the next group, which returns the error at once.
     """
     context = ray.train.get_context()
-    world = WorkerGroup(context.get_world_rank(), context.get_world_size())
+    workers = WorkerGroup(context.get_world_rank(), context.get_world_size())
     store = Store(settings["key"])
     met = store.error()
     if met is not None:
         return met
     job: TrainJob = settings["job"]
     interrupt = Interrupt(60 * job.config.train.checkpoint_min)
-    notices = Notices(world.rank, ray.get_runtime_context().get_node_id(), interrupt)
+    notices = Notices(workers.rank, ray.get_runtime_context().get_node_id(), interrupt)
     try:
-        with Heart(store, world.rank, world.size, notices):
-            return _train(job, world, settings["threads"], interrupt)
+        with Heart(store, workers.rank, workers.size, notices):
+            return _train(job, workers, settings["threads"], interrupt)
     except DfssdError as error:
-        if world.size == 1:
+        if workers.size == 1:
             return error
         store.leave_error(error)
         time.sleep(HOLD_S)
@@ -219,44 +219,44 @@ def draining() -> dict[str, int]:
     return dict(ray._private.state.state.get_draining_nodes() or {})
 
 
-def _shorten_timeout(world: WorkerGroup) -> None:
+def _shorten_timeout(workers: WorkerGroup) -> None:
     """Once all have made a step, whoever is waited for longer is lost: the first one may compile, fetch and start slowly."""
-    if world.size > 1 and torch.distributed.is_initialized():
+    if workers.size > 1 and torch.distributed.is_initialized():
         set_timeout = getattr(torch.distributed, "set_timeout", None)  # public from PyTorch 2.14 on
         set_timeout = set_timeout or torch.distributed.distributed_c10d._set_pg_timeout
         set_timeout(timedelta(seconds=TIMEOUT_S), torch.distributed.group.WORLD)
 
 
-def _train(job: TrainJob, world: WorkerGroup, threads: int, interrupt: Interrupt) -> dict[str, Any]:
+def _train(job: TrainJob, workers: WorkerGroup, threads: int, interrupt: Interrupt) -> dict[str, Any]:
     """The loop, with its metrics and checkpoints handed on."""
     from dfssd.train.loop import train  # imports Ultralytics, which must happen in the worker
 
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray's session logs every report through the root logger
-    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store, system=True) if world.rank == 0 else None
+    tracker = Tracker(job.tracking_uri, job.mlflow_run_id, job.store, system=True) if workers.rank == 0 else None
     stepped = False
 
     def log(metrics: dict[str, float], step: int) -> None:
         nonlocal stepped
         if not stepped:
             stepped = True
-            _shorten_timeout(world)
+            _shorten_timeout(workers)
         if tracker:
             tracker.log(metrics, step)
 
     def save(metrics: dict[str, Any], session: Session) -> None:
         """Persist a checkpoint, manifest last, and report. Ray itself would upload the files in an order of its own, and a
         worker killed on the way would leave a checkpoint that only looks like one."""
-        if world.rank == 0:
+        if workers.rank == 0:
             checkpoint.store_newest(job.store.at("train"), session.step, session.state(), checkpoint.KEEP)
         if watch:
             watch.stored(session.step)
         if metrics:  # none: somebody asked for a checkpoint between validations
             ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
-    watch = ending.Watch(job.store, interrupt.ask) if world.rank == 0 else None
+    watch = ending.Watch(job.store, interrupt.ask) if workers.rank == 0 else None
     try:
-        return train(job, world, get_device(), log, save, interrupt)
+        return train(job, workers, get_device(), log, save, interrupt)
     finally:
         if watch:
             watch.close()

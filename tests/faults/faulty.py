@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from dfssd.runtime import patience, storage
+from dfssd.runtime import retry, storage
 
 Rule = Callable[[str, str], OSError | None]  # (operation, path) -> what it fails with
 
@@ -48,8 +48,8 @@ def install(monkeypatch: Any, rule: Rule) -> None:
 
     monkeypatch.setattr(storage.Storage, "__init__", faulty)
     monkeypatch.setattr(storage, "_write_local", checked)
-    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(patience, "_failing", {})
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "_failing", {})
 
 
 def failing(code: int, operation: str, part: str, times: int = 10**9) -> tuple[Rule, list[str]]:

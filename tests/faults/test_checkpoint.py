@@ -13,7 +13,7 @@ import torch
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.errors import DfssdError, StorageError
-from dfssd.runtime import patience
+from dfssd.runtime import retry
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.worker_group import WorkerGroup
 from dfssd.train import checkpoint
@@ -83,7 +83,7 @@ def test_a_storage_that_does_not_answer_stops_the_run_and_marks_nothing(tmp_path
     rule, met = faulty.eio("open_input_stream", "state.pt")
     with monkeypatch.context() as patch:
         faulty.install(patch, rule)
-        patch.setattr(patience, "PATIENCE_S", 0.3)
+        patch.setattr(retry, "RETRY_S", 0.3)
         with pytest.raises(StorageError, match="does not answer, after"):
             checkpoint.load_newest(Storage(str(tmp_path)), "f")
     assert len(met) > 2 and not list(tmp_path.rglob("BAD"))
@@ -150,10 +150,10 @@ def _two_ranks(stores):
     shared, found = ({}, threading.Barrier(2)), {}
 
     def work(rank):
-        world = _Rank(rank, 2)
-        object.__setattr__(world, "shared", shared)
+        workers = _Rank(rank, 2)
+        object.__setattr__(workers, "shared", shared)
         try:
-            state = checkpoint.load_agreed(stores[rank], "f", world)
+            state = checkpoint.load_agreed(stores[rank], "f", workers)
             found[rank] = state["step"] if state else None
         except DfssdError as error:
             found[rank] = error

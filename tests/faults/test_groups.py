@@ -20,9 +20,9 @@ def _rank(rank, port, answers):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=300))
     worker.TIMEOUT_S = 2
-    world = WorkerGroup(rank, 2)
+    workers = WorkerGroup(rank, 2)
     torch.distributed.all_reduce(torch.ones(1))  # a step
-    worker._shorten_timeout(world)
+    worker._shorten_timeout(workers)
     torch.distributed.all_reduce(torch.ones(1))
     answers.put((rank, os.getpid()))
     if rank == 1:

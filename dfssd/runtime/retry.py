@@ -10,7 +10,7 @@ from typing import TypeVar
 from dfssd.errors import StorageError, mask
 
 R = TypeVar("R")
-PATIENCE_S = 30.0  # how long a storage that fails is tried again
+RETRY_S = 30.0  # how long a storage that fails is tried again
 FIRST_WAIT_S = 0.25  # before the second try; doubled each time
 
 _FOR_GOOD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
@@ -25,12 +25,12 @@ _REFUSED = (
 _failing: dict[bool, tuple[float, float]] = {}
 
 
-def patiently(call: Callable[[], R], where: str) -> R:
+def retried(call: Callable[[], R], where: str) -> R:
     """`call()`, tried again while its storage fails for a moment. A dead store is waited for once, not at every file.
 
     Raises:
         FileNotFoundError: as `call` raises it.
-        StorageError: it fails for good, or has failed for PATIENCE_S.
+        StorageError: it fails for good, or has failed for RETRY_S.
     """
     kind, begun, wait, tries = where.startswith("/"), time.monotonic(), FIRST_WAIT_S, 0
     while True:
@@ -44,13 +44,13 @@ def patiently(call: Callable[[], R], where: str) -> R:
                 raise
             now = time.monotonic()
             first, last = _failing.get(kind, (begun, begun))
-            first = begun if now - last > 2 * PATIENCE_S else min(first, begun)
+            first = begun if now - last > 2 * RETRY_S else min(first, begun)
             _failing[kind] = first, now
             refused = error.errno in _FOR_GOOD or any(word in str(error) for word in _REFUSED)
-            if refused or now + wait - first > PATIENCE_S:
+            if refused or now + wait - first > RETRY_S:
                 raise storage_error(error, where, refused) from error
             if tries == 1:
-                print(f"WARNING: storage fails, will try again for {PATIENCE_S:.0f} s: {mask(str(error))}", flush=True)
+                print(f"WARNING: storage fails, will try again for {RETRY_S:.0f} s: {mask(str(error))}", flush=True)
             time.sleep(wait)
             wait *= 2
         else:
@@ -65,6 +65,6 @@ def storage_error(error: OSError, where: str, refused: bool) -> StorageError:
     elif refused:
         what, todo = f"the storage refuses: {error}", "give the rights or credentials for it, or another --storage-path"
     else:
-        what = f"the storage does not answer, after {PATIENCE_S:.0f} s of trying: {error}"
+        what = f"the storage does not answer, after {RETRY_S:.0f} s of trying: {error}"
         todo = "nothing was marked or deleted; once it is back, the same command goes on from here"
     return StorageError(what, where=where, todo=todo)

@@ -17,7 +17,7 @@ Inputs = Callable[[Config, "Storage", int], tuple[ArtefactName, ...]]
 
 
 @dataclass(frozen=True)
-class Row:
+class StageRow:
     """One stage.
 
     Args:
