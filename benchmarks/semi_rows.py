@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -245,15 +246,22 @@ def stock(row: Row, config: Config, folder: Path, teacher: str, device: str) -> 
     return {"steps": config.train.steps}
 
 
-def measured(config: Config, run: Storage, stage: str, device: torch.device) -> dict[str, Any]:
+def measured(
+    config: Config,
+    run: Storage,
+    stage: str,
+    device: torch.device,
+    weights: Sequence[str] = ("best", "last"),
+    splits: Sequence[str] = ("val", "test"),
+) -> dict[str, Any]:
     """Validation and test metrics of the best and of the last weights."""
     manifest = read_manifest(run.at("dataset"))
     result: dict[str, Any] = {}
-    for which in ("best", "last"):
+    for which in weights:
         name = f"{stage}/{which}.pt"
         model = load_detector(run.read(name), name, config.train.imgsz).to(device)
         result[which] = {}
-        for split in ("val", "test"):
+        for split in splits:
             rows = [r for r in manifest.of_split(split) if r.boxes is not None]
             images = ManifestDataset(rows, [r.boxes for r in rows], manifest.names, config.train.imgsz)
             found = validate(model, images, model.names, WorkerGroup(), device)

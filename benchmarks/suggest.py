@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,21 @@ def arguments() -> argparse.Namespace:
     a.add_argument("--out", default="runs/suggest")
     a.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     a.add_argument("--start", type=float, default=0.05, help="share of the train images that is labelled at first")
-    a.add_argument("--arms", nargs="+", default=["suggested", "random"], choices=[*ARMS])
+    a.add_argument("--arms", nargs="*", default=["suggested", "random"], choices=[*ARMS])
     a.add_argument("--imgsz", type=int, default=128)
     a.add_argument("--steps", type=int, default=250)
+    a.add_argument("--first-steps", type=int, default=0, help="of the first detector, which chooses (default --steps)")
+    a.add_argument("--splits", nargs="+", default=["val", "test"], choices=["val", "test"], help="measured on these")
     a.add_argument("--tta", default="flips", choices=["flips", "none"], help="views of the first detector's labelling")
     a.add_argument("--device", default="cpu")
     return a.parse_args()
 
 
-def settings(a: argparse.Namespace, seed: int) -> Config:
+def settings(a: argparse.Namespace, seed: int, steps: int) -> Config:
     config = Config(
         run=Run(seed=seed, gpu="never" if a.device == "cpu" else "auto"),
         models=Models(teacher=a.network, student=a.network),
-        train=Train(imgsz=a.imgsz, steps=a.steps, loader_workers=0, val_every=a.steps, log_every=25),
+        train=Train(imgsz=a.imgsz, steps=steps, loader_workers=0, val_every=steps, log_every=25),
     )
     return config.model_copy(update={"pseudo": config.pseudo.model_copy(update={"tta": a.tta})})
 
@@ -71,6 +74,8 @@ def by(seen: Looked, k: int, total: np.ndarray | None = None) -> list[str]:
 ARMS = {  # how k image ids are chosen
     "suggested": lambda seen, k, seed: by(seen, k),
     "random": random_rows,
+    "random3": lambda seen, k, seed: random_rows(seen, 3 * k, seed),  # what far more labels would give
+    "none": lambda seen, k, seed: [],  # as many steps on the first labels alone
     "uncertainty": lambda seen, k, seed: by(seen, k, seen.scores.uncertainty),
     "rare": lambda seen, k, seed: by(seen, k, seen.scores.rare),
     "coverage": lambda seen, k, seed: by(seen, k, np.ones(len(seen.rows))),
@@ -78,12 +83,12 @@ ARMS = {  # how k image ids are chosen
 }
 
 
-def trained(run: Storage, config: Config, device: torch.device) -> dict[str, Any]:
+def trained(run: Storage, config: Config, device: torch.device, splits: Sequence[str]) -> dict[str, Any]:
     """Train on what `<run>/dataset` labels, and measure the last weights; what is there is read."""
     if not run.exists("result.json"):
         begun = time.monotonic()
         result = train_row(ROW, config, run, "", device)
-        result |= {"last": measured(config, run, "teacher", device)["last"]}
+        result |= {"last": measured(config, run, "teacher", device, ("last",), splits)["last"]}
         run.write_json("result.json", {**result, "seconds": round(time.monotonic() - begun)})
     found = run.read_json("result.json")
     assert isinstance(found, dict)
@@ -92,11 +97,11 @@ def trained(run: Storage, config: Config, device: torch.device) -> dict[str, Any
 
 def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, dict[str, Any]]:
     """Results by arm, and of the first detector ("start")."""
-    config, device, out = settings(a, seed), torch.device(a.device), Storage(a.out).at(f"seed{seed}")
+    config, device, out = settings(a, seed, a.steps), torch.device(a.device), Storage(a.out).at(f"seed{seed}")
     first = out.at("start")
     if not first.exists("dataset/manifest.parquet"):
         subset(manifest, a.start, seed, first.at("dataset"))
-    results = {"start": trained(first, config, device)}
+    results = {"start": trained(first, settings(a, seed, a.first_steps or a.steps), device, a.splits)}
     started = {r.image_id for r in read_manifest(first.at("dataset")).labelled_rows()}
     seen: Looked | None = None
     for arm in a.arms:
@@ -108,11 +113,11 @@ def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, 
                 first.write_json("pseudo/stage.json", {})
             seen = seen or look_at(config, first, TEACHER, len(started))
             chosen = ARMS[arm](seen, len(started), seed)
-            assert len(set(chosen)) == len(started) and not started.intersection(chosen)
+            assert len(set(chosen)) == len(chosen) and not started.intersection(chosen)
             hide(manifest, started.union(chosen), run.at("dataset"), seed=seed)
-        results[arm] = {**trained(run, config, device), **cost(manifest, run, started)}
-        says = ", ".join(f"{100 * results[arm]['last']['test'][m]:.1f}" for m in MEASURES)
-        print(f"seed {seed} {arm}: test {says}; {results[arm]['new_boxes']} new boxes", flush=True)
+        results[arm] = {**trained(run, config, device, a.splits), **cost(manifest, run, started)}
+        says = ", ".join(f"{100 * results[arm]['last'][a.splits[-1]][m]:.1f}" for m in MEASURES)
+        print(f"seed {seed} {arm}: {a.splits[-1]} {says}; {results[arm]['new_boxes']} new boxes", flush=True)
     return results
 
 
@@ -126,23 +131,23 @@ def cost(manifest: Manifest, run: Storage, started: set[str]) -> dict[str, Any]:
     return {"new_images": len(rows), "new_boxes": sum(map(len, boxes)), "images_of_class": shown.astype(int).tolist()}
 
 
-def table(results: dict[int, dict[str, dict[str, Any]]], arms: list[str]) -> str:
+def table(results: dict[int, dict[str, dict[str, Any]]], arms: list[str], splits: Sequence[str]) -> str:
     """Markdown: mean and deviation over seeds, and what an arm gains over random labels with its 95 % interval (t)."""
-    lines = [
-        "| labels | new boxes | test mAP50 | test mAP50-95 | over random, mAP50 | mAP50-95 | val mAP50 | mAP50-95 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    shown = splits[::-1]  # test first
+    titles = ["labels", "new boxes", *(f"{s} {t}" for s in shown for t in ("mAP50", "mAP50-95"))]
+    titles += [f"over random, {shown[0]} {t}" for t in ("mAP50", "mAP50-95")]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
 
     def values(arm: str, split: str, measure: str) -> np.ndarray:
         return np.array([100 * r[arm]["last"][split][measure] for r in results.values()])
 
     for arm in ["start", *arms]:
         boxes = "" if arm == "start" else f"{np.mean([r[arm]['new_boxes'] for r in results.values()]):.0f}"
-        test, val = ([spread(values(arm, split, m)) for m in MEASURES] for split in ("test", "val"))
-        gains = [interval(values(arm, "test", m) - values("random", "test", m)) for m in MEASURES]
-        if arm in ("start", "random") or "random" not in arms:
-            gains = ["", ""]
-        lines.append(f"| {arm} | {' | '.join([boxes, *test, *gains, *val])} |")
+        numbers = [spread(values(arm, split, m)) for split in shown for m in MEASURES]
+        gains = ["", ""]
+        if arm not in ("start", "random") and "random" in arms:
+            gains = [interval(values(arm, shown[0], m) - values("random", shown[0], m)) for m in MEASURES]
+        lines.append(f"| {' | '.join([arm, boxes, *numbers, *gains])} |")
     return "\n".join(lines)
 
 
@@ -166,7 +171,7 @@ def main() -> None:
     for seed in a.seeds:
         results[seed] = one_seed(a, manifest, seed)
         (out / "suggest.json").write_text(json.dumps(results, indent=1))
-        text = table(results, a.arms)
+        text = table(results, a.arms, a.splits)
         (out / "suggest.md").write_text(text + "\n")
         print(f"{len(results)} seed(s)\n{text}", flush=True)
 

@@ -10,12 +10,13 @@ from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import FEWEST, MOST, steps_for, with_expected_steps, with_steps
 from dfssd.pipeline.context import Context
-from dfssd.pipeline.run import run_stage
-from dfssd.pipeline.stages import STAGES, settings_of
+from dfssd.pipeline.run import run_stage, run_stages
+from dfssd.pipeline.stages import STAGES, is_wanted, plan, settings_of, wanted
 from dfssd.pipeline.training import train_job
-from dfssd.runtime.artefact_names import LABEL_ONLY, ArtefactName
+from dfssd.runtime.artefact_names import LABEL_ONLY, PSEUDO, QUALITY, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.sweep import job as sweep_job
+from dfssd.sweep.data import as_labelled, with_equal_steps
 from dfssd.sweep.space import find_space, load_space
 
 
@@ -125,7 +126,7 @@ def test_where_every_image_is_labelled_the_student_learns_from_labels_and_teache
     config = with_steps(_config(steps=7), run)
     assert config.distill.unlabelled_ratio == ratio and config.train.steps == 7
     left_out = {row.role for row in STAGES if not row.wanted(config)}
-    assert ("mean_teacher" in left_out) == (ratio == 0)
+    assert left_out == ({"mean_teacher", "pseudo", "quality"} if ratio == 0 else set())
     assert with_expected_steps(_config(), 100, 100).distill.unlabelled_ratio == 0  # as the dry run sees it
     assert with_steps(_config(steps=7, ratio=0.5), run).distill.unlabelled_ratio in (0.5, 0)
 
@@ -149,14 +150,56 @@ def test_a_sweep_has_one_number_for_all_trials(tmp_path, capsys):
     make_dataset(tmp_path / "data", images=20, side=64)
     config = _config(tmp_path).model_copy(update={"data": Data(data=str(tmp_path / "data"))})
     thresholds, fractions = (load_space(find_space(name)) for name in ("thresholds", "label_fraction"))
-    settled = sweep_job.with_equal_steps(config, thresholds)
+    settled = with_equal_steps(config, thresholds)
     planned = sweep_job._planned(settled, load_space(find_space("thresholds")))
     assert {t.config.train.steps for t in planned} == {settled.train.steps} and settled.train.steps >= FEWEST
-    assert sweep_job.with_equal_steps(_config(steps=7), thresholds).train.steps == 7
+    assert with_equal_steps(_config(steps=7), thresholds).train.steps == 7
     assert "unlabelled images" not in capsys.readouterr().out
-    assert sweep_job.with_equal_steps(config, fractions).distill == config.distill
+    assert with_equal_steps(config, fractions).distill == config.distill
     assert "of 14 unlabelled images" in capsys.readouterr().out, "its rows hide labels"
     with pytest.raises(DfssdError, match="compare equal steps"):
         sweep_job._planned(
             settled, replace(load_space(find_space("thresholds")), rows={"none": {"train.steps": 0}}, axes={})
         )
+
+
+def test_a_sweep_of_fully_labelled_data_is_told_at_once(tmp_path, capsys):
+    """As the pipeline, it learns from labels and teacher alone; what asks for unlabelled images is refused at once."""
+    make_dataset(tmp_path / "data", images=20, side=64)
+    config = _config(tmp_path, steps=7).model_copy(update={"data": Data(data=str(tmp_path / "data"))})
+    thresholds, divergence, fractions = (
+        load_space(find_space(name)) for name in ("thresholds", "divergence", "label_fraction")
+    )
+    assert as_labelled(config, divergence).distill.unlabelled_ratio == 0
+    assert "learn from labels and teacher alone" in capsys.readouterr().out
+    with pytest.raises(DfssdError, match=r"nothing to pseudo-label, but the space asks for thresholds\.") as refused:
+        as_labelled(config, thresholds)
+    assert "row '" in str(refused.value) and "--unlabelled FOLDER" in str(refused.value)
+    with pytest.raises(DfssdError, match="thresholds"):  # of a search that draws its points
+        as_labelled(config, replace(thresholds, rows={}, axes={"thresholds.tau": [0.3, 0.5]}, search="optuna"))
+    hidden = config.model_copy(update={"data": Data(data=str(tmp_path / "data"), label_fraction=0.3)})
+    assert as_labelled(hidden, thresholds) == hidden and as_labelled(config, fractions) == config
+    rows = {"all labels": {"data.label_fraction": 1.0}, "a tenth": {"data.label_fraction": 0.1}}
+    with pytest.raises(DfssdError, match="row 'all labels'"):
+        as_labelled(config, replace(fractions, rows=rows))
+    make_dataset(tmp_path / "more", images=2, side=64)
+    other = Data(data=str(tmp_path / "data"), unlabelled=(str(tmp_path / "more" / "images"),))
+    assert as_labelled(config.model_copy(update={"data": other}), thresholds).distill.unlabelled_ratio == 1
+
+
+def test_the_plan_without_unlabelled_images_has_neither_pseudo_labels_nor_later_rounds(tmp_path, capsys):
+    """Planned as for any data; what the finished data set shows to be idle is left out, by name."""
+    config = _config(tmp_path, steps=7)
+    config = config.model_copy(update={"rounds": 2, "baseline": False})
+    planned = list(plan(config, wanted(config)))
+    without = with_expected_steps(config, 100, 100)
+    left = [str(name) for name in planned if is_wanted(without, name)]
+    assert left == ["dataset", "teacher", "student", "report", "export"]
+    assert [str(n) for n in plan(without, wanted(without))] == left
+    assert any("--rounds 2 has no effect" in note for note in settings_without_effect(without))
+    run = Storage(str(tmp_path)).at("r")
+    splits = {"train": {"images": 80}, "unlabelled-only": {"images": 0}}
+    run.write_json("dataset/stage.json", {"digest": "d", "summary": {"splits": splits, "labelled_images": 80}})
+    run.write_json("teacher/stage.json", {"digest": "d", "summary": {}})
+    with pytest.raises(DfssdError, match="nothing to pseudo-label"):
+        run_stages(config, [PSEUDO, QUALITY])

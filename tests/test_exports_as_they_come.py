@@ -1,10 +1,12 @@
 """What programs' exports hold beside the labels that were asked for, and names as other systems spell them."""
 
+import base64
 import csv
 import io
 import json
 import unicodedata
 import zipfile
+import zlib
 
 import cv2
 import numpy as np
@@ -148,6 +150,77 @@ def table_of_excel(root):
     put(root / "labels.csv", b"\xef\xbb\xbf" + tensorflow_csv(";").encode())
 
 
+def project_of_supervisely(root):
+    """A rectangle, a polygon, a packed mask by turns; two datasets with pictures of the same names."""
+    x, y, w, h = (int(v) for v in BOX)
+    ring = [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]
+    bitmap = cv2.imencode(".png", np.full((h, w), 255, np.uint8))[1].tobytes()
+    packed = {"origin": [x, y], "data": base64.b64encode(zlib.compress(bitmap)).decode()}
+    put(root / "meta.json", json.dumps({"classes": [{"title": n} for n in NAMES], "tags": []}))
+    for k in range(N):
+        kind = ("rectangle", "polygon", "bitmap")[k % 3]
+        own = {"bitmap": packed} if kind == "bitmap" else {"points": {"exterior": ring[:: 2 if k % 3 == 0 else 1]}}
+        place, name = root / f"ds{k % 2}", f"{k // 2:03d}.png"
+        put(place / "img" / name, picture(k))
+        size = {"height": HEIGHT, "width": WIDTH}
+        line = {"classTitle": "line", "geometryType": "line", "points": {"exterior": ring[:2], "interior": []}}
+        objects = [{"classTitle": NAMES[k % 2], "geometryType": kind, **own}, line]
+        put(place / "ann" / f"{name}.json", json.dumps({"tags": [], "size": size, "objects": objects}))
+
+
+def via_pictures(more=False):
+    """Rectangle, polygon, circle-like shapes by turns; the class in an attribute of some name, or as a checkbox."""
+    x, y, w, h = (int(v) for v in BOX)
+    found = {}
+    for k in range(N):
+        corners = {"all_points_x": [x, x + w, x + w, x], "all_points_y": [y, y, y + h, y + h]}
+        ellipse = {"cx": x + w / 2, "cy": y + h / 2, "rx": h / 2, "ry": w / 2, "theta": np.pi / 2}
+        shape = ({"x": x, "y": y, "width": w, "height": h}, corners, ellipse)[k % 3]
+        about = {"note": "deep", "type": {NAMES[k % 2]: True}} if more else {"kind of fault": NAMES[k % 2]}
+        region = {
+            "shape_attributes": {"name": ("rect", "polygon", "ellipse")[k % 3], **shape},
+            "region_attributes": about,
+        }
+        regions = {"0": region} if more and k % 2 else [region]
+        found[f"{k:03d}.png123"] = {"filename": f"{k:03d}.png", "size": 123, "regions": regions, "file_attributes": {}}
+    return found
+
+
+def export_of_via(root):
+    pictures(root)
+    put(root / "via_region_data.json", json.dumps(via_pictures()))
+
+
+def project_of_via(root):
+    pictures(root / "images")
+    put(root / "via_project.json", json.dumps({"_via_settings": {}, "_via_img_metadata": via_pictures(more=True)}))
+
+
+def table_of_via(root):
+    pictures(root)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    parts = ("shape_attributes", "region_attributes")
+    writer.writerow(["#filename", "file_size", "region_count", "region_id", "region_shape_attributes", parts[1]])
+    for one in via_pictures().values():
+        writer.writerow([one["filename"], 123, 1, 0, *(json.dumps(one["regions"][0][part]) for part in parts)])
+    put(root / "via_region_data.csv", text.getvalue())
+
+
+def corners_with_a_comma(root):
+    pictures(root / "images")
+    for k in range(N):
+        put(root / "annotations" / f"{k:03d}.xml", voc_xml(k).replace("<xmin>20.0", "<xmin>20,0"))
+
+
+def masks_beside_pictures(root):
+    """Kolektor's way, and somebody has drawn boxes since."""
+    yolo(root)
+    put(root / "classes.txt", "scratch\npit\n")
+    for k in range(N):
+        put(root / "images" / f"{k:03d}_label.bmp", picture(40 + k, ".bmp"))
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -164,6 +237,12 @@ def table_of_excel(root):
         table_of_label_studio,
         table_of_label_studio_with_another_control,
         table_of_excel,
+        project_of_supervisely,
+        export_of_via,
+        project_of_via,
+        table_of_via,
+        corners_with_a_comma,
+        masks_beside_pictures,
     ],
     ids=lambda make: make.__name__,
 )
@@ -222,8 +301,8 @@ def test_archives_of_other_kinds_are_named(tmp_path, name):
 def test_where_no_label_can_be_read_the_first_one_is_named_not_the_missing_classes(tmp_path):
     pictures(tmp_path / "images")
     for k in range(N):
-        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k).replace("<xmin>20.0", "<xmin>20,5"))
-    with pytest.raises(DfssdError, match=r"no label could be read: 8 cannot be used.*000\.png.*'20,5'"):
+        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k).replace("<xmin>20.0", "<xmin>20;5"))
+    with pytest.raises(DfssdError, match=r"no label could be read: 8 cannot be used.*000\.png.*'20;5'"):
         read_source(str(tmp_path), "auto", ())
 
 
@@ -265,3 +344,54 @@ def test_label_files_that_keep_the_ending_of_the_picture(tmp_path):
         put(tmp_path / "v" / "annotations" / f"{k:03d}.png.xml", voc_xml(k))
     for folder in ("y", "v"):
         assert tally(read_source(str(tmp_path / folder), "auto", ())) == (BOTH, {}, 0)
+
+
+def test_attributes_of_via_none_of_which_is_called_as_a_class_are_named(tmp_path):
+    pictures(tmp_path)
+    found = via_pictures()
+    found["000.png123"]["regions"][0]["region_attributes"]["depth"] = "3"
+    put(tmp_path / "via.json", json.dumps(found))
+    with pytest.raises(DfssdError, match="several attributes \\('kind of fault', 'depth'\\)"):
+        read_source(str(tmp_path), "auto", ())
+
+
+FOREIGN = {  # file -> content, and what the error says
+    "COCO results": ("r.json", [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}]),
+    "COCO captions": ("c.json", {"images": [], "annotations": [{"image_id": 1, "caption": "a strip"}]}),
+    "VoTT": ("p.json", {"tags": [{"name": "pit"}], "assets": {"a": {"asset": {}, "regions": []}}}),
+    "Scalabel": ("l.json", [{"name": "000.png", "labels": [{"category": "pit", "box2d": {"x1": 1}}]}]),
+    "Datumaro": ("d.json", {"info": {}, "categories": {}, "items": [{"id": "000"}]}),
+    "JSON by lines": ("e.ndjson", {"data_row": {}}),
+    "EncodedPixels": ("train.csv", "ImageId,ClassId,EncodedPixels\n000.png,1,29 12 30 4\n"),
+    "Open Images": ("b.csv", "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\n0,x,/m/0,1,0,1,0,1\n"),
+    r"columns \(image_id, label, x_min": ("t.csv", "image_id,label,x_min,y_min,x_max,y_max\n000.png,pit,1,2,3,4\n"),
+    "without a line of column names": ("a.csv", "images/000.png,1,2,30,40,pit\nimages/001.png,1,2,30,40,pit\n"),
+    "corners in px": ("x_not/000.txt", "20 10 52 34 1\n"),
+}
+
+
+@pytest.mark.parametrize("said", FOREIGN)
+def test_formats_that_are_not_read_are_named_with_a_way_out(tmp_path, said):
+    name, content = FOREIGN[said]
+    pictures(tmp_path / "images")
+    put(tmp_path / name, content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DfssdError, match=f"the data looks like .*{said}") as caught:
+        read_source(str(tmp_path), "auto", ())
+    assert name in caught.value.where and caught.value.todo
+
+
+def test_masks_and_folders_of_classes_are_named_where_there_is_no_box(tmp_path):
+    for place, mask in (("mvtec", "ground_truth/broken/{:03d}_mask.png"), ("kolektor", "good/{:03d}_label.png")):
+        pictures(tmp_path / place / "good")
+        for k in range(2):
+            put(tmp_path / place / mask.format(k), picture(20 + k))
+        with pytest.raises(DfssdError, match=r"looks like pictures with masks .*not read"):
+            read_source(str(tmp_path / place), "auto", ())
+    for split in ("train", "test"):
+        pictures(tmp_path / "split" / split)
+        for c in NAMES:
+            pictures(tmp_path / "classes" / split / c, range(2))
+    with pytest.raises(DfssdError, match=r"a set for classification .*'pit', 'scratch'"):
+        read_source(str(tmp_path / "classes"), "auto", ())
+    with pytest.raises(DfssdError, match="was not recognised"):
+        read_source(str(tmp_path / "split"), "auto", ())

@@ -183,3 +183,28 @@ def test_pseudo_labels_are_whole_and_resumable(finished, local_ray):
     assert set(after) == set(before)
     for key in before:
         np.testing.assert_allclose(after[key], before[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_fully_labelled_data_take_the_shorter_way_to_the_end(strip, tmp_path):
+    """Every image labelled, two rounds asked for: the plan and the run leave the same out, and the report stands."""
+    words = [w for w in _command(strip, tmp_path, "--rounds", "2") if w not in ("--label-fraction", "0.4")]
+    log = tmp_path / "log"
+
+    def run(*more):
+        assert _start([*words, *more], log).wait(timeout=600) == 0, log.read_text()[-4000:]
+        return log.read_text()
+
+    left_out = {"mean_teacher", "pseudo", "quality", "teacher_2", "pseudo_2", "quality_2"}
+    planned = re.findall(r"^\W*(\w+)\s+new\s", run("--dry-run"), re.M)
+    assert planned == ["dataset", "teacher", "label_only", "student", "report", "export"]
+    said = run()
+    assert set(re.findall(r"^(\w+): left out, for there is no unlabelled image$", said, re.M)) == left_out
+    made = {f.parent.name for f in (tmp_path / "p").glob("*/stage.json")}
+    assert made == set(planned)
+    summary = json.loads((tmp_path / "p" / "student" / "stage.json").read_text())
+    assert "pseudo" not in summary["inputs"] and "teacher" in summary["inputs"]
+    losses = json.loads((tmp_path / "p" / "student" / "history.json").read_text())
+    assert any("loss/feat" in row or "loss/feature" in row for row in losses), sorted(losses[0])
+    assert "Pseudo-labels" not in (tmp_path / "p" / "report" / "report.html").read_text()
+    assert run().count("skipped") == len(planned)

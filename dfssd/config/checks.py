@@ -30,6 +30,10 @@ def settings_without_effect(config: Config) -> list[str]:
         notes.append(f"{', '.join(shares)} has no effect with --balance none")
     if distill.unlabelled_ratio == 0 and distill.lambda_u != default.lambda_u:
         notes.append("--lambda-u has no effect with --unlabelled-ratio 0")
+    if distill.unlabelled_ratio == 0 and config.rounds > 1:
+        notes.append(
+            f"--rounds {config.rounds} has no effect with --unlabelled-ratio 0: later rounds learn from pseudo-labels"
+        )
     if distill.agreement_min > 0 and config.pseudo.tta == "none" and len(config.pseudo.label_teachers) < 2:
         notes.append("--agreement-min has no effect with --tta none and one teacher: every agreement is 1")
     if config.publish_best and not config.baseline:

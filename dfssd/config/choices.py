@@ -122,6 +122,8 @@ FORMATS = {
     "cvat": DataFormat("CVAT for images, one XML"),
     "labelstudio": DataFormat("Label Studio", json="labelstudio.label_studio"),
     "labelme": DataFormat("labelme, a JSON a picture", json="other_formats.labelme"),
+    "supervisely": DataFormat("Supervisely, a JSON a picture", json="more_formats.supervisely"),
+    "via": DataFormat("VGG Image Annotator, JSON or CSV", json="more_formats.via"),
     "createml": DataFormat("CreateML", json="other_formats.createml"),
     "csv": DataFormat("TensorFlow's table"),
 }

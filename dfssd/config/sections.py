@@ -142,6 +142,11 @@ class Data(Section):
         description="Take val out of the labelled images, which are then chosen among train and val: 300 labels are 300.",
     )
 
+    @property
+    def hides_labels(self) -> bool:
+        """Are labels of train images hidden, for research?"""
+        return bool(0 < self.label_fraction < 1 or self.labels_per_class or self.labelled_list)
+
 
 class Models(Section):
     """Which networks."""

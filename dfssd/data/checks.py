@@ -152,7 +152,10 @@ def check_label(label: Label, width: int, height: int, classes: int) -> Boxes | 
     low, high = boxes[:, 1:3] - boxes[:, 3:] / 2, boxes[:, 1:3] + boxes[:, 3:] / 2
     over = np.maximum(-low, high - 1)
     if (over > np.maximum(0.01, 2 / np.array([width, height]))).any():
-        return Problem("box_outside_image", f"box {int(over.max(1).argmax())} by {over.max():.3f} of the side")
+        in_px = (
+            "" if label.pixels or over.max() <= 1 else "; px? YOLO's numbers are shares (0..1) of the picture's sides"
+        )
+        return Problem("box_outside_image", f"box {int(over.max(1).argmax())} by {over.max():.3f} of the side{in_px}")
     low, high = low.clip(0, 1), high.clip(0, 1)
     clipped = np.concatenate([boxes[:, :1], (low + high) / 2, high - low], 1).astype(np.float32)
     return np.unique(clipped, axis=0)

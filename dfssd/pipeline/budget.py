@@ -60,7 +60,7 @@ def with_steps(config: Config, run: Storage, quiet: bool = False) -> Config:
         return config  # a record that says nothing about its images
     splits, labelled = summary["splits"], int(summary["labelled_images"])
     unlabelled = splits["train"]["images"] - labelled + splits["unlabelled-only"]["images"]
-    config = _without_unlabelled(config) if not unlabelled else config
+    config = without_unlabelled(config) if not unlabelled else config
     return config if config.train.steps else _settled(config, labelled, unlabelled, quiet=quiet)
 
 
@@ -70,9 +70,9 @@ def with_expected_steps(config: Config, images: int, labelled: int, hides: bool 
     Args:
         hides: labels will be hidden from training by something else than these settings say.
     """
-    hides = hides or bool(config.data.label_fraction or config.data.labels_per_class or config.data.labelled_list)
+    hides = hides or config.data.hides_labels
     if images == labelled and not hides:
-        config = _without_unlabelled(config)
+        config = without_unlabelled(config)
     if config.train.steps:
         return config
     unknown = FEW if hides and images == labelled else 1.0  # how many labels stay is not known before they are read
@@ -81,7 +81,8 @@ def with_expected_steps(config: Config, images: int, labelled: int, hides: bool 
     return _settled(config, used, max(0, round(images - (1 - share) * labelled) - used), "about, as the data looks: ")
 
 
-def _without_unlabelled(config: Config) -> Config:
+def without_unlabelled(config: Config) -> Config:
+    """Settings for data without unlabelled images."""
     if not config.distill.unlabelled_ratio:
         return config
     return config.model_copy(update={"distill": config.distill.model_copy(update={"unlabelled_ratio": 0.0})})

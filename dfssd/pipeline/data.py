@@ -23,7 +23,7 @@ from dfssd.runtime.storage import Storage, is_remote
 
 
 class Found(NamedTuple):
-    """What the data holds: images in all, those with a label file, and the format."""
+    """What the data holds: images in all, those whose labels are known, and the format."""
 
     images: int
     labelled: int
@@ -66,7 +66,8 @@ def count_images(config: Config) -> Found:
         DfssdError: it cannot be read, or it is of no known format.
     """
     source, extra = _read(config.data, _run_of(config))
-    labelled = sum(item.label is not None for item in source.items)
+    background = config.data.missing_labels == "background"
+    labelled = sum(background or item.label is not None for item in source.items)
     return Found(len(source.items) + len(extra), labelled, source.format)
 
 
@@ -77,7 +78,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         DfssdError: it cannot.
     """
     found = count_images(context.config)
-    return [f"data: {found.images} images ({found.labelled} with a label file) as {found.format}"]
+    return [f"data: {found.images} images ({found.labelled} labelled) as {found.format}"]
 
 
 def renew(context: Context, stage: Stage) -> None:

@@ -9,7 +9,7 @@ from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import with_expected_steps, with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.data import count_images
-from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
+from dfssd.pipeline.stages import is_wanted, make_stage, plan, resolve, row_of
 from dfssd.pipeline.timing import StepTimer, step_timer
 from dfssd.pipeline.training import train_job
 from dfssd.report.tables import render
@@ -29,7 +29,7 @@ def dry_run(context: Context, stages: Sequence[ArtefactName]) -> None:
     context.run.check_writable()
     print(f"storage: {context.run.uri} is writable")
     config = context.config = _with_steps(context, stages)
-    names = [n for n in plan(config, stages) if len(stages) == 1 or row_of(n).wanted(config)]
+    names = [n for n in plan(config, stages) if DATASET not in stages or is_wanted(config, n)]
     states = _states(context, names)
     timer, images = step_timer(config), _images(context, names)
     rows, times = [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dfssd.data.manifest import Manifest, read_manifest
+from dfssd.errors import DfssdError
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
 from dfssd.pipeline.stages import row_of
@@ -12,17 +13,24 @@ from dfssd.report.pictures import draw
 from dfssd.review.exports import Proposal, label_studio
 from dfssd.review.sheets import captioned, table
 from dfssd.runtime.artefact import Stage
-from dfssd.runtime.artefact_names import DATASET, PSEUDO
+from dfssd.runtime.artefact_names import DATASET, PSEUDO, is_finished
 from dfssd.runtime.tracking import Tracker
 
 
 def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
-    """Outside a dry run the cluster holds the labelling actors.
+    """There are unlabelled images, as far as the data set is there, and outside a dry run the cluster holds the actors.
 
     Raises:
-        DfssdError: it does not.
+        DfssdError: one of them is not so.
     """
     config = context.config
+    if is_finished(context.run, DATASET) and not config.unlabelled_batch():
+        raise DfssdError(
+            "every image that may train is labelled: there is nothing to pseudo-label",
+            where=context.run.path(str(DATASET)),
+            todo="go on with dfssd distill, which then learns from labels and teacher; or prepare the data with --unlabelled "
+            "FOLDER (images without labels) or --label-fraction 0.1 (hides nine of ten labels)",
+        )
     if not config.run.dry_run:
         from dfssd.runtime.cluster import actor_resources, connect
 
@@ -42,8 +50,6 @@ def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
         context.run.write(weights[-1], given_weights(spec))
     connect()
     manifest = read_manifest(context.run.at(str(DATASET)))
-    if not manifest.unlabelled_rows():
-        print(f"{stage.name}: there is no unlabelled image", flush=True)
     tracker = Tracker(context.runs.uri, run_id, stage.store, system=True)
     try:
         summary = label(context.config, context.run, str(stage.name), manifest, weights, tracker.log)

@@ -10,7 +10,7 @@ from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job, s
 from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.replay import deliver_later, summary_numbers
-from dfssd.pipeline.stages import make_stage, plan, resolve, row_of
+from dfssd.pipeline.stages import is_wanted, make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
 
@@ -41,7 +41,7 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
                 continue
             if name != DATASET:  # which says how many images of which kind there are
                 context.config = with_steps(context.config, context.run, quiet=row_of(name).training is None)
-                if len(planned) > 1 and not row_of(name).wanted(context.config):
+                if DATASET in planned and not is_wanted(context.config, name):
                     print(f"{name}: left out, for there is no unlabelled image", flush=True)
                     continue
             run_stage(context, name)

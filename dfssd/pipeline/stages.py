@@ -53,6 +53,10 @@ def _student_inputs(config: Config, run: Storage, number: int) -> tuple[Artefact
     return (DATASET, *teacher, *((PSEUDO.of_round(newest),) if distill.unlabelled_ratio > 0 else ()))
 
 
+def _has_unlabelled(config: Config) -> bool:
+    return config.unlabelled_batch() > 0
+
+
 def _report_inputs(config: Config, run: Storage, number: int) -> tuple[ArtefactName, ...]:
     return (DATASET, *finished_models(run))
 
@@ -74,7 +78,7 @@ def _no_better(run: Storage, number: int) -> bool:
 PLACE = section("run", "seed", "num_workers", "cpus_per_worker", "gpu", "wait_min")  # where it lies; for any stage
 RUN = section("run")
 _ALONE = section("train", "teacher_steps", "teacher_patience")  # of a training of the student
-_PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
+PSEUDO_LABELS = (  # what L_pse without a teacher in the loop depends on
     *(f"distill.{k}" for k in ("unlabelled_ratio", "score_power", "uncertain", "silent", "agreement_min", "lambda_u")),
     *("distill.balance", "distill.share_u"),
     *section("thresholds"),
@@ -100,7 +104,7 @@ STAGES = (
         role=TEACHER.role,
         does="train the large detector on the labelled images; in later rounds on its own pseudo-labels too",
         reads=(*RUN, "models.teacher", *section("train")),
-        reads_later=_PSEUDO_LABELS,
+        reads_later=PSEUDO_LABELS,
         free=("train.steps",),  # counts as far as train.teacher_steps comes from it
         inputs=_teacher_inputs,
         body="dfssd.pipeline.training:train_stage",
@@ -120,7 +124,7 @@ STAGES = (
         body="dfssd.pipeline.training:train_stage",
         training=Training("teacher", labels_itself=True),
         needs="dfssd.pipeline.training:needs",
-        wanted=lambda config: config.mean_teacher.mean_teacher and config.unlabelled_batch() > 0,
+        wanted=lambda config: config.mean_teacher.mean_teacher and _has_unlabelled(config),
         teaches=True,
     ),
     StageRow(
@@ -140,6 +144,7 @@ STAGES = (
         inputs=_labelling_inputs,
         body="dfssd.pipeline.labelling:label_stage",
         needs="dfssd.pipeline.labelling:needs",
+        wanted=_has_unlabelled,
         in_rounds=True,
     ),
     StageRow(
@@ -148,6 +153,7 @@ STAGES = (
         reads=(*PLACE, *section("thresholds"), "train.steps"),
         inputs=lambda config, run, number: (DATASET, PSEUDO.of_round(number)),
         body="dfssd.pipeline.labelling:quality_stage",
+        wanted=_has_unlabelled,
         in_rounds=True,
     ),
     StageRow(
@@ -187,7 +193,12 @@ def row_of(name: ArtefactName) -> StageRow:
 
 def wanted(config: Config) -> list[ArtefactName]:
     """The stages of a pipeline with these settings, in order, without later rounds."""
-    return [ArtefactName(row.role) for row in STAGES if row.wanted(config)]
+    return [name for name in (ArtefactName(row.role) for row in STAGES) if is_wanted(config, name)]
+
+
+def is_wanted(config: Config, name: ArtefactName) -> bool:
+    """Is the stage part of a pipeline with these settings? Later rounds need unlabelled images."""
+    return row_of(name).wanted(config) and (name.round == 1 or _has_unlabelled(config))
 
 
 def plan(config: Config, names: Sequence[ArtefactName]) -> Iterator[ArtefactName]:

@@ -11,8 +11,6 @@ from dfssd.config import Config
 from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job
 from dfssd.data.formats.read import read_source
 from dfssd.errors import DfssdError
-from dfssd.pipeline.budget import with_expected_steps
-from dfssd.pipeline.data import count_images
 from dfssd.pipeline.timing import StepTimer
 from dfssd.report.tables import render
 from dfssd.runtime.artefact import differences, flatten
@@ -21,6 +19,7 @@ from dfssd.runtime.progress import clock
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 from dfssd.sweep import ablation, shared
+from dfssd.sweep.data import as_the_data_asks
 from dfssd.sweep.figure import draw
 from dfssd.sweep.points import METHODS, Trial, in_words, short, trials
 from dfssd.sweep.space import Space
@@ -82,22 +81,6 @@ def with_data(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"data": str(place)})})
 
 
-def with_equal_steps(config: Config, space: Space) -> Config:
-    """The config with a number of steps for all trials, which compare equal steps: the data's list of images suggests it.
-
-    Raises:
-        DfssdError: the data cannot be read.
-    """
-    if config.train.steps:
-        return config
-    found, keys = count_images(config), {*space.axes, *(key for row in space.rows.values() for key in row)}
-    hides = any(key.startswith("data.label") for key in keys)
-    expected = with_expected_steps(config, found.images, found.labelled, hides)
-    return config.model_copy(
-        update={"train": expected.train}
-    )  # and nothing else: trials may hide other shares of the labels
-
-
 def _planned(config: Config, space: Space) -> list[Trial]:
     """All trials, each checked.
 
@@ -129,7 +112,7 @@ def describe(config: Config, space: Space, options: Options) -> None:
     from dfssd.sweep.driver import check_shareable, probes, share
 
     Storage(config.run.storage_path).check_writable()
-    config, sweep = with_equal_steps(with_data(with_absolute_paths(config)), space), config.run.run_name
+    config, sweep = as_the_data_asks(with_data(with_absolute_paths(config)), space), config.run.run_name
     source = read_source(config.data.data, config.data.format, config.data.names)
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
@@ -173,7 +156,7 @@ def run_sweep(config: Config, space: Space, options: Options) -> None:
     refuse_relative_paths_in_a_job(config)
     storage, sweep = Storage(config.run.storage_path), config.run.run_name
     storage.check_writable()
-    config = with_equal_steps(with_data(with_absolute_paths(config)), space)
+    config = as_the_data_asks(with_data(with_absolute_paths(config)), space)
     planned = _planned(config, space)
     check_shareable(space, config, sweep)
     _claim(config, space, planned, options)

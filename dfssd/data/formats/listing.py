@@ -36,6 +36,7 @@ OTHER_PICTURES = {
 }
 MASK_FOLDERS = {"segmentationclass", "segmentationobject", "segmentationclassaug", "mask", "masks", "ground_truth"}
 _MASK_END = re.compile(r"[-_ ]?(mask|gt|seg)$", re.IGNORECASE)
+_MASK_BESIDE = re.compile(r"[-_ ](mask|label|seg|segmentation)$", re.IGNORECASE)  # of a picture in the same folder
 LABEL_SUFFIXES = {".txt", ".xml", ".json"}
 _SYSTEM = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 
@@ -124,16 +125,19 @@ class Tree:
 
     def pictures(self, folder: str = "") -> list[str]:
         """Pictures in and below a folder, sorted, without masks: what lies in a folder that is called so, beside pictures
-        of the same names elsewhere.
+        of the same names elsewhere, and `a_mask.png` beside `a.jpg`.
         """
         found = [f for f in self.below(folder) if is_image(f)]
         top = len(normal(folder or self.root))
         apart = [f for f in found if any(part.lower() in MASK_FOLDERS for part in f[top:].split("/")[:-1])]
-        if not apart:
+        beside = [f for f in found if _MASK_BESIDE.search(_stem(f))]
+        if not apart and not beside:
             return found
         others = set(found).difference(apart)
         stems = {_stem(f) for f in others}
         masks = {f for f in apart if _stem(f) in stems or _MASK_END.sub("", _stem(f)) in stems}
+        whole = {f.rpartition(".")[0] for f in found} if beside else set()
+        masks |= {f for f in beside if _MASK_BESIDE.sub("", f.rpartition(".")[0]) in whole}
         self.masks.update(masks)
         return [f for f in found if f not in masks]
 

@@ -17,7 +17,9 @@ from dfssd.data.checks import Problem
 from dfssd.data.formats import labelstudio, other_formats
 from dfssd.data.formats.class_names import LIST_FILES
 from dfssd.data.formats.cvat import read_cvat
+from dfssd.data.formats.foreign import recognise
 from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image, printable, refuse_query
+from dfssd.data.formats.more_formats import read_via, via_tables
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json, parse_xml, parse_yaml
 from dfssd.data.formats.source import Bad, Source, listing_faults
 from dfssd.data.formats.voc import read_voc
@@ -107,6 +109,13 @@ class _Detector:
             if source is not None:
                 self._look_for_other_labels(source)
                 return source
+        foreign = recognise(self.tree, self.files)
+        if foreign:
+            raise DfssdError(
+                f"the data looks like {foreign.looks_like}, which is not read",
+                where=repr(foreign.where),
+                todo=foreign.todo,
+            )
         first = f": {self.broken[0][0]!r}: {self.broken[0][1].detail}" if self.broken else ""
         asked = "" if self.fmt == "auto" else f" as {self.fmt}"
         raise DfssdError(
@@ -247,12 +256,15 @@ class _Detector:
         return read_yolo(self.tree) if labels or listed or beside else None
 
     def _csv(self) -> Source | None:
-        if not self._asked("csv", "labelstudio"):
+        if not self._asked("csv", "labelstudio", "via"):
             return None
         tables = {f: other_formats.table_rows(read_uri(f)) for f in self.files if f.lower().endswith((".csv", ".tsv"))}
         contents = {path: rows for path, rows in tables.items() if other_formats.is_tensorflow(rows)}
         if contents and self._asked("csv"):
             return other_formats.read_csv(self.tree, contents)
+        regions = via_tables(tables)
+        if regions and self._asked("via"):
+            return read_via(self.tree, regions)
         tasks = {path: found for path, rows in tables.items() if (found := labelstudio.csv_tasks(rows))}
         return labelstudio.read_label_studio(self.tree, tasks) if tasks and self._asked("labelstudio") else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import partial
 from xml.etree.ElementTree import Element
@@ -85,7 +86,12 @@ def _objects(root: Element) -> tuple[list[str], list[list[float]], Counter[str]]
 
 
 def _corners(box: Element) -> tuple[float, ...]:
-    return tuple(float((box.findtext(k) or "").strip() or "nan") for k in _CORNERS)
+    return tuple(_px((box.findtext(k) or "").strip()) for k in _CORNERS)
+
+
+def _px(text: str) -> float:
+    """A coordinate; some programs write the comma of their country (`10,5`)."""
+    return float(re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text) or "nan")
 
 
 def _rotated(node: Element) -> tuple[float, ...] | None:

@@ -46,7 +46,7 @@ def parse_yolo_text(text: str, keypoints: int = 0) -> Label:
         try:
             values = [float(p) for p in parts]
         except ValueError:
-            return unusable("label_unreadable", f"line {number}: {line[:60]!r}")
+            return unusable("label_unreadable", f"line {number}: {line[:60]!r}, not numbers (class id, cx, cy, w, h)")
         if len(parts) == 5 or (keypoints and len(parts) == 5 + keypoints):
             rows.append(values[:5])
             counts["keypoints"] += len(parts) > 5
@@ -56,7 +56,8 @@ def parse_yolo_text(text: str, keypoints: int = 0) -> Label:
             rows.append([values[0], *(low + high) / 2, *(high - low)])
             counts["polygons"] += 1
         else:
-            return unusable("label_columns", f"line {number}: {len(parts)} columns")
+            score = ", the last of them a model's score?" if len(parts) == 6 and 0 <= values[5] <= 1 else ""
+            return unusable("label_columns", f"line {number}: {len(parts)} columns{score}")
     return Label(np.array(rows, np.float64).reshape(-1, 5), counts=counts)
 
 
