@@ -1,4 +1,4 @@
-"""All stages in order: prepare, teacher, label-only baseline, pseudo-labels, distillation, evaluation."""
+"""All stages in order: data set, teacher, mean teacher, label-only baseline, pseudo-labels, student, report, export."""
 
 from dfssd.cli import run
 

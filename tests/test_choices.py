@@ -25,7 +25,7 @@ from dfssd.distill import divergences
 from dfssd.errors import DfssdError
 from dfssd.models.precision import DTYPES
 from dfssd.models.yolo.box_loss import BOX_LOSSES as BOX_LOSS_FUNCTIONS
-from dfssd.pseudo.thresholds import THRESHOLDS
+from dfssd.pseudo.thresholds import MOVING, THRESHOLDS
 
 TABLES = {  # by flag: the section of its setting, and the table
     "--divergence": ("distill", DIVERGENCES),
@@ -39,7 +39,7 @@ TABLES = {  # by flag: the section of its setting, and the table
 
 
 def test_every_row_has_its_function():
-    assert set(THRESHOLDS) == set(POLICIES)
+    assert set(THRESHOLDS) == set(POLICIES) and set(MOVING) == {name for name, row in POLICIES.items() if row.moves}
     assert all(callable(getattr(divergences, row.function)) for row in DIVERGENCES.values())
     assert set(DTYPES) == set(PRECISIONS) - {"auto"} and set(BOX_LOSS_FUNCTIONS) == set(BOX_LOSSES)
     assert all(callable(one) for pair in JSON_FORMATS.values() for one in pair)
@@ -82,6 +82,13 @@ def test_flags_that_a_policy_does_not_use_are_told(name):
         config = Config(thresholds=Thresholds(threshold_policy=name, **{"tau_min": 0.01, field: value}))
         said = " ".join(settings_without_effect(config))
         assert (f"--{field.replace('_', '-')} has no effect" in said) == (field not in POLICIES[name].uses)
+
+
+def test_the_help_of_a_threshold_names_the_policies_that_read_it():
+    for field in Thresholds.model_fields.keys() - {"threshold_policy"}:
+        said = Thresholds.model_fields[field].description
+        named = {name for name in POLICIES if re.search(rf"\b{name}\b", said.partition("Read by ")[2] or said)}
+        assert named == {name for name, row in POLICIES.items() if field in row.uses}, field
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

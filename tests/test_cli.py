@@ -406,3 +406,25 @@ def test_unknown_flags_and_bad_values_end_with_2():
         assert "http" not in result.stderr + result.stdout and args[0] in result.stderr + result.stdout
         assert result.returncode == 2, result.stderr
         assert "Traceback" not in result.stderr, result.stderr
+
+
+def test_evaluate_and_export_work_at_the_size_of_the_run(tmp_path, capsys):
+    """Without --imgsz: another size is another measurement, which the run would refuse."""
+    from dfssd.jobs.stages import at_size_of_run
+    from dfssd.runtime.storage import Storage
+
+    config = Config(run=Run(storage_path=str(tmp_path), run_name="r"))
+    assert at_size_of_run(config, [], "").train.imgsz == 640
+    Storage(str(tmp_path)).at("r").write_json("student/stage.json", {"config": {"train": {"imgsz": 128}}})
+    assert at_size_of_run(config, [], "").train.imgsz == 128 and "128 px" in capsys.readouterr().out
+    for words, given in ((["--imgsz", "640"], ""), (["--imgsz=640"], ""), ([], "run.yaml")):
+        assert at_size_of_run(config, words, given).train.imgsz == 640
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--split-shares", "1.2", "-0.1", "-0.1"], "must be from 0 and add up to 1"),
+    (["--hsv", "0.1", "0.2", "1.5"], "each must be from 0 to 1"),
+])  # fmt: skip
+def test_ranges_of_several_numbers_are_kept(words, said):
+    with pytest.raises(DfssdError, match=said):
+        parse("", ["data", "train"], words)

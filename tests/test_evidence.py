@@ -291,3 +291,51 @@ def test_where_map_and_escapes_disagree_it_is_said():
     assert "lower" in verdict.disagreement(results(-0.016, 1, 5))
     assert not any(verdict.disagreement(results(*one)) for one in [(0.016, 1, 5), (-0.016, 5, 1), (0.016, 3, 3)])
     assert verdict.disagreement({"student": {}}) == ""
+
+
+def test_more_than_ten_lines_can_be_told_apart():
+    """Colours repeat, dashes then differ: in curves.png and in the charts of the report."""
+    from dfssd.report import charts, plots
+
+    assert len({tuple(plots.look(k).values()) for k in range(40)}) == 40
+    assert len({charts.look(k) for k in range(32)}) == 32
+    text = charts.line_chart("t", {f"model {k}": [(0, 0.1), (1, 0.01 * k)] for k in range(20)}, "x")
+    lines = {p.split(" fill")[1].split("/>")[0] for p in text.split("<polyline")[1:]}
+    assert len(lines) == 20
+
+
+def test_a_fade_is_marked_and_said_and_no_crash_in_the_plot():
+    """Terms of a teacher that the student has passed: 0 is a gap, and the stretch has a mark and a sentence."""
+    from matplotlib import pyplot as plt
+
+    from dfssd.report import plots
+
+    def step(k, lead):
+        own = {} if lead == 1 else {"loss/pred/cls (own)": 1 - lead}
+        return {"step": k, "loss/total": 2.0, "loss/sup/cls": 1.0, "loss/pred/cls": lead, **own}
+
+    history = [step(k, lead) for k, lead in enumerate([1, 1, 0.4, 0, 1, 0.5, 0])]
+    assert plots.ahead(history) == [(2, 3), (5, 6)] and "fade to zero as meant" in plots.remark(history)
+    _, axis = plt.subplots()
+    plots._terms(axis, history)
+    drawn = {line.get_label(): line.get_ydata() for line in axis.lines}
+    assert np.isnan(drawn["pred/cls"][[3, 6]]).all() and np.isfinite(drawn["sup/cls"]).all() and len(axis.patches) == 2
+    plt.close()
+    quiet = [step(k, 1) for k in range(3)]
+    assert plots.remark(quiet) == "" and plots.ahead(quiet) == []
+    assert "schedule" in plots.remark([*quiet, {**step(3, 1), "loss/feat/pkd": 0.0}])
+
+
+def test_small_pictures_of_a_report_are_enlarged(tmp_path):
+    import cv2
+
+    from dfssd.data.manifest import Row
+    from dfssd.report.pictures import draw
+
+    cv2.imwrite(str(tmp_path / "x.png"), np.full((64, 128, 3), 90, np.uint8))
+    row = Row("0" * 16, str(tmp_path / "x.png"), 128, 64, "test", True, 0, None)
+    box = np.array([[0, 0.5, 0.5, 0.25, 0.25, 0.9]])
+    picture = draw(row, box, ["pit"], side=420)
+    assert picture.size == (420, 210)
+    ys, xs = np.nonzero(np.ptp(np.asarray(picture).astype(int), 2) > 80)
+    assert abs(xs.min() - 420 * 0.375) < 3 and abs(ys.max() - 210 * 0.625) < 3

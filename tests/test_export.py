@@ -62,6 +62,8 @@ def test_onnx_with_nms_inside_and_outside_equals_the_network(net, prepared, tmp_
     detector = _open(tmp_path, onnx_bytes(net, 64, META, inside))
     assert detector.names == NAMES and detector.metadata["operating_point"] == POINT
     [found] = write.check_parity(net, {"m": detector}, _rows(prepared), NAMES, 64, POINT)
+    of = dict(reversed(part.split()) for part in found.splits.split(", "))
+    assert set(of) == {"train", "val", "test"} and sum(map(int, of.values())) == found.pictures
     assert found.boxes > 100 and found.missing == 0 and found.box_px < 0.01 and found.score < 1e-4
     parity.require([found])
 

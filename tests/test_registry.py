@@ -67,6 +67,20 @@ def test_the_champion_is_one_by_merit_on_the_same_data(logged):
     assert model.tags["dataset"] == "d1" and {m.key for m in model.metrics} >= {"model/val/map50_95"}
 
 
+def test_the_same_file_is_registered_once(logged, capsys):
+    """The same command typed again, and --register of an export that was logged before."""
+    _, runs, uris = logged
+    store = Storage(str(logged[0])).at("r")
+    numbers = {s: {"map50": 0.5, "map50_95": 0.5} for s in ("val", "test")}
+    done = {"operating_point": POINT}
+    for name in ("steel", "brass", "brass"):
+        again = log_model(runs, "run", store, "student", done, {"student": numbers}, "d1", name, logged=uris[1])
+        assert again == uris[1]
+    said = capsys.readouterr().out
+    assert "registered steel before: it is version 2" in said and "brass, version 1: the first one" in said
+    assert "registered brass before: it is version 1" in said
+
+
 def test_it_loads_and_predicts_without_torch_or_this_project(logged, tmp_path):
     place, runs, _ = logged
     script = tmp_path / "load.py"

@@ -18,6 +18,7 @@ from dfssd.pipeline.stages import ROWS, STAGES, make_stage, markdown, plan, reso
 from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import (
     DATASET,
+    EXPORT,
     LABEL_ONLY,
     MEAN_TEACHER,
     PSEUDO,
@@ -181,6 +182,74 @@ def test_overwrite_deletes_nothing_before_what_a_stage_needs_is_there(prepared, 
     with pytest.raises(DfssdError, match=message):
         run_stage(Context(config), stage)
     assert run.files(str(stage)) == before and f"{stage}/stage.json" in before
+
+
+@pytest.fixture
+def exporting(tmp_path, monkeypatch):
+    """A run with a measured student, whose export writes a file a format without a network; and how to ask for it."""
+    config = tiny_config(tmp_path)
+    run, made = run_of(config), []
+    for name in (DATASET, STUDENT):
+        _finished(run, name)
+    run.write_json("report/metrics.json", {"environment": {"imgsz": config.train.imgsz}})
+    _finished(run, REPORT)
+    for name in ("check_settings", "check_formats"):
+        monkeypatch.setattr(f"dfssd.pipeline.exporting.{name}", lambda asked: None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    registered = []
+    monkeypatch.setattr("dfssd.pipeline.exporting.register_finished", lambda c, s: registered.append(c))
+
+    def body(context, stage, run_id):
+        asked = exporting_module._asked(context, stage).export
+        names = [*asked.formats, *(["int8"] if asked.int8 else [])]
+        made.append(names)
+        if "tensorrt" in names:
+            raise DfssdError("no parity")
+        for name in names:
+            stage.store.write(name, b"x")
+        return {"model": "student"}, names
+
+    from dfssd.pipeline import exporting as exporting_module
+
+    monkeypatch.setattr("dfssd.pipeline.exporting.export_stage", body)
+
+    def ask(*formats, int8=False, overwrite=False, **more):
+        export = config.export.model_copy(update={"formats": formats, "int8": int8, **more})
+        context = Context(with_run(config.model_copy(update={"export": export}), overwrite=overwrite))
+        context.runs.uri, context.log_dataset = "", lambda run_id: None
+        return run_stage(context, EXPORT)
+
+    return ask, made, run, registered
+
+
+def test_an_export_is_added_to_and_nothing_of_it_is_lost(exporting, capsys):
+    """`dfssd export --formats openvino` after a pipeline that wrote ONNX, and the pipeline again after that."""
+    ask, made, run, registered = exporting
+    ask("onnx")
+    ask("openvino", int8=True)
+    assert made[-1] == ["onnx", "openvino", "int8"] and "adds to what is there" in capsys.readouterr().out
+    ask("onnx")  # the pipeline's own command, typed again
+    assert len(made) == 2 and "skipped" in capsys.readouterr().out and len(registered) == 1
+    with pytest.raises(DfssdError, match="no parity"):
+        ask("tensorrt")
+    assert {"onnx", "openvino", "int8", "stage.json"} <= set(run.at("export").files()), "a failure loses nothing"
+    assert run.read_json("export/stage.json")["config"]["export"]["formats"] == ["onnx", "openvino"]
+    ask("onnx")
+    assert len(made) == 3, "and what was there is still finished"
+    with pytest.raises(DfssdError, match=r"nms_inside: False -> True(?!.*formats)"):
+        ask("onnx", nms_inside=True)
+    ask("onnx", overwrite=True)
+    assert made[-1] == ["onnx"] and not run.exists("export/openvino"), "--overwrite makes what is asked for, no more"
+
+
+def test_a_dry_run_sees_an_export_that_is_added_to_and_refuses_nothing(exporting):
+    ask, _, run, _ = exporting
+    ask("onnx")
+    config = tiny_config(Path(run.path()).parent)
+    stage = make_stage(
+        config.model_copy(update={"export": config.export.model_copy(update={"int8": True})}), run, EXPORT
+    )
+    assert stage.state() == "added to" and stage.config["export"] == {**stage.config["export"], "formats": ["onnx"]}
 
 
 def test_what_cannot_be_done_is_not_begun(tmp_path):

@@ -337,6 +337,24 @@ def _the_point_is_that_of_the_line(file, manifest, measured):
             assert point["score"] == pytest.approx(max(best[allowed], 0.01), abs=1.1e-3)
 
 
+def _a_pt_brings_the_point_of_its_run(config, weights, results, folder):
+    """Once its run has a report, best.pt has a size and an operating point, and it is said which pictures it knows."""
+    from dfssd.evaluate.files import measure_files
+
+    run = Storage(str(weights.parents[1]))
+    digest = run.at("label_only").digest("best.pt")
+    record = {"inputs": {"dataset": "0"}, "outputs": {"best.pt": digest}, "digest": "1", "summary": {}}
+    run.write_json("label_only/stage.json", record)
+    run.write_json("report/metrics.json", results)
+    run.write_json("report/stage.json", {"inputs": {"label_only": "1"}})
+    other = config.model_copy(update={"train": config.train.model_copy(update={"imgsz": 640})})
+    [one] = measure_files(other, [str(weights)], folder).values()
+    assert one["operating_point"] == results["label_only"]["operating_point"] and one["imgsz"] == 64
+    train, val = (len(read_manifest(run.at("dataset")).of_split(split)) for split in ("train", "val"))
+    assert one["seen"] == {"trained": train, "labels": train, "chose": val}
+    assert any(f"{train} of these" in note and "its numbers flatter" in note for note in one["remarks"])
+
+
 def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_path, capsys):
     """A .pt and its .onnx give the same numbers; a folder in another format is read as prepare reads it."""
     from dfssd.evaluate.files import measure_files
@@ -362,6 +380,7 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     assert sum(c["boxes"] for c in everything["by_class"].values()) > sum(c["boxes"] for c in two["by_class"].values())
     print_files(found, "test")
     assert "chosen on val" in capsys.readouterr().out
+    _a_pt_brings_the_point_of_its_run(config, weights, results, str(strip))
     for files, on, said in (
         (["none.pt"], "test", "no such model"),
         ([str(file)], "tets", "did you mean 'test'"),

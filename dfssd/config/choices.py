@@ -53,28 +53,44 @@ class ThresholdPolicy:
     Args:
         says: one line for help and documentation.
         uses: fields of section `thresholds` that it reads; the others have no effect with it.
-        floor: its lowest threshold where `--tau-min` is 0.
         line: how the report draws its thresholds.
-        in_loop: can it follow the scores of the last steps, where a teacher labels inside the training loop?
+        floor: its lowest threshold where `--tau-min` is 0.
+        needs: what it takes beside the scores of all candidates and the labelled rate: what those on val are worth.
+        moves: does it follow batch after batch? What does so is then made by its entry in `MOVING` of
+            `dfssd.pseudo.thresholds`; the report shows where it will end.
     """
 
     says: str
     uses: frozenset[str]
     line: LineStyle
     floor: float = 0.1
-    in_loop: bool = False
+    needs: Literal["", "val"] = ""
+    moves: bool = False
+
+    @property
+    def in_loop(self) -> bool:
+        """Can a teacher that labels inside the training loop use it? That one has the scores of the last steps alone."""
+        return not self.needs and not self.moves
 
 
 POLICIES = {
-    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":", in_loop=True),
+    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":"),
     "ema": ThresholdPolicy(
-        "a moving average of confidences (DFSSD)", frozenset({"tau_min", "tau_max", "tau_decay"}), "--", floor=0.5
+        "a moving average of confidences (DFSSD)",
+        frozenset({"tau_min", "tau_max", "tau_decay"}),
+        "--",
+        floor=0.5,
+        moves=True,
     ),
-    "gmm": ThresholdPolicy("a mixture of two a class", frozenset({"tau", "tau_min", "tau_max"}), "-.", in_loop=True),
+    "gmm": ThresholdPolicy(
+        "a mixture of two a class, --tau where there is none", frozenset({"tau", "tau_min", "tau_max"}), "-."
+    ),
     "match": ThresholdPolicy(
-        "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2)), in_loop=True
+        "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2))
     ),
-    "precision": ThresholdPolicy("right as often as --precision asks, by val", frozenset({"precision"}), "-"),
+    "precision": ThresholdPolicy(
+        "right as often as --precision asks, by val", frozenset({"precision"}), "-", needs="val"
+    ),
 }
 IN_LOOP_POLICIES = {name: row for name, row in POLICIES.items() if row.in_loop}
 
@@ -140,6 +156,16 @@ REVIEW_FORMATS = {
 def in_words(table: Mapping[str, Divergence | ThresholdPolicy | Option | DataFormat]) -> str:
     """All choices and what they are, for help."""
     return "; ".join(f"{name}: {row.says}" for name, row in table.items())
+
+
+def readers(field: str) -> str:
+    """Policies that read a field of section `thresholds`, for its help."""
+    return ", ".join(name for name, row in POLICIES.items() if field in row.uses)
+
+
+def steers(policy: str) -> str:
+    """Flags that are lowered for more pseudo-labels of a policy and raised for fewer; '' where it has none."""
+    return " or ".join(f"--{k.replace('_', '-')}" for k in sorted(POLICIES[policy].uses - {"tau_max", "tau_decay"}))
 
 
 def floors() -> str:

@@ -22,6 +22,7 @@ from dfssd.config.choices import (
     Gpu,
     floors,
     in_words,
+    readers,
     temperatures,
 )
 
@@ -108,7 +109,9 @@ class Data(Section):
     split: Literal["grouped", "random", "given"] = Field(
         "grouped", description="grouped: near-duplicates stay together; random: leaks; given: the data's own."
     )
-    split_shares: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="Shares of train, val, test.")
+    split_shares: tuple[float, float, float] = Field(
+        (0.8, 0.1, 0.1), description="Shares of train, val, test [each from 0, together 1]."
+    )
     label_fraction: float = Field(
         0.0,
         ge=0,
@@ -189,7 +192,9 @@ class Train(Section):
         0.0, ge=0, le=1, description="Share of images below which a class is seen more often (LVIS); 0: off."
     )
     flipud: float = Field(0.0, ge=0, le=1, description="Probability of an up-down flip.")
-    hsv: tuple[float, float, float] = Field((0.015, 0.7, 0.4), description="Random hue, saturation, value gains.")
+    hsv: tuple[float, float, float] = Field(
+        (0.015, 0.7, 0.4), description="Random hue, saturation, value gains [each from 0 to 1]."
+    )
     val_every: int = Field(0, ge=0, description="Steps between validations and checkpoints; 0: a tenth of all.")
     log_every: int = Field(20, ge=1, description="Steps between two lines of progress.")
     loader_workers: int = Field(-1, ge=-1, description="Processes that load images, per worker; -1: as the step needs.")
@@ -254,20 +259,26 @@ class Thresholds(Section):
     threshold_policy: Annotated[str, Choice(POLICIES)] = Field(
         "gmm", description=f"How class thresholds are set. {in_words(POLICIES)}."
     )
-    tau: float = Field(
-        0.5, gt=0, lt=1, description="Threshold of 'fixed', and of 'gmm' where a class cannot be fitted."
-    )
+    tau: float = Field(0.5, gt=0, lt=1, description=f"A threshold for all classes. Read by {readers('tau')}.")
     precision: float = Field(
         0.7,
         gt=0,
         lt=1,
-        description="Share of right pseudo-labels that 'precision' asks of each class, with 95 % confidence, on val.",
+        description="Share of right pseudo-labels that is asked of each class, with 95 % confidence, on val. "
+        f"Read by {readers('precision')}.",
     )
     tau_min: float = Field(
         0.0, ge=0, lt=1, description=f"Lowest threshold of a policy that sets them itself; 0: {floors()}."
     )
-    tau_max: float = Field(0.95, gt=0, le=1, description="Highest threshold of a policy that sets them itself.")
-    tau_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the confidence average of 'ema'.")
+    tau_max: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description=f"Highest threshold of a policy that sets them itself. Read by {readers('tau_max')}.",
+    )
+    tau_decay: float = Field(
+        0.999, ge=0, lt=1, description=f"Decay of an average of confidences. Read by {readers('tau_decay')}."
+    )
 
     def lowest(self, policy: str = "") -> float:
         """Lowest threshold of a policy, by default of the chosen one."""
@@ -393,7 +404,7 @@ class Export(Section):
     formats: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = Field(
         ("onnx",),
         description="What is written: onnx always; openvino and tensorrt where they are installed, the last on a GPU like "
-        "that at the line. Without any the pipeline exports nothing.",
+        "that at the line. They are added to what is there. Without any (--formats alone) the pipeline exports nothing.",
     )
     nms_inside: bool = Field(
         False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."
@@ -401,11 +412,12 @@ class Export(Section):
     int8: bool = Field(False, description="Also int8, calibrated on unlabelled pictures; what it loses is said.")
     calibration_pictures: int = Field(128, ge=8, description="Unlabelled pictures that int8 is calibrated on.")
     parity_pictures: int = Field(
-        200, ge=1, description="Labelled test pictures on which the files must equal the network."
+        200, ge=1, description="Labelled test and val pictures at most on which the files must equal the network."
     )
     register_as: str = Field(
         "",
-        description="Register the exported model in MLflow under this name; champion where it beats the present one.",
+        description="Register the exported model in MLflow under this name; champion where it beats the present one on val "
+        "of the same data set.",
         json_schema_extra={"flag": "register"},
     )
 
@@ -448,8 +460,10 @@ class Config(Section):
                 f"takes at least one for each of {self.run.workers[1]} workers, and at most {self.most_workers()}, so that "
                 f"each has a labelled and an unlabelled image: give {low} to {high}"
             )
-        if abs(sum(self.data.split_shares) - 1) > 1e-6:
-            raise ValueError(f"--split-shares {self.data.split_shares} must add up to 1")
+        if abs(sum(self.data.split_shares) - 1) > 1e-6 or min(self.data.split_shares) < 0:
+            raise ValueError(f"--split-shares {self.data.split_shares} must be from 0 and add up to 1")
+        if not all(0 <= gain <= 1 for gain in self.train.hsv):
+            raise ValueError(f"--hsv {self.train.hsv}: each must be from 0 to 1")
         if self.thresholds.lowest() > self.thresholds.tau_max:
             raise ValueError(f"--tau-min {self.thresholds.lowest()} is above --tau-max {self.thresholds.tau_max}")
         taps, others = self.distill.taps, self.distill.teacher_taps

@@ -6,14 +6,14 @@ All of them see the same square letterbox, as at a line, whatever `yolo val` wou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dfssd.config import Config
+from dfssd.config import Config, Evaluate, Train
 from dfssd.data.manifest import TEST, VAL, Manifest, Row, read_manifest
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError, nearest
@@ -21,6 +21,7 @@ from dfssd.evaluate.escapes import Pictures, operating_point
 from dfssd.evaluate.latency import measure_latency
 from dfssd.evaluate.measure import LATENCY_CONF, measure_split, thresholds_of
 from dfssd.evaluate.open_model import model_path, open_exported
+from dfssd.evaluate.origin import Origin, in_words, origin_of
 from dfssd.evaluate.squares import SquareDetect, collect_squares, exported, network
 from dfssd.models.families import predict, ready_model
 from dfssd.models.nms import MAX_BOXES, NMS_IOU
@@ -30,7 +31,9 @@ SPLITS = (VAL, TEST)
 
 
 def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, Any]:
-    """Numbers of each file, by its path: those of `measure.measure_split`, operating_point, latency_ms, latency_p95_ms.
+    """Numbers of each file, by its path: those of `measure.measure_split`; operating_point (the file's own, else that of its
+    run, else chosen here); imgsz; seen (see `Origin.seen`; None where its run was not found); remarks (sentences);
+    latency_ms, latency_p95_ms.
 
     Args:
         on: "val" or "test" of the run in `config`, or a folder with labels in any format that `prepare` reads.
@@ -43,18 +46,24 @@ def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, An
     results: dict[str, Any] = {}
     networks = {}
     for file in files:
-        detect, own, imgsz, point, networks[file] = _open(file, config)
-        known = _known(own, manifest.names, file)
-        records = collect_squares(detect, rows, imgsz, known)
+        opened = _open(file, config)
+        networks[file] = opened.timed
+        known = _known(opened.names, manifest.names, file)
+        records = collect_squares(opened.detect, rows, opened.imgsz, known)
+        point = opened.point
         if point is None:
             where = "val" if val else "these pictures themselves (so escapes flatter)"
-            chosen = collect_squares(detect, val, imgsz, known) if val else records
+            chosen = collect_squares(opened.detect, val, opened.imgsz, known) if val else records
             point = operating_point(
                 Pictures.of(chosen, len(manifest.names)), manifest.names, config.evaluate.max_escape
             )
             point = {**point, "chosen_on": where}
         numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
-        results[file] = {**numbers, "operating_point": point, "imgsz": imgsz}
+        seen = opened.origin.seen(rows) if opened.origin else None
+        notes = _notes(file, opened, seen, config, on, len(rows))
+        results[file] = {
+            **numbers, "operating_point": point, "imgsz": opened.imgsz, "seen": seen, "remarks": notes
+        }  # fmt: skip
     sizes = {one["imgsz"] for one in results.values()}
     for imgsz in sorted(sizes):
         group = {f: networks[f] for f in results if results[f]["imgsz"] == imgsz}
@@ -99,16 +108,67 @@ def _pictures(config: Config, on: str) -> tuple[Manifest, list[Row], list[Row]]:
     return manifest, rows, []
 
 
-def _open(file: str, config: Config) -> tuple[SquareDetect, list[str], int, dict[str, Any] | None, Any]:
-    """Detector, its class names, input side, its operating point if it carries one, and what is timed."""
-    path = model_path(file)
+class Opened(NamedTuple):
+    """A model file: what detects, its class names, input side (px), operating point (None: none was chosen for it), what is
+    timed, and the run it comes from, where that can be found."""
+
+    detect: SquareDetect
+    names: Sequence[str]
+    imgsz: int
+    point: dict[str, Any] | None
+    timed: Callable[[Any], Any]
+    origin: Origin | None
+
+
+def _open(file: str, config: Config) -> Opened:
+    path, runs = model_path(file), Storage(config.run.storage_path)
     if path.suffix == ".pt":
-        model, names = ready_model(path.read_bytes(), file, config.train.imgsz)
-        timed = lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES)  # noqa: E731
-        return network(model), names, config.train.imgsz, None, timed
+        origin = origin_of(path)
+        imgsz = side_of(config.train.imgsz, origin)
+        model, names = ready_model(path.read_bytes(), file, imgsz)
+        return Opened(
+            network(model),
+            names,
+            imgsz,
+            origin.point if origin and origin.imgsz == imgsz else None,
+            lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES),
+            origin,
+        )
     line = open_exported(path, 1)
-    point = line.metadata["operating_point"]
-    return exported(line), line.names, line.imgsz, point, lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF)
+    origin = origin_of(path, line.metadata, runs)
+    point: dict[str, Any] = line.metadata["operating_point"]
+    return Opened(
+        exported(line),
+        line.names,
+        line.imgsz,
+        point,
+        lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF),
+        origin,
+    )
+
+
+def side_of(asked: int, origin: Origin | None) -> int:
+    """Side of the input (px) of a .pt: what is asked for; where that is the default, that of its run's operating point."""
+    default = Train.model_fields["imgsz"].default
+    return origin.imgsz if asked == default and origin and origin.imgsz else asked
+
+
+def _notes(file: str, opened: Opened, seen: dict[str, int] | None, config: Config, on: str, pictures: int) -> list[str]:
+    """What has to be known beside the numbers of a file."""
+    notes = [] if seen is None and on in SPLITS else [in_words(file, seen, pictures)]
+    asked, own = config.evaluate.max_escape, (opened.point or {}).get("max_escape")
+    if own is not None and own != asked != Evaluate.model_fields["max_escape"].default:
+        notes.append(
+            f"{file} brings scores chosen for at most {own:.1%} escapes: --max-escape {asked:g} has no effect on it."
+        )
+    is_pt = file.endswith(".pt")
+    if is_pt and opened.imgsz != config.train.imgsz:
+        notes.append(f"{file}: measured at {opened.imgsz} px, as in its run.")
+    if is_pt and opened.origin and opened.origin.point and not opened.point:
+        notes.append(
+            f"{file}: the scores of its run were chosen at {opened.origin.imgsz} px and are not taken at {opened.imgsz}."
+        )
+    return [note for note in notes if note]
 
 
 def _known(own: Sequence[str], names: Sequence[str], file: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from dfssd.line.detector import LineDetector, letterbox, network_input, on_pictu
 from dfssd.line.predict import Detector
 
 
-def open_model(file: str, imgsz: int = 640, threads: int = 0) -> Detector:
+def open_model(file: str, imgsz: int = 0, threads: int = 0) -> Detector:
     """A detector from an .onnx file, an OpenVINO folder, a TensorRT .engine or a .pt.
 
     Args:
-        imgsz: side of the input (px), of a .pt only: exported models know theirs.
+        imgsz: side of the input (px), of a .pt only: exported models know theirs. 0: as its run measured it, else 640.
 
     Raises:
         DfssdError: it is not there, or not a model of this kind.
@@ -57,20 +58,34 @@ def open_exported(path: Path, threads: int) -> LineDetector:
 
 
 class _Network:
-    """A .pt: it has no operating point of its own, so 0.25 is meant where no score is given."""
+    """A .pt: it works at the operating point that its run's report chose for it; from elsewhere, score 0.25 is meant.
+
+    Args:
+        imgsz: side of the input (px); 0: that of its operating point, without one 640.
+    """
 
     def __init__(self, path: Path, imgsz: int) -> None:
+        from dfssd.evaluate.origin import origin_of
         from dfssd.models.families import ready_model
 
+        origin = origin_of(path)
+        self.imgsz = imgsz or (origin.imgsz if origin else None) or 640
         self.model: Any
-        self.model, self.names = ready_model(path.read_bytes(), str(path), imgsz)
-        self.imgsz, self.metadata = imgsz, dict[str, Any]()
+        data = path.read_bytes()
+        self.model, self.names = ready_model(data, str(path), self.imgsz)
+        self.metadata: dict[str, Any] = {"weights_sha256": hashlib.sha256(data).hexdigest()}
+        self.point = None
+        if origin:
+            self.metadata["white"] = max((row.white for row in origin.manifest.rows), default=0.0)
+            self.point = origin.point if origin.imgsz == self.imgsz else None
 
     def thresholds(self, score: float | None = None) -> np.ndarray:
+        if score is None and self.point:
+            return np.array([self.point["thresholds"].get(n, self.point["score"]) for n in self.names], np.float32)
         if score is None:
             print(
-                f"WARNING: a .pt has no operating point: score 0.25 at {self.imgsz} px is taken. --score and --imgsz give "
-                "others; dfssd export writes a model that brings its own",
+                f"WARNING: no operating point was chosen for this .pt at {self.imgsz} px: score 0.25 is taken. --score and "
+                "--imgsz give others; dfssd export writes a model that brings its own",
                 flush=True,
             )
         return np.full(len(self.names), 0.25 if score is None else score, np.float32)

@@ -36,6 +36,7 @@ class Parity:
         pictures, boxes: compared; missing: boxes of one that the other does not have, although its score is not marginal.
         swapped: boxes where NMS decided a tie of scores the other way (mAP judges these).
         box_px, score: largest difference of the other pairs. map50, map50_95: network's and exported model's.
+        splits: how many of the pictures are of which split, in words: "75 test, 75 val".
         passed: defective pictures (of `defective`) in which network and model find nothing, each at its own operating point.
         precision: what the runtime computed in.
     """
@@ -52,6 +53,7 @@ class Parity:
     map50_95: tuple[float, float]
     passed: tuple[int, int]
     defective: int
+    splits: str
 
     @property
     def loss(self) -> float:
@@ -78,9 +80,10 @@ class Parity:
     def in_words(self) -> str:
         """One line for the terminal."""
         return (
-            f"{self.name} ({self.precision}): {self.boxes} boxes on {self.pictures} pictures, at most {self.box_px:.2g} px "
-            f"and {self.score:.2g} of score off, {self.missing} without counterpart; mAP50-95 {self.map50_95[0]:.4f} -> "
-            f"{self.map50_95[1]:.4f}, defective pictures that pass {self.passed[0]} -> {self.passed[1]} of {self.defective}"
+            f"{self.name} ({self.precision}): {self.boxes} boxes on {self.pictures} pictures ({self.splits}), at most "
+            f"{self.box_px:.2g} px and {self.score:.2g} of score off, {self.missing} without counterpart; mAP50-95 "
+            f"{self.map50_95[0]:.4f} -> {self.map50_95[1]:.4f}; {self.passed[0]} -> {self.passed[1]} of the "
+            f"{self.defective} defective ones pass"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,11 +98,13 @@ def compare(
     other: Sequence[dict[str, Any]],
     names: Sequence[str],
     passed: tuple[int, int],
+    splits: str,
 ) -> Parity:
     """Records of the network and of the exported model on the same pictures, in the same order.
 
     Args:
         passed: defective pictures in which they find nothing, at their operating points.
+        splits: which pictures these are, in words.
     """
     boxes = missing = swapped = 0
     box_px = score = 0.0
@@ -126,6 +131,7 @@ def compare(
         map50_95=pairs["map50_95"],
         passed=passed,
         defective=defective,
+        splits=splits,
     )
 
 

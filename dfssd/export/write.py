@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
         picture = letterbox(decode(rows[0].uri, white=rows[0].white), config.train.imgsz)[0]
         latency = _latency(config, run, model, net, detectors, place, threads, network_input([picture]))
     store = run.at("export")
+    if store.exists("stage.json"):
+        store.delete("stage.json")  # of what these files replace: until the stage has finished it would be wrong
     for name, data in files.items():
         store.write(name, data)
     timing = latency["timings"]
@@ -163,12 +166,13 @@ def check_parity(
         point: the network's operating point; each file brings its own.
     """
     found, tau_c = [], thresholds_of(point, names)
+    splits = ", ".join(f"{count} {split}" for split, count in Counter(row.split for row in rows).items())
     for name, detector in detectors.items():
         conf = INSIDE_CONF if detector.inside else 0.001  # a model with NMS inside keeps no lower scores
         own = collect_squares(network(net, conf), rows, imgsz)
         other = collect_squares(exported(detector, conf), rows, imgsz)
         passed = _passed(own, tau_c), _passed(other, detector.tau_c.astype(np.float64))
-        found.append(compare(name, _precision(name, detector), own, other, names, passed))
+        found.append(compare(name, _precision(name, detector), own, other, names, passed, splits))
     return found
 
 

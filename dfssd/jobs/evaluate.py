@@ -1,6 +1,7 @@
 """Measure teacher, label-only student and distilled student; leaves <run>/report.
 
-With --weights it measures any model files instead (.pt, .onnx, OpenVINO, TensorRT), on a split or a labelled folder.
+With --weights it measures any model files instead (.pt, .onnx, OpenVINO, TensorRT), on a split or a labelled folder. Without
+--imgsz a run is measured at its own input size.
 """
 
 from __future__ import annotations
@@ -11,22 +12,32 @@ from typing import Any
 from pydantic import Field
 
 from dfssd.config.flags import parse
-from dfssd.jobs.stages import reads
+from dfssd.jobs.stages import at_size_of_run, reads
 from dfssd.runtime.artefact_names import REPORT
 
-EXAMPLE = "dfssd evaluate --storage-path runs --run-name line3 --max-escape 0.01"
+EXAMPLE = """dfssd evaluate --storage-path runs --run-name line3 --max-escape 0.01 --overwrite
+  dfssd evaluate --weights old.onnx runs/line3/student/best.pt --on new_labelled_pictures --out numbers.json"""
 FLAGS: dict[str, Any] = {
     "weights": (
         tuple[str, ...],
-        Field((), description="Model files to measure instead of the run's: .pt, .onnx, OpenVINO folders, .engine."),
+        Field(
+            (),
+            description="Model files to measure instead of the run's: .pt, .onnx, OpenVINO folders, .engine. Each at its own "
+            "operating point; a .pt from elsewhere has none, and --max-escape chooses one for it.",
+        ),
     ),
-    "on": (str, Field("test", description="What --weights are measured on: val or test of the run, or a folder.")),
+    "on": (
+        str,
+        Field("test", description="What --weights are measured on: val or test of the run, or a labelled folder."),
+    ),
     "out": (str, Field("", description="JSON file for the numbers of --weights.")),
 }
 
 
 def job(words: Sequence[str]) -> None:
     config, flags = parse(__doc__ or "", reads(REPORT), words, prog="dfssd evaluate", example=EXAMPLE, **FLAGS)
+    if not flags.weights or flags.on in ("val", "test"):
+        config = at_size_of_run(config, words, flags.config)
     if flags.weights:
         import json
         from pathlib import Path

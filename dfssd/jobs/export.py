@@ -1,8 +1,8 @@
 """Write the student for the machine at the line: ONNX, OpenVINO, TensorRT, int8, with its operating point.
 
-Leaves <run>/export. --imgsz is that of the run: the operating point was chosen at that size.
-
-The files must find on real pictures what the network finds, else nothing is written.
+Leaves <run>/export, at the input size of the run, for which the operating point was chosen. The files must find on real
+pictures what the network finds, else nothing is written. What is there already stays: formats, int8 and a name in the
+registry are added to it; --overwrite makes exactly what is asked for.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dfssd.config.flags import parse
-from dfssd.jobs.stages import reads
+from dfssd.jobs.stages import at_size_of_run, reads
 from dfssd.runtime.artefact_names import EXPORT
 
 EXAMPLE = "dfssd export --storage-path runs --run-name line3 --formats onnx openvino --int8 --register line3"
 
 
 def job(words: Sequence[str]) -> None:
-    config, _ = parse(__doc__ or "", reads(EXPORT), words, prog="dfssd export", example=EXAMPLE)
+    config, flags = parse(__doc__ or "", reads(EXPORT), words, prog="dfssd export", example=EXAMPLE)
+    config = at_size_of_run(config, words, flags.config)
     from dfssd.pipeline.run import run_stages
 
     run_stages(config, [EXPORT])

@@ -1,4 +1,4 @@
-"""All stages in order: prepare, teacher, label-only baseline, pseudo-labels, distillation, evaluation.
+"""All stages in order: data set, teacher, mean teacher, label-only baseline, pseudo-labels, student, report, export.
 
 Interrupt it anywhere and type the same command again: finished stages are skipped, the interrupted one goes on.
 """

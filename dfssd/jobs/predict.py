@@ -26,11 +26,13 @@ class Flags:
         model: .onnx file, OpenVINO folder, TensorRT .engine or .pt.
         pictures: Pictures or folders of them.
         out: Folder for the results.
-        score: One threshold for all classes [from 0 to 1]; -1: the model's operating point (of a .pt: 0.25).
+        score: One threshold for all classes [from 0 to 1]; -1: the model's operating point (of a .pt: that of its run's
+            report; 0.25 of a .pt from elsewhere).
         watch: Folder to watch instead.
         poll_s: Seconds between two looks at the watched folder [from 0].
         draw: Keep pictures with their boxes drawn.
-        imgsz: Side of the input (px) of a .pt; exported models know theirs.
+        imgsz: Side of the input (px) of a .pt [from 32 in steps of 32]; 0: that of its operating point, else 640; exported
+            models know theirs.
         threads: CPU threads [from 0]; 0: as the runtime chooses.
     """
 
@@ -41,7 +43,7 @@ class Flags:
     watch: str = ""
     poll_s: Annotated[float, tyro.conf.arg(name="poll-s")] = 1.0
     draw: bool = True
-    imgsz: int = 640
+    imgsz: int = 0
     threads: int = 0
     version: Annotated[Switch, tyro.conf.arg(help=VERSION_HELP)] = False
 
@@ -62,6 +64,8 @@ def job(words: Sequence[str]) -> None:
             raise DfssdError(
                 f"--{name} {value}: must be from {low:g}" + (f" to {high:g}" if high < float("inf") else "")
             )
+    if flags.imgsz < 0 or flags.imgsz % 32:
+        raise DfssdError(f"--imgsz {flags.imgsz}: must be a multiple of 32")
     if bool(flags.watch) == bool(flags.pictures):
         raise DfssdError("give pictures, or a folder to --watch", todo="dfssd predict MODEL PICTURES...")
     files = find_pictures(flags.pictures) if flags.pictures else []

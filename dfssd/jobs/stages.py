@@ -7,12 +7,33 @@ from collections.abc import Sequence
 from dfssd.config import Config
 from dfssd.errors import DfssdError
 from dfssd.pipeline.stages import row_of
-from dfssd.runtime.artefact_names import ArtefactName
+from dfssd.runtime.artefact_names import LABEL_ONLY, REPORT, STUDENT, TEACHER, ArtefactName
 
 
 def reads(*names: ArtefactName) -> tuple[str, ...]:
     """Settings that these stages read."""
     return tuple(dict.fromkeys(key for name in names for key in row_of(name).reads_in(name.round)))
+
+
+def at_size_of_run(config: Config, words: Sequence[str], given: str) -> Config:
+    """The settings at the input size of the run, where the command line names none: another size is another measurement.
+
+    Args:
+        words: of the command line. given: its --config, whose size counts.
+    """
+    if given or any(word.partition("=")[0] == "--imgsz" for word in words):
+        return config
+    from dfssd.runtime.storage import Storage
+
+    run = Storage(config.run.storage_path).at(config.run.run_name)
+    for name in (REPORT, STUDENT, LABEL_ONLY, TEACHER):
+        if run.exists(f"{name}/stage.json"):
+            size = run.read_record(f"{name}/stage.json", ("config",), "")["config"].get("train", {}).get("imgsz")
+            if size and size != config.train.imgsz:
+                print(f"input size: {size} px, that of this run (--imgsz takes another)", flush=True)
+                return config.model_copy(update={"train": config.train.model_copy(update={"imgsz": size})})
+            return config
+    return config
 
 
 def refuse_without_effect(config: Config, name: ArtefactName, shown: Sequence[str], default: Config) -> None:

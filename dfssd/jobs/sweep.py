@@ -6,7 +6,7 @@ Without --data it makes a synthetic data set. The same command again goes on: fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -14,12 +14,15 @@ from pydantic import Field
 from dfssd.config import SECTIONS, Config
 from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
+from dfssd.sweep.space import spaces
 
 EXAMPLE = "dfssd sweep divergence --data my_images --label-fraction 0.1 --storage-path runs --run-name divergences"
 FLAGS: dict[str, Any] = {
     "space": (
-        tyro.conf.Positional[str],
-        Field("", description="The file of the space, or the name of one that comes with dfssd."),
+        Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SPACE")],
+        Field(
+            "", description=f"The file of the space, or the name of one that comes with dfssd: {', '.join(spaces())}."
+        ),
     ),
     "max_concurrent": (int, Field(0, ge=0, description="Most trials at a time; 0: as many as the cluster holds.")),
     "resume": (bool, Field(False, description="Go on with a sweep, and stop where there is none to go on with.")),

@@ -5,6 +5,7 @@ What is logged is a pyfunc on ONNX Runtime (`served.py`): it loads and answers w
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -24,7 +25,6 @@ HERE = Path(__file__).parent
 MEASURE = "map50_95"
 REQUIREMENTS = ("mlflow", "onnxruntime", "opencv-python-headless", "numpy", "pandas")
 CHAMPION = "champion"
-PATIENCE_S = 180.0  # a model is megabytes, and its registration needs its address
 PATIENCE_S = 60.0  # that a person who asked for a registered model waits for it
 
 
@@ -37,14 +37,16 @@ def log_model(
     measured: Mapping[str, Any],
     dataset_digest: str,
     register: str = "",
+    logged: str = "",
 ) -> str:
-    """Log the exported ONNX file as an MLflow model of a run, and register it where asked.
+    """Log the exported ONNX file as an MLflow model of a run, and register it where asked, each once.
 
     Args:
         store: folder that holds `<model>.onnx`.
         done: summary of the export. measured: numbers of all models (`report/metrics.json`).
         dataset_digest: of the split that the numbers were measured on.
-        register: name in the registry; '' registers nothing.
+        register: name in the registry; '' registers nothing. A version with the same file and numbers stays the only one.
+        logged: URI of the model, where it was logged before.
 
     Returns:
         URI of the logged model; '' where MLflow is not reachable.
@@ -56,11 +58,14 @@ def log_model(
     tags = {"dataset": dataset_digest, "model": model, "score": str(done["operating_point"]["score"])}
     name = model.replace("/", "_")
     onnx = store.read(f"{model}.onnx")
-    uri = runs.attempt(lambda client: _log(runs.uri, run_id, name, onnx, done, metrics, tags), "", PATIENCE_S)
+    uri = logged or runs.attempt(lambda client: _log(runs.uri, run_id, name, onnx, done, metrics, tags), "", PATIENCE_S)
+    known = {
+        "dataset": dataset_digest,
+        f"val.{MEASURE}": repr(metrics[f"val/{MEASURE}"]),
+        "onnx_sha256": hashlib.sha256(onnx).hexdigest(),
+    }
     if uri and register:
-        said = runs.attempt(
-            lambda client: _register(client, runs.uri, uri, register, metrics, dataset_digest), "", PATIENCE_S
-        )
+        said = runs.attempt(lambda client: _register(client, runs.uri, uri, register, metrics, known), "", PATIENCE_S)
         print(said or f"WARNING: {register} was not registered", flush=True)
     return uri
 
@@ -158,21 +163,25 @@ def _requirements() -> list[str]:
 
 
 def _register(
-    client: Any, store: str, model_uri: str, name: str, metrics: Mapping[str, float], dataset_digest: str
+    client: Any, store: str, model_uri: str, name: str, metrics: Mapping[str, float], known: Mapping[str, str]
 ) -> str:
-    """A new version; `champion` where none is, or where it is better on val of the same data set. Says what was done."""
+    """A new version, unless there is one with the same tags `known` (file, data set, val mAP50-95); `champion` where none is,
+    or where it is better on val of the same data set. Says what was done."""
     import mlflow
 
+    for one in client.search_model_versions(f"name = '{name}'"):
+        if all(one.tags.get(key) == value for key, value in known.items()):
+            return f"registered {name} before: it is version {one.version}"
     present = _champion(client, name)
     with _tracking(store):
         version = str(mlflow.register_model(model_uri, name).version)
     own = float(metrics[f"val/{MEASURE}"])
-    for key, value in (("dataset", dataset_digest), (f"val.{MEASURE}", repr(own))):
+    for key, value in known.items():
         client.set_model_version_tag(name, version, key, value)
     if present is None:
         client.set_registered_model_alias(name, CHAMPION, version)
         return f"registered {name}, version {version}: the first one, so it is {CHAMPION}"
-    if present.tags.get("dataset") != dataset_digest:
+    if present.tags.get("dataset") != known["dataset"]:
         return (
             f"registered {name}, version {version}; {CHAMPION} stays version {present.version}, which was measured "
             f"on another data set (to change it: mlflow's client.set_registered_model_alias)"

@@ -24,7 +24,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
     Raises:
         DfssdError: a format's library is missing, settings exclude each other, or nothing has measured the models.
     """
-    settings = context.config.export
+    settings = _asked(context, stage).export
     check_settings(settings)
     if not context.run.exists(f"{REPORT}/stage.json") and REPORT not in planned:
         raise DfssdError(
@@ -62,19 +62,38 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     from dfssd.runtime.cluster import connect, task_resources
     from dfssd.runtime.tasks import result
 
-    model = str(exported_model(context.config, context.run))
+    model, config = str(exported_model(context.config, context.run)), _asked(context, stage)
     connect()
-    run = context.config.run
-    resources = task_resources(run, "require" if "tensorrt" in context.config.export.formats else "never")
+    run = config.run
+    resources = task_resources(run, "require" if "tensorrt" in config.export.formats else "never")
     task = ray.remote(export_model).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=1)
-    ref = task.remote(context.config, context.run.uri, model, resources.threads)
+    ref = task.remote(config, context.run.uri, model, resources.threads)
     done = result(ref, str(stage.name), run, f"{resources.each()} on one node")
     stage.store.write_json("export.json", done)
     context.runs.artefact(run_id, "export.json", stage.store.read("export.json"))
     context.runs.metrics(run_id, tracked(done))
-    logged = _logged(context.config, context.runs, run_id, context.run, model, done)
+    logged = _logged(config, context.runs, run_id, context.run, model, done)
     summary = {"model": model, "speedup": done["speedup"], "mlflow_model": logged, **_short(done)}
     return summary, [f for f in stage.store.files() if f != "started.json"]
+
+
+def _asked(context: Context, stage: Stage) -> Config:
+    """The settings, with what the stage shall hold in the end: what is asked for and what is there already."""
+    held = stage.config["export"]
+    export = context.config.export.model_copy(update={"formats": tuple(held["formats"]), "int8": held["int8"]})
+    return context.config.model_copy(update={"export": export})
+
+
+def register_finished(context: Context, stage: Stage) -> None:
+    """Register a model that was exported before, where that is asked for only now."""
+    name, record = context.config.export.register_as, stage.store.read_json("stage.json")
+    if not name:
+        return
+    run_id, done = record.get("mlflow_run_id") or "", stage.store.read_json("export.json")
+    if not run_id:
+        print(f"WARNING: {name} was not registered: this export has no run in MLflow", flush=True)
+        return
+    _logged(context.config, context.runs, run_id, context.run, done["model"], done, record["summary"]["mlflow_model"])
 
 
 def export_and_register(config: Config, runs: Runs, run_id: str, run: Storage, model: str) -> None:
@@ -84,10 +103,18 @@ def export_and_register(config: Config, runs: Runs, run_id: str, run: Storage, m
     _logged(config, runs, run_id, run, model, done)
 
 
-def _logged(config: Config, runs: Runs, run_id: str, run: Storage, model: str, done: dict[str, Any]) -> str:
-    """Log the exported model in an MLflow run, and register it where that is asked for."""
+def _logged(
+    config: Config, runs: Runs, run_id: str, run: Storage, model: str, done: dict[str, Any], logged: str = ""
+) -> str:
+    """Log the exported model in an MLflow run, and register it where that is asked for.
+
+    Args:
+        logged: its URI, where it was logged before.
+    """
     digest, measured = run.read_json(f"{DATASET}/stage.json")["digest"], run.read_json(f"{REPORT}/metrics.json")
-    return log_model(runs, run_id, run.at(str(EXPORT)), model, done, measured, digest, config.export.register_as)
+    return log_model(
+        runs, run_id, run.at(str(EXPORT)), model, done, measured, digest, config.export.register_as, logged
+    )
 
 
 def tracked(done: dict[str, Any]) -> dict[str, float]:

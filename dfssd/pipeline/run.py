@@ -14,6 +14,8 @@ from dfssd.pipeline.stages import is_wanted, make_stage, plan, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
 
+SAID = {"interrupted": "goes on", "added to": "adds to what is there"}
+
 
 def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
     """Run stages in order, and later rounds where the settings ask for them; or show the plan.
@@ -91,8 +93,10 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
         record = stage.store.read_json("stage.json")
         print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)
         deliver_later(context.runs, context.run, str(name))  # what MLflow missed while it was down
+        if row.again:
+            resolve(row.again)(context, stage)
         return dict(record["summary"])
-    print(f"{name}: {'goes on' if state == 'interrupted' else 'starts'}", flush=True)
+    print(f"{name}: {SAID.get(state, 'starts')}", flush=True)
     params = context.runs.params if context.tags else flatten(stage.config)
     run_id = context.runs.stage(str(name), stage.recorded_run_id(), params, context.title, keep=stage.record_run_id)
     status = "FAILED"

@@ -35,6 +35,9 @@ class StageRow:
             lines; takes (context, stage, names of the stages planned before it). It is asked before anything is begun or
             deleted, and by the dry run.
         renew: "module:function" that is asked where what is there differs, before it is refused; takes (context, stage).
+        grows: settings to which a finished artefact is added where more is asked for, instead of refusing; `--overwrite`
+            makes exactly what is asked for.
+        again: "module:function" that is called where a finished artefact is skipped; takes (context, stage).
         wanted: is it part of a pipeline with these settings?
         in_rounds: does a later round (`--rounds`) do it again?
         ends_rounds: after it, of (run, round): is there no further stage of this round, nor a further round?
@@ -51,6 +54,8 @@ class StageRow:
     training: Training | None = None
     needs: str = ""
     renew: str = ""
+    grows: tuple[str, ...] = ()
+    again: str = ""
     wanted: Callable[[Config], bool] = lambda config: True
     in_rounds: bool = False
     ends_rounds: Callable[[Storage, int], bool] = lambda run, number: False

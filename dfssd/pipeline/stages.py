@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, section
+from dfssd.config.choices import IN_LOOP_POLICIES
 from dfssd.pipeline.settings import counted
 from dfssd.pipeline.stage_row import StageRow
 from dfssd.runtime.artefact_names import (
@@ -87,7 +88,7 @@ _SELF_LABELLED = (  # of a training whose own average labels
     *section("train", "lr", "ema_decay"),
     *(f"pseudo.{k}" for k in ("floor", "nms_iou", "max_candidates")),
     *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "silent", "balance", "share_u")),
-    *(f"thresholds.{k}" for k in ("tau", "tau_min", "tau_max")),
+    *(f"thresholds.{k}" for k in sorted(frozenset().union(*(row.uses for row in IN_LOOP_POLICIES.values())))),
 )
 
 STAGES = (
@@ -181,6 +182,8 @@ STAGES = (
         inputs=lambda config, run, number: (DATASET, exported_model(config, run), REPORT),
         body="dfssd.pipeline.exporting:export_stage",
         needs="dfssd.pipeline.exporting:needs",
+        grows=("export.formats", "export.int8"),
+        again="dfssd.pipeline.exporting:register_finished",
         wanted=lambda config: bool(config.export.formats),
     ),
 )
@@ -249,7 +252,11 @@ def make_stage(config: Config, run: Storage, name: ArtefactName) -> Stage:
     """The stage with what must match: its settings and its inputs."""
     from dfssd.runtime.artefact import Stage
 
-    return Stage(run, name, settings_of(config, name), row_of(name).inputs(config, run, name.round))
+    row = row_of(name)
+    stage = Stage(run, name, settings_of(config, name), row.inputs(config, run, name.round), row.grows)
+    if row.grows and not config.run.overwrite:
+        stage.keep()
+    return stage
 
 
 def resolve(target: str) -> Callable[..., Any]:

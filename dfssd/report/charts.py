@@ -11,6 +11,7 @@ from html import escape
 from itertools import pairwise
 
 PALETTE = ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)", "var(--c6)", "var(--c7)", "var(--c8)")
+DASHES = ("", "6 3", "2 3", "9 3 2 3")  # of the first, second, ... eight lines
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 38
 LONG = 26  # letters of a name, above which the legend has one column
@@ -66,7 +67,7 @@ def line_chart(
         x, _ = place(mark_x, y0)
         parts.append(f'<line x1="{x}" y1="{TOP}" x2="{x}" y2="{HEIGHT - BOTTOM}" class="mark"/>')
     for k, (name, own) in enumerate(lines.items()):
-        colour, dash = PALETTE[k % len(PALETTE)], ' stroke-dasharray="5 3"' if k >= len(PALETTE) else ""
+        colour, dash = look(k)
         parts += _curve(place, own, colour, dash)
         if dots and name in dots:
             x, y = place(*dots[name])
@@ -76,6 +77,12 @@ def line_chart(
             parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" stroke="{colour}" stroke-width="3"{dash}/>')
             parts.append(f'<text x="{x + 23}" y="{y + 4}">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def look(k: int) -> tuple[str, str]:
+    """Colour and dash (an attribute, or nothing) of the k-th line: different for the first 32, more than a legend shows."""
+    dash = DASHES[k // len(PALETTE) % len(DASHES)]
+    return PALETTE[k % len(PALETTE)], f' stroke-dasharray="{dash}"' if dash else ""
 
 
 def _axes(place: Place, across: Sequence[float], up: Sequence[float], x_label: str, y_label: str) -> list[str]:

@@ -20,7 +20,8 @@ from dfssd.evaluate.detections import read_detections
 from dfssd.evaluate.measure import thresholds_of
 from dfssd.evaluate.verdict import share
 from dfssd.report import cases, charts, pictures, tables
-from dfssd.report.point import point_charts, point_text, svg
+from dfssd.report.plots import ahead
+from dfssd.report.point import Figure, point_charts, point_text, svg
 from dfssd.report.quality import rows as quality_rows
 from dfssd.report.terminal import said
 from dfssd.runtime.artefact_names import QUALITY, newest_round
@@ -41,6 +42,10 @@ CONTENTS = (
 )
 SIDE_PICTURES = 4
 VERSIONS = ("torch", "ultralytics", "ray", "mlflow", "onnxruntime", "numpy", "opencv-python-headless", "opencv-python")
+BATCHES = (
+    "Boxes, and so confidences, of yolo val's rectangular batches: the same picture has other scores in the line's square "
+    "letterbox, so choose no operating point here."
+)
 Rows = tuple[list[str], list[list[str]]]
 
 
@@ -141,18 +146,21 @@ def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
     }
     chart = partial(svg, x_label="score", x_range=(0, 1))
     drawn = [
-        svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)),
-        chart("F1 over the score", curve("f1")),
-        chart("Precision over the score", curve("precision")),
-        chart("Recall over the score", curve("recall")),
-        chart("Calibration: precision of boxes with this score", honest, diagonal=True),
+        Figure(svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)), BATCHES),
+        Figure(chart("F1 over the score", curve("f1")), BATCHES),
+        Figure(chart("Precision over the score", curve("precision")), BATCHES),
+        Figure(chart("Recall over the score", curve("recall")), BATCHES),
+        Figure(
+            chart("Calibration: precision of boxes with this score", honest, diagonal=True),
+            "As the line sees the pictures. On the dashed line a score is the share of right boxes.",
+        ),
     ]
     matrix = test["confusion"]
     rows = [[n, *map(str, counts)] for n, counts in zip(matrix["names"], matrix["counts"], strict=True)]
     return {
         "classes": _table("mAP50 by class", tables.class_rows(results, names)),
         "sizes": _table("mAP50-95 by box size", tables.size_rows(results)),
-        "review_charts": [c for c in drawn if c],
+        "review_charts": [one for one in drawn if one.chart],
         "confusion": _table("Confusion", (["labelled as", *matrix["names"]], rows)),
     }
 
@@ -178,12 +186,25 @@ def _training(run: Storage, results: dict[str, Any]) -> list[dict[str, Any]]:
         measured = series("val/")
         val = {label: measured.get(k, []) for k, label in (("map50", "mAP50"), ("map50_95", "mAP50-95"))}
         drawn = [
-            svg(f"Validation of {tables.in_prose(stage, title)}", val, "step"),
-            svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None),
-            svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"),
+            Figure(svg(f"Validation of {tables.in_prose(stage, title)}", val, "step"), ""),
+            Figure(
+                svg("Loss", {"total": series("loss/").get("total", [])}, "step", y_range=None), _faded(stage, history)
+            ),
+            Figure(svg("Thresholds of pseudo-labels over time", series("threshold/"), "step"), ""),
         ]
-        blocks.append({"title": title, "charts": [c for c in drawn if c]})
+        blocks.append({"title": title, "charts": [one for one in drawn if one.chart]})
     return blocks
+
+
+def _faded(stage: str, history: list[dict[str, Any]]) -> str:
+    """Caption of a loss that falls because terms leave it; '' where none does."""
+    spans = ahead([h for h in history if "loss/total" in h])
+    if not spans:
+        return ""
+    return (
+        f"From step {spans[0][0]} on the student is ahead of its teacher on val: the teacher's terms fade to zero as meant "
+        f"(--fade) and the loss falls with them. Term by term: {stage}/curves.png."
+    )
 
 
 def _times(run: Storage) -> dict[str, Any]:

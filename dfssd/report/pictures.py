@@ -50,10 +50,10 @@ def draw(
 
     Args:
         boxes, truth: (n,5) or more [cls, cx, cy, w, h (0..1), score].
-        side: longer side (px).
+        side: longer side (px) of what is drawn; smaller pictures are enlarged, so that names and lines stay readable.
     """
     try:
-        picture = Image.fromarray(shrink(decode(row.uri, white=row.white), side)[..., ::-1].copy())
+        picture = _sized(Image.fromarray(shrink(decode(row.uri, white=row.white), side)[..., ::-1].copy()), side)
     except DfssdError:
         return Image.new("RGB", (side, side), "#888")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(11, side // 28))
@@ -81,6 +81,13 @@ def draw(
             text = names[c] if score is None else f"{names[c]} {score:.2f}"
             write(text, (x1, y1 - max(13, side // 24)), colour, "white")
     return picture
+
+
+def _sized(picture: Image.Image, side: int) -> Image.Image:
+    """A picture whose longer side has at least so many px."""
+    ratio = side / max(picture.size)
+    size = max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio))
+    return picture.resize(size, Image.Resampling.BICUBIC) if ratio > 1 else picture
 
 
 def _edges(box: np.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float]:

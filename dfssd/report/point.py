@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from dfssd.evaluate.verdict import share
 from dfssd.report import charts
+
+ONE = "Curves: one score for all classes."
+
+
+class Figure(NamedTuple):
+    """A chart and what stands below it."""
+
+    chart: Markup
+    caption: str
 
 
 def svg(*args: Any, **kwargs: Any) -> Markup:
@@ -29,7 +38,9 @@ def point_text(point: dict[str, Any], title: str, escape: dict[str, Any]) -> str
         f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which let no more pass "
         f"and spare clean pictures.{reached} Test, which had no part in the choice: "
         f"{_on_test(escape, point['max_escape'])} Pictures are counted as the line sees them: "
-        "letterboxed to a square, as an exported model takes them."
+        "letterboxed to a square, as an exported model takes them. The counts, cards and pictures of this page are those of "
+        f"the thresholds by class, as dfssd predict and the exported model apply them; yolo predict takes one score, conf="
+        f"{point['score']}, and finds other boxes."
     )
 
 
@@ -48,8 +59,8 @@ def _on_test(escape: dict[str, Any], most: float) -> str:
 
 def point_charts(
     results: dict[str, Any], titles: dict[str, str], point: dict[str, Any], names: Sequence[str], prose: str
-) -> list[Markup]:
-    """SVG of what the line sees over the score: of the model that goes there first, then of all beside each other.
+) -> list[Figure]:
+    """What the line sees over the score: of the model that goes there first, then of all beside each other.
 
     Args:
         names: classes in order. prose: what a sentence calls the model that goes to the line.
@@ -66,18 +77,21 @@ def point_charts(
     trade = {t: pairs(c, "escape", "false_boxes") for t, c in curves.items()}
     dots = {t: (m["false_boxes"], m["escape"]["rate"]) for t, m in line.items() if m["escape"]["rate"] is not None}
     chart = partial(svg, x_label="score", x_range=(0, 1))
+    at = f"Dashed: {point['score']:.3f}, which val chose; thresholds by class depart from it."
     found = [
-        chart(f"Test pictures and {prose} (shares)", both, mark_x=point["score"]),
-        chart(f"Escapes by class, {prose}", by_class, mark_x=point["score"]),
-        chart("Escapes, share of defective pictures", {t: pairs(c, "escape") for t, c in curves.items()}),
-        chart("Overkill, share of clean pictures", {t: pairs(c, "overkill") for t, c in curves.items()}),
-        chart("False boxes a picture", {t: pairs(c, "false_boxes") for t, c in curves.items()}, y_range=None),
-        svg(
-            "Escapes against false boxes",
-            trade,
-            "false boxes a picture (dots: operating points)",
-            x_range=(0, 3),
-            dots=dots,
+        Figure(chart(f"Test pictures and {prose} (shares)", both, mark_x=point["score"]), f"{ONE} {at}"),
+        Figure(
+            chart(f"Escapes by class, {prose}", by_class, mark_x=point["score"]),
+            f"Of the pictures that show the class. {ONE} {at}",
+        ),
+        Figure(chart("Escapes, share of defective pictures", {t: pairs(c, "escape") for t, c in curves.items()}), ONE),
+        Figure(chart("Overkill, share of clean pictures", {t: pairs(c, "overkill") for t, c in curves.items()}), ONE),
+        Figure(
+            chart("False boxes a picture", {t: pairs(c, "false_boxes") for t, c in curves.items()}, y_range=None), ONE
+        ),
+        Figure(
+            svg("Escapes against false boxes", trade, "false boxes a picture", x_range=(0, 3), dots=dots),
+            f"{ONE} Dots: each model at its thresholds by class, so a dot may lie beside its line, or beyond the edge.",
         ),
     ]
-    return [c for c in found if c]
+    return [one for one in found if one.chart]

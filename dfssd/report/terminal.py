@@ -47,9 +47,10 @@ def print_export(config: Config) -> None:
         for parity in done["parity"].values():
             off = f"{parity['box_px']:.2g} px, {parity['score']:.2g} of score"
             print(
-                f"parity    {parity['name']} ({parity['precision']}) on {parity['pictures']} pictures: {off} off at most; "
-                f"mAP50-95 {parity['map50_95'][0]:.4f} -> {parity['map50_95'][1]:.4f}, defective pictures that pass "
-                f"{parity['passed'][0]} -> {parity['passed'][1]} of {parity['defective']}"
+                f"parity    {parity['name']} ({parity['precision']}) on {parity['pictures']} labelled pictures"
+                f"{' (' + parity['splits'] + ')' if 'splits' in parity else ''}: {off} off at most; "
+                f"mAP50-95 {parity['map50_95'][0]:.4f} -> {parity['map50_95'][1]:.4f}; {parity['passed'][0]} -> "
+                f"{parity['passed'][1]} of the {parity['defective']} defective ones pass"
             )
         times = ", ".join(f"{name} {t['p50_ms']:.1f}" for name, t in done["latency"]["timings"].items())
         print(f"latency   {times} ms ({done['latency']['note']})")
@@ -158,6 +159,6 @@ def print_files(results: dict[str, Any], on: str) -> None:
             ]
         )
         notes += [f"scores chosen on {point['chosen_on']} for at most {point['max_escape']:.1%} escapes"]
-        notes += [*point["notes"], *doubts(line, point["max_escape"], on), one["latency_note"]]
+        notes += [*one["remarks"], *point["notes"], *doubts(line, point["max_escape"], on), one["latency_note"]]
     print(render(f"measured on {on}", header, rows))
     print("\n".join(dict.fromkeys(notes)))

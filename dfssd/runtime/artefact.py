@@ -7,7 +7,6 @@ What `stage.json` says is checked: sizes where a stage is skipped, sha256 of wha
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,8 @@ from dfssd.errors import DamagedFile, DfssdError
 from dfssd.runtime.artefact_names import PSEUDO, ArtefactName, is_finished
 from dfssd.runtime.code_version import code_version
 from dfssd.runtime.lease import Lease
-from dfssd.runtime.storage import Storage, side_by_side
+from dfssd.runtime.outputs import damaged_outputs, digest_of
+from dfssd.runtime.storage import Storage
 
 REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
@@ -52,12 +52,14 @@ class Stage:
         name: of the artefact; as text its folder.
         config: the settings this stage's result depends on.
         inputs: artefacts that it reads; their output digests become part of what must match.
+        grows: dotted keys of settings (lists, switches) to which a finished artefact is added where more is asked for.
     """
 
     run: Storage
     name: ArtefactName
     config: dict[str, Any]
     inputs: tuple[ArtefactName, ...] = ()
+    grows: tuple[str, ...] = ()
     started: float = field(default_factory=time.time)
     held: Lease | None = field(default=None, init=False)
 
@@ -95,14 +97,40 @@ class Stage:
     def key(self) -> dict[str, Any]:
         return {"config": self.config, "inputs": self.input_digests()}
 
+    def keep(self) -> None:
+        """Ask for what is there as well, in the settings that grow: what was made before is not lost.
+
+        Raises:
+            DamagedFile: the record is empty, cut, or of another shape.
+        """
+        done = self.store.exists("stage.json")
+        if not (done or self.store.exists("started.json")):
+            return
+        todo = "add --overwrite, which begins this stage anew"
+        recorded = self.record_of(self.name) if done else self.store.read_record("started.json", ("config",), todo)
+        for key in self.grows:
+            section, _, field = key.partition(".")
+            asked, there = self.config[section][field], recorded["config"].get(section, {}).get(field)
+            if isinstance(asked, list):
+                self.config[section][field] = list(dict.fromkeys([*(there or []), *asked]))
+            else:
+                self.config[section][field] = asked or bool(there)
+
+    def _is_growth(self, state: str, changed: list[str]) -> bool:
+        """Is something asked for beside what is there, and nothing else changed?"""
+        mine = tuple(f"config.{key}: " for key in self.grows)
+        return state == "finished" and bool(changed and mine) and all(line.startswith(mine) for line in changed)
+
     def state(self) -> str:
-        """'finished', 'interrupted' or 'new'; compares what was recorded with what is asked for.
+        """'finished', 'added to', 'interrupted' or 'new'; compares what was recorded with what is asked for.
 
         Raises:
             DfssdError: the artefact there was made, or begun, with other settings or inputs, or is damaged; or an input is
                 missing.
         """
         state, changed = self._compared(self.key())
+        if self._is_growth(state, changed):
+            return "added to"
         if changed:
             raise self._refusal(state, changed)
         return self._mended(remove=False) if state == "finished" else state
@@ -198,6 +226,10 @@ class Stage:
             if not overwrite:
                 raise
             state, changed = "damaged", ["its files"]
+        if not overwrite and self._is_growth(state, changed):  # what is there counts until the new files are written
+            self.check_inputs()
+            self.store.write_json("started.json", {**key, "mlflow_run_id": None})
+            return "added to"
         if changed and not overwrite:
             raise self._refusal(state, changed)
         if state == "finished" and not changed:
@@ -255,30 +287,3 @@ class Stage:
         }
         self.store.write_json("stage.json", record)
         return record
-
-
-def damaged_outputs(store: Storage, outputs: dict[str, Any], read: tuple[str, ...] = ()) -> dict[str, str]:
-    """By name, what is wrong with each output that is not as `stage.json` says.
-
-    Args:
-        outputs: sizes (bytes) and sha256 by name.
-        read: beginnings of the names whose sha256 is compared, too; of the others the size.
-    """
-    damaged: dict[str, str] = {}
-    sizes = store.sizes(list(outputs))
-    for name, entry in outputs.items():
-        if sizes[name] is None:
-            damaged[name] = "it is missing"
-        elif sizes[name] != entry["bytes"]:
-            damaged[name] = f"it has {sizes[name]} bytes, {entry['bytes']} were written"
-    deep = [n for n in outputs if n not in damaged and read and n.startswith(read)]
-    for name, found in zip(deep, side_by_side(store.digest, deep, remote=not store.is_local), strict=True):
-        if found["sha256"] != outputs[name]["sha256"]:
-            damaged[name] = "its sha256 differs from what was written"
-    return damaged
-
-
-def digest_of(outputs: dict[str, dict[str, Any]]) -> str:
-    """One digest for a set of outputs, from their names and sha256."""
-    lines = "\n".join(f"{name} {info['sha256']}" for name, info in sorted(outputs.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]

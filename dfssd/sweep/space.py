@@ -87,6 +87,11 @@ def find_space(name: str) -> str:
     return str(found) if plain else name
 
 
+def spaces() -> list[str]:
+    """Names of the spaces that come with the package."""
+    return sorted({file.stem for folder in _ours() for file in folder.glob("[!_]*.py")})
+
+
 def load_space(path: str) -> Space:
     """Read and check a file of a space.
 
