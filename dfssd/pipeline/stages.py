@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, section
+from dfssd.config.choices import IN_LOOP_POLICIES
 from dfssd.pipeline.settings import counted
 from dfssd.pipeline.stage_row import StageRow
 from dfssd.runtime.artefact_names import (
@@ -87,7 +88,7 @@ _SELF_LABELLED = (  # of a training whose own average labels
     *section("train", "lr", "ema_decay"),
     *(f"pseudo.{k}" for k in ("floor", "nms_iou", "max_candidates")),
     *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "silent", "balance", "share_u")),
-    *(f"thresholds.{k}" for k in ("tau", "tau_min", "tau_max")),
+    *(f"thresholds.{k}" for k in sorted(frozenset().union(*(row.uses for row in IN_LOOP_POLICIES.values())))),
 )
 
 STAGES = (
