@@ -60,6 +60,7 @@ def print_export(config: Config) -> None:
     print("\nnext:")
     for command in next_commands(config, run):
         print(f"  {command}")
+    print("(yolo takes one score for all classes, dfssd predict the thresholds by class: their boxes differ)")
     if link := runs_page(config, run):
         print(f"runs in MLflow: {link}")
 
