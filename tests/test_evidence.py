@@ -339,6 +339,7 @@ def test_a_fade_is_marked_and_said_and_no_crash_in_the_plot():
     quiet = [step(k, 1) for k in range(3)]
     assert plots.remark(quiet) == "" and plots.ahead(quiet) == []
     assert "schedule" in plots.remark([*quiet, {**step(3, 1), "loss/feat/pkd": 0.0}])
+    assert plots.remark([{**step(0, 1), "loss/pse/box": 0.0}]) == "", "a batch without pseudo-labels is no schedule"
 
 
 def test_small_pictures_of_a_report_are_enlarged(tmp_path):
