@@ -41,7 +41,7 @@ chaos: install
 	$(BIN)/pytest -s -m chaos tests/faults
 
 reliability: install
-	$(BIN)/python benchmarks/reliability.py --write docs/reliability.md
+	$(BIN)/python benchmarks/reliability.py --folder build/reliability --minutes 14 --write docs/reliability.md
 
 format: install
 	$(BIN)/ruff format .

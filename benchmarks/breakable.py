@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +13,13 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 BUCKET = "dfssd"
+_WRITE = re.compile(rb"(?:PUT|POST) (/[^ ?]*)")  # at the beginning of a request
 
 
 def free_port() -> int:
@@ -28,11 +32,12 @@ class Proxy:
     """Hands connections on to a port of loopback; set `mode` to break them.
 
     pass: as they come. fail: every request is answered with 500. refuse: every connection is closed at once. Those that are
-    open when the mode changes are cut.
+    open when the mode changes are cut. What `holds` says yes to (the path of a write) waits until it says no.
     """
 
     def __init__(self, target: int) -> None:
         self.target, self.requests_failed = target, 0
+        self.holds: Callable[[str], bool] = lambda path: False
         self._mode, self._open, self._lock = "pass", set[socket.socket](), threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.port = int(self._listener.getsockname()[1])
@@ -53,6 +58,19 @@ class Proxy:
     def close(self) -> None:
         self._listener.close()
         self.mode = "refuse"
+
+    def _held(self, client: socket.socket, data: bytes) -> None:
+        """Wait with a write that is held.
+
+        Raises:
+            ConnectionError: whoever sent it is gone, and what the dead have not delivered shall not come late.
+        """
+        found = _WRITE.match(data)
+        while found and self._mode == "pass" and self.holds(found[1].decode()):
+            time.sleep(0.02)
+            with contextlib.suppress(BlockingIOError):
+                if not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    raise ConnectionError
 
     def _accept(self) -> None:
         while True:
@@ -75,15 +93,20 @@ class Proxy:
                     self._open |= {client, server}
                 back = threading.Thread(target=_pump, args=(server, client), daemon=True)
                 back.start()
-                _pump(client, server)
+                _pump(client, server, self._held)
                 back.join()
                 with self._lock:
                     self._open -= {client, server}
 
 
-def _pump(source: socket.socket, target: socket.socket) -> None:
+def _pump(
+    source: socket.socket, target: socket.socket, first: Callable[[socket.socket, bytes], None] | None = None
+) -> None:
+    """Hand on what comes, after `first` has seen it."""
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
+            if first is not None:
+                first(source, data)
             target.sendall(data)
     with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)
@@ -105,15 +128,17 @@ class Server:
     def __init__(self, command: list[str], port: int, path: str, log: Path) -> None:
         self.command, self.port, self.path, self.log = command, port, path, log
         self.process: subprocess.Popen[bytes] | None = None
+        self._lock, self._closed = threading.Lock(), False
 
     def start(self, wait_s: float = 120.0) -> None:
         """Start it where it does not run, and wait until it answers; 0: do not wait."""
-        if self.process is None or self.process.poll() is not None:
-            clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))}
-            with self.log.open("a") as log:
-                self.process = subprocess.Popen(
-                    self.command, stdout=log, stderr=subprocess.STDOUT, env=clean, start_new_session=True
-                )
+        with self._lock:
+            if not self._closed and (self.process is None or self.process.poll() is not None):
+                clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MLFLOW_"))}
+                with self.log.open("a") as log:
+                    self.process = subprocess.Popen(
+                        self.command, stdout=log, stderr=subprocess.STDOUT, env=clean, start_new_session=True
+                    )
         deadline = time.monotonic() + wait_s
         while wait_s:
             with contextlib.suppress(OSError):
@@ -125,17 +150,49 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL to the server and what it has started."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        with self._lock:
+            if self.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def close(self) -> None:
+        """Kill it, and let nobody start it again."""
+        self._closed = True
+        self.kill()
+
+
+def _client(port: int) -> Any:
+    import boto3
+
+    own = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"]}
+    return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name=KEYS["AWS_DEFAULT_REGION"], **own)
+
+
+def _fill(port: int, folder: Path) -> None:
+    """Make the bucket, with the files of a folder in it, as far as there are any."""
+    client = _client(port)
+    client.create_bucket(Bucket=BUCKET)
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        client.upload_file(str(file), BUCKET, str(file.relative_to(folder)))
+
+
+def _keep(port: int, folder: Path) -> None:
+    """Copy the bucket, which the endpoint holds in memory alone, into a folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    client = _client(port)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+        for name in (entry["Key"] for entry in page.get("Contents", []) if not entry["Key"].endswith("/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(BUCKET, name, str(folder / name))
 
 
 @contextlib.contextmanager
 def servers(folder: Path) -> Iterator[tuple[dict[str, str], Proxy, Server]]:
     """An S3 endpoint behind a proxy, and an MLflow server; yields the environment that leads to them, and what breaks them.
 
-    The bucket is `BUCKET`.
+    The bucket is `BUCKET`. What both hold stays in `folder` where the block ends without an error, and is there again with
+    the next servers of that folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     s3_port, tracking_port = free_port(), free_port()
@@ -150,11 +207,11 @@ def servers(folder: Path) -> Iterator[tuple[dict[str, str], Proxy, Server]]:
         mlflow.start(wait_s=0)
         store.start()
         mlflow.start()
-        request = urllib.request.Request(f"http://127.0.0.1:{s3_port}/{BUCKET}", method="PUT")
-        urllib.request.urlopen(request, timeout=30).close()
+        _fill(s3_port, folder / "bucket")
         env = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "AWS_EC2_METADATA_DISABLED": "true"}
         yield {**env, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{tracking_port}"}, proxy, mlflow
+        _keep(s3_port, folder / "bucket")
     finally:
         proxy.close()
-        store.kill()
-        mlflow.kill()
+        store.close()
+        mlflow.close()

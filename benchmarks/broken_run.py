@@ -1,4 +1,7 @@
-"""A pipeline that is broken at moments drawn from a seed, and typed again until it ends: the faults, and what they cost.
+"""A pipeline that is broken at places drawn from a seed, and typed again until it ends: the faults, and what they cost.
+
+Each fault waits for the run to reach its place, and the run waits for the fault: its storage holds the first checkpoint
+there until the fault has come, so that all of them come, however fast the machine is.
 
 `reliability.py` compares what it leaves with an undisturbed run, and writes the table.
 """
@@ -10,6 +13,7 @@ import random
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,14 +21,12 @@ from pathlib import Path
 
 import psutil
 from breakable import Proxy, Server
+from places import STAGES, Position, barrier, places, position, written
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("dataset", "teacher", "mean_teacher", "label_only", "pseudo", "quality", "student", "report")
-TRAININGS = {"teacher": 1.0, "mean_teacher": 0.5, "label_only": 1.0, "student": 1.0}  # share of the steps
 WORKERS = ("RayTrainWorker", "MapWorker", "ray::measure", "ray::Map")
 LIMIT_S = 600.0  # until a run must be further after a fault
 MARK = "\n=== typed again ===\n"
-Position = tuple[int, int]  # stages that are finished, step of the next one
 
 
 @dataclass
@@ -92,18 +94,6 @@ class Run:
             self.process.wait()
 
 
-def position(text: str) -> Position:
-    """How far a log got."""
-    best = (0, 0)
-    for name, step in re.findall(r"(\w+): step (\d+)/\d+ \(", text):
-        if name in STAGES:
-            best = max(best, (STAGES.index(name), int(step)))
-    for name in re.findall(r"(\w+): finished ", text):
-        if name in STAGES:
-            best = max(best, (STAGES.index(name) + 1, 0))
-    return best
-
-
 # Faults: what is done, until the run can go on.
 
 
@@ -158,12 +148,12 @@ def terminate(run: Run, rng: random.Random) -> str:
 
 
 def kill_tracking(run: Run, rng: random.Random) -> str:
-    """The MLflow server dies and is started again some seconds later."""
+    """The MLflow server dies, and is started again some seconds later, for which nobody waits."""
     assert run.tracking is not None
     run.tracking.kill()
-    time.sleep(rng.uniform(2, 10))
-    run.tracking.start(wait_s=0)
-    return ""
+    seconds = rng.uniform(2, 10)
+    threading.Timer(seconds, run.tracking.start, kwargs={"wait_s": 0}).start()
+    return f"back after {seconds:.0f} s"
 
 
 def fail_storage(run: Run, rng: random.Random) -> str:
@@ -200,17 +190,6 @@ FAULTS: dict[str, tuple[Callable[[Run, random.Random], str], str]] = {
     "storage fails": (fail_storage, "S3 answers 500 for 2 to 8 s"),
     "storage gone": (lose_storage, "S3 refuses every connection until the job has ended"),
 }
-
-
-def places(steps: int, number: int, rng: random.Random) -> list[Position]:
-    """Where the faults come: spread over trainings by their steps, and each other stage once."""
-    grid = [(STAGES.index(name), s) for name, share in TRAININGS.items() for s in range(1, int(steps * share))]
-    others = [(k, 0) for k, name in enumerate(STAGES) if name not in TRAININGS]
-    rng.shuffle(others)
-    chosen = others[: max(number // 6, 1)]
-    width = len(grid) / max(number - len(chosen), 1)
-    chosen += [grid[int((k + rng.random()) * width)] for k in range(number - len(chosen))]
-    return sorted(chosen)
 
 
 def _wait_until(run: Run, reached: Position, rng: random.Random) -> bool:
@@ -260,21 +239,52 @@ def break_it(run: Run, kind: str, rng: random.Random) -> Fault:
     return fault
 
 
-def with_faults(run: Run, steps: int, number: int, seed: int) -> list[Fault]:
-    """Run to the end with so many faults on the way, then once more, so that MLflow gets what it has missed."""
-    rng, faults = random.Random(seed), list[Fault]()
+def plan(steps: int, number: int, seed: int) -> list[tuple[str, Position]]:
+    """All faults: each kind equally often, in a shuffled order, at places spread over the pipeline."""
+    rng = random.Random(seed)
     kinds = [kind for _ in range(number // len(FAULTS) + 1) for kind in FAULTS][:number]
     rng.shuffle(kinds)
+    return list(zip(kinds, places(steps, number, rng), strict=True))
+
+
+def _hold(run: Run, place: Position | None, steps: int) -> None:
+    """Let the run get as far as the next fault's place, and no further; None: to its end."""
+    assert run.proxy is not None
+    if place is None:
+        run.proxy.holds = lambda path: False
+        return
+    last = barrier(place, position(run.text()) if run.log.exists() else (0, -1), steps)
+    run.proxy.holds = lambda path: (written(path) or (0, 0)) > last
+
+
+def with_faults(run: Run, steps: int, number: int, seed: int, faults: list[Fault], until: float = float("inf")) -> bool:
+    """Run to the end with so many faults on the way, then once more, so that MLflow gets what it has missed.
+
+    Args:
+        faults: those that came before; what comes is added.
+        until: by the clock of time.monotonic, when to end it in order instead, to go on later.
+
+    Returns:
+        whether the run has ended.
+    """
+    planned = plan(steps, number, seed)
+    ends = [*(place for _, place in planned), None]
+    _hold(run, ends[len(faults)], steps)
     run.start()
     try:
-        for kind, place in zip(kinds, places(steps, number, rng), strict=True):
-            while not _wait_until(run, place, rng):
+        while (k := len(faults)) < number:
+            kind, place = planned[k]
+            while not _wait_until(run, place, random.Random(f"{seed} {k} place")):
                 if run.ended() == 0:
                     break
                 _again(run, faults[-1] if faults else None)
             if run.ended() == 0:
                 break
-            faults.append(break_it(run, kind, rng))
+            _hold(run, ends[k + 1], steps)
+            faults.append(break_it(run, kind, random.Random(f"{seed} {k}")))
+            if time.monotonic() > until:
+                print(terminate(run, random.Random()), flush=True)
+                return False
         while run.wait(1800) != 0:
             _again(run, faults[-1])
         if run.tracking:
@@ -284,4 +294,4 @@ def with_faults(run: Run, steps: int, number: int, seed: int) -> list[Fault]:
         assert not run.problems, "\n".join(run.problems)
     finally:
         run.stop()
-    return faults
+    return True

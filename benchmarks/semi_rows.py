@@ -25,9 +25,9 @@ from dfssd.data.manifest import Manifest, read_manifest, read_pseudo, read_withh
 from dfssd.evaluate.validation import validate
 from dfssd.models.yolo.detector import load_detector, resolve_weights
 from dfssd.pipeline.stages import row_of, settings_of
-from dfssd.pseudo.calibration import calibrate
+from dfssd.pseudo.evidence import Evidence
 from dfssd.pseudo.in_process import label_in_process
-from dfssd.pseudo.quality import Evidence, val_evidence
+from dfssd.pseudo.quality import val_evidence
 from dfssd.pseudo.thresholds import ScoreCounts, labelled_rates, policy_thresholds
 from dfssd.runtime.artefact_names import PSEUDO, ArtefactName
 from dfssd.runtime.storage import Storage
@@ -222,8 +222,7 @@ def worth(config: Config, run: Storage, manifest: Manifest) -> dict[str, Any]:
         "silent": sum(not len(b) for b in candidates.values()),
         "ap50": float(np.nanmean(evidence.ap50())),
     }
-    val = val_evidence(run.at("pseudo"), manifest)
-    scores.calibration = calibrate(val.found, val.hits)
+    scores.val = val_evidence(run.at("pseudo"), manifest)
     taus = {p: policy_thresholds(config.thresholds, p, scores, rate) for p in ("gmm", "match", "fixed", "precision")}
     for policy, tau in taus.items():
         at = evidence.at(tau)

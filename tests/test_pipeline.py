@@ -10,15 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+from small import narrow_layout
 
 ROOT = Path(__file__).parents[1]
 
 
 def _command(strip, storage, *more):
     settings = (
-        "--label-fraction 0.4 --imgsz 64 --batch 4 --steps 8 --val-every 2 --log-every 1 --num-workers 1 --gpu never"
+        "--label-fraction 0.4 --imgsz 64 --batch 4 --steps 8 --val-every 4 --log-every 1 --num-workers 1 --gpu never"
     )
-    models = "--teacher yolov8s.yaml --student yolov8n.yaml --latency-repeats 3"
+    models = f"--teacher yolov8n.yaml --student {narrow_layout(storage)} --latency-repeats 3"
     args = ["--data", str(strip), "--storage-path", str(storage), "--run-name", "p", *settings.split(), *models.split()]
     return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), *args, *more]
 
@@ -73,8 +74,8 @@ def test_finished_stages_are_skipped_and_the_interrupted_one_goes_on(finished):
     _, (first, second, third) = finished
     assert "dataset: starts" in first and "dataset: finished" in second and "skipped" in second
     # The workers of a killed driver live for a moment longer, so a later checkpoint may be there than the log told.
-    assert "teacher: goes on" in second and re.search(r"teacher: resumed at step [468] of 8", second)
-    assert "student: goes on" in third and re.search(r"student: resumed at step [2468] of 8", third)
+    assert "teacher: goes on" in second and re.search(r"teacher: resumed at step [48] of 8", second)
+    assert "student: goes on" in third and re.search(r"student: resumed at step [3-8] of 8", third)
     for stage in ("teacher", "label_only", "pseudo"):
         assert f"{stage}: starts" not in third and f"{stage}: goes on" not in third
     # Ray's clean-up actor complains where another Ray runs on the same machine; that is not ours to test.
@@ -102,7 +103,7 @@ def test_metrics_json(finished):
     for model in ("teacher", "label_only", "student"):
         one = metrics[model]
         assert 0 <= one["test"]["map50_95"] <= one["test"]["map50"] <= 1
-        assert one["latency_ms"] > 0 and one["params"] == (11_136_761 if model == "teacher" else one["params"])
+        assert one["latency_ms"] > 0
     assert metrics["student"]["params"] == metrics["label_only"]["params"] < metrics["teacher"]["params"]
     gate = metrics["gate"]["map50_95"]
     assert gate["difference"] == pytest.approx(gate["student"] - gate["label_only"]) and gate["low"] <= gate["high"]
@@ -147,6 +148,12 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     student = children["student"]
     assert "loss/feat/pkd" in student.data.metrics and "val/map50" in student.data.metrics
     assert student.data.params["distill.lambda_f"] == "1.0" and student.inputs.dataset_inputs
+    table = [line for line in (ROOT / "docs" / "runs.md").read_text().splitlines() if line.startswith("| `")]
+    documented = set(re.findall(r"`([a-z]+)[/ `]", "\n".join(table)))
+    for one in runs:
+        assert {key.split("/")[0].split(" ")[0] for key in one.data.metrics} <= documented, one.info.run_name
+        assert {"run_name", "code", "mlflow.user", "mlflow.source.name"} <= set(one.data.tags)
+        assert [i.dataset.name for i in one.inputs.dataset_inputs] == ["manifest"], one.info.run_name
     names = {a.path for a in client.list_artifacts(children["report"].info.run_id)}
     assert {"report.html", "detections.png", "metrics.json", "stage.json"} <= names
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dfssd.pseudo.quality import Evidence, Quality, doubt, match, warnings
+from dfssd.pseudo.evidence import Evidence, match
+from dfssd.pseudo.quality import Quality, doubt, warnings
 from dfssd.pseudo.thresholds import ScoreCounts
 from dfssd.report import quality as report
 
@@ -87,6 +88,9 @@ def test_warnings_in_plain_words():
     assert any("'pit' gets far too many pseudo-labels (2.000 pseudo-labels an image" in n for n in notes)
     assert any("'dent' gets almost no pseudo-labels (0.000" in n for n in notes)
     assert any("'oil' has no labelled box" in n for n in notes)
+    assert any(n.endswith("; raise --tau-min") for n in notes) and not any(
+        "--tau " in n for n in notes
+    )  # what ema reads
     assert not [n for n in warnings(_quality(rate=(0.5, 0.5, 0.5))) if "almost" in n or "too many" in n]
 
 

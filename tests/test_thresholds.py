@@ -4,6 +4,7 @@ import torch
 
 from dfssd.config import Thresholds
 from dfssd.config.choices import POLICIES
+from dfssd.pseudo.evidence import Evidence
 from dfssd.pseudo.thresholds import (
     BINS,
     EmaThreshold,
@@ -60,6 +61,7 @@ def _reference():
 
 def test_state_survives_a_checkpoint():
     rate, scores = np.full(4, 0.5), ScoreCounts.empty(4)
+    scores.val = Evidence.empty(4)
     for policy in POLICIES:
         config = Thresholds(threshold_policy=policy)
         one, other = make_policy(config, scores, rate), make_policy(config, scores, rate)
@@ -76,6 +78,7 @@ def test_state_survives_a_checkpoint():
 
 def _scores(*by_class):
     counts = ScoreCounts.empty(len(by_class))
+    counts.val = Evidence.empty(len(by_class))
     for c, values in enumerate(by_class):
         boxes = np.zeros((len(values), 7), np.float32)
         boxes[:, 0], boxes[:, 5] = c, values
@@ -144,6 +147,11 @@ def test_thresholds_stay_between_their_limits():
         assert tau.min() >= 0.3 and tau.max() <= 0.6
         assert make_policy(config, scores, np.array([1.0, 1.0])).thresholds().max() <= 0.6 + 1e-6
     assert policy_thresholds(Thresholds(tau=0.7), "fixed", scores, np.ones(2)).tolist() == [0.7, 0.7]
+
+
+def test_a_policy_that_needs_val_does_not_go_without():
+    with pytest.raises(ValueError, match="'precision' needs what candidates on val are worth"):
+        make_policy(Thresholds(threshold_policy="precision"), ScoreCounts.empty(2), np.ones(2))
 
 
 def test_counts_of_scores_are_those_of_a_plain_loop():

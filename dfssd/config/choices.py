@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Gpu = Literal["auto", "never", "require"]  # a GPU a worker: where the cluster has them, never, or not without
 LineStyle = str | tuple[int, tuple[int, ...]]  # as Matplotlib takes it
 
 
@@ -53,28 +52,44 @@ class ThresholdPolicy:
     Args:
         says: one line for help and documentation.
         uses: fields of section `thresholds` that it reads; the others have no effect with it.
-        floor: its lowest threshold where `--tau-min` is 0.
         line: how the report draws its thresholds.
-        in_loop: can it follow the scores of the last steps, where a teacher labels inside the training loop?
+        floor: its lowest threshold where `--tau-min` is 0.
+        needs: what it takes beside the scores of all candidates and the labelled rate: what those on val are worth.
+        moves: does it follow batch after batch? What does so is then made by its entry in `MOVING` of
+            `dfssd.pseudo.thresholds`; the report shows where it will end.
     """
 
     says: str
     uses: frozenset[str]
     line: LineStyle
     floor: float = 0.1
-    in_loop: bool = False
+    needs: Literal["", "val"] = ""
+    moves: bool = False
+
+    @property
+    def in_loop(self) -> bool:
+        """Can a teacher that labels inside the training loop use it? That one has the scores of the last steps alone."""
+        return not self.needs and not self.moves
 
 
 POLICIES = {
-    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":", in_loop=True),
+    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":"),
     "ema": ThresholdPolicy(
-        "a moving average of confidences (DFSSD)", frozenset({"tau_min", "tau_max", "tau_decay"}), "--", floor=0.5
+        "a moving average of confidences (DFSSD)",
+        frozenset({"tau_min", "tau_max", "tau_decay"}),
+        "--",
+        floor=0.5,
+        moves=True,
     ),
-    "gmm": ThresholdPolicy("a mixture of two a class", frozenset({"tau", "tau_min", "tau_max"}), "-.", in_loop=True),
+    "gmm": ThresholdPolicy(
+        "a mixture of two a class, --tau where there is none", frozenset({"tau", "tau_min", "tau_max"}), "-."
+    ),
     "match": ThresholdPolicy(
-        "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2)), in_loop=True
+        "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2))
     ),
-    "precision": ThresholdPolicy("right as often as --precision asks, by val", frozenset({"precision"}), "-"),
+    "precision": ThresholdPolicy(
+        "right as often as --precision asks, by val", frozenset({"precision"}), "-", needs="val"
+    ),
 }
 IN_LOOP_POLICIES = {name: row for name, row in POLICIES.items() if row.in_loop}
 
@@ -136,10 +151,77 @@ REVIEW_FORMATS = {
     "yolo": Option("a .zip of text files"),
 }
 
+# Switches: code asks for their values by name, in one or two places each, so each has a type beside its table. The type
+# checker then refuses a comparison with a value that there is not, and a row whose name is none.
+Gpu = Literal["auto", "never", "require"]
+GPU: dict[Gpu, Option] = {
+    "auto": Option("where the cluster has them"),
+    "never": Option("none, whatever it has"),
+    "require": Option("a run without is refused"),
+}
+MissingLabels = Literal["unlabelled", "background"]
+MISSING_LABELS: dict[MissingLabels, Option] = {
+    "unlabelled": Option("nobody has looked at it"),
+    "background": Option("it is known to be defect-free"),
+}
+Split = Literal["grouped", "random", "given"]
+SPLIT: dict[Split, Option] = {
+    "grouped": Option("near-duplicates stay together"),
+    "random": Option("image by image, so that it leaks"),
+    "given": Option("the data's own"),
+}
+Tta = Literal["none", "flips"]
+TTA: dict[Tta, Option] = {
+    "none": Option("the image alone"),
+    "flips": Option("also its three mirrored forms, fused"),
+}
+TeacherMode = Literal["frozen", "online"]
+TEACHER_MODE: dict[TeacherMode, Option] = {
+    "frozen": Option("it stays as it is"),
+    "online": Option("it goes on training on the labelled images, and its weight average teaches"),
+}
+Silence = Literal["ignore", "background"]
+SILENCE: dict[Silence, Option] = {
+    "ignore": Option("nothing"),
+    "background": Option("'no defect here'"),
+}
+Prediction = Literal["soft", "mse"]
+PREDICTION: dict[Prediction, Option] = {
+    "soft": Option("soft scores, and boxes by their bins"),
+    "mse": Option("raw outputs, as published"),
+}
+FeatureSchedule = Literal["constant", "cosine", "off_last_epochs"]
+FEATURE_SCHEDULE: dict[FeatureSchedule, Option] = {
+    "constant": Option("1"),
+    "cosine": Option("from 1 to 0.1"),
+    "off_last_epochs": Option("1, and 0 for the last --off-last of the steps"),
+}
+BalanceRule = Literal["none", "gradnorm"]
+BALANCE: dict[BalanceRule, Option] = {
+    "none": Option("as they are given"),
+    "gradnorm": Option("so that each term's gradient keeps its share of the supervised one"),
+}
+ExportFormat = Literal["onnx", "openvino", "tensorrt"]
+EXPORT_FORMATS: dict[ExportFormat, Option] = {
+    "onnx": Option("always, with any other"),
+    "openvino": Option("where it is installed"),
+    "tensorrt": Option("where it is installed, on a GPU like that at the line"),
+}
 
-def in_words(table: Mapping[str, Divergence | ThresholdPolicy | Option | DataFormat]) -> str:
+
+def in_words(table: Mapping[Any, Divergence | ThresholdPolicy | Option | DataFormat]) -> str:
     """All choices and what they are, for help."""
     return "; ".join(f"{name}: {row.says}" for name, row in table.items())
+
+
+def readers(field: str) -> str:
+    """Policies that read a field of section `thresholds`, for its help."""
+    return ", ".join(name for name, row in POLICIES.items() if field in row.uses)
+
+
+def steers(policy: str) -> str:
+    """Flags that are lowered for more pseudo-labels of a policy and raised for fewer; '' where it has none."""
+    return " or ".join(f"--{k.replace('_', '-')}" for k in sorted(POLICIES[policy].uses - {"tau_max", "tau_decay"}))
 
 
 def floors() -> str:
@@ -153,10 +235,10 @@ def temperatures() -> str:
 
 
 class Choice:
-    """Of a setting: its value is a name in a table. For `Annotated[str, Choice(TABLE)]`."""
+    """Of a setting: its value is a name in a table. For `Annotated[str, Choice(TABLE)]`, or with the type of a switch."""
 
-    def __init__(self, table: Mapping[str, Any]) -> None:
-        self.names = tuple(table)
+    def __init__(self, table: Mapping[Any, Any]) -> None:
+        self.table, self.names = table, tuple(table)
 
     def check(self, value: str) -> str:
         if value not in self.names:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, section
+from dfssd.config.choices import IN_LOOP_POLICIES
 from dfssd.pipeline.settings import counted
 from dfssd.pipeline.stage_row import StageRow
 from dfssd.runtime.artefact_names import (
@@ -87,7 +88,7 @@ _SELF_LABELLED = (  # of a training whose own average labels
     *section("train", "lr", "ema_decay"),
     *(f"pseudo.{k}" for k in ("floor", "nms_iou", "max_candidates")),
     *(f"distill.{k}" for k in ("unlabelled_ratio", "uncertain", "silent", "balance", "share_u")),
-    *(f"thresholds.{k}" for k in ("tau", "tau_min", "tau_max")),
+    *(f"thresholds.{k}" for k in sorted(frozenset().union(*(row.uses for row in IN_LOOP_POLICIES.values())))),
 )
 
 STAGES = (
@@ -235,6 +236,15 @@ def exported_model(config: Config, run: Storage) -> ArtefactName:
     return next(
         (n for n in (STUDENT, LABEL_ONLY, best_teacher(run, newest_round(run))) if is_finished(run, n)), STUDENT
     )
+
+
+def policies_at_work(config: Config, names: Sequence[ArtefactName]) -> dict[str, str]:
+    """Threshold policies of these stages, by their flags: the mean teacher has one of its own."""
+    others = {"--threshold-policy": config.thresholds.threshold_policy}
+    if MEAN_TEACHER not in names:
+        return others
+    own = {"--mean-teacher-policy": config.mean_teacher.mean_teacher_policy}
+    return own if len(names) == 1 else others | own
 
 
 def settings_of(config: Config, name: ArtefactName) -> dict[str, Any]:

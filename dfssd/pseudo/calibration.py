@@ -71,7 +71,7 @@ def calibrate(found_cb: np.ndarray, hits_cb: np.ndarray) -> Calibration:
     """Isotonic regression of hits on score, by class, weighted by counts.
 
     Args:
-        found_cb, hits_cb: (C, BINS) candidates on val, and those of them that hit a box (`quality.Evidence`).
+        found_cb, hits_cb: (C, BINS) candidates on val, and those of them that hit a box (`Evidence`).
     """
     return Calibration(np.stack([isotonic(h, n) for h, n in zip(hits_cb, found_cb, strict=True)]), found_cb)
 

@@ -1,7 +1,7 @@
 """Policies that turn candidates into pseudo-labels and uncertain boxes, per class.
 
 A candidate whose score reaches its class threshold is a pseudo-label; one between floor and threshold is uncertain.
-`fixed` and `ema` need nothing but a batch; `gmm` and `match` look at the scores of all candidates once, before training.
+A policy looks at the scores of all candidates once, before training (THRESHOLDS), or follows batch after batch (MOVING).
 
 Legend: C classes.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from dfssd.config import Thresholds
 from dfssd.config.choices import POLICIES
+from dfssd.data.boxes import CLS, SCORE
 from dfssd.data.manifest import Boxes, Row
-from dfssd.pseudo.calibration import Calibration
-from dfssd.pseudo.scores import BINS, NEVER, score_bin
+from dfssd.pseudo.calibration import calibrate
+from dfssd.pseudo.evidence import Evidence
+from dfssd.pseudo.scores import BINS, score_bin
 
 FEWEST = 20  # candidates of a class from which a mixture is fitted
 
@@ -32,12 +34,12 @@ class ScoreCounts:
     Args:
         counts: (C, BINS) candidates with a score in [k/BINS, (k+1)/BINS).
         images: unlabelled images looked at.
-        calibration: what scores are worth by the val split, for the policy 'precision'.
+        val: what candidates on the val split are worth, for policies that need it.
     """
 
     counts: np.ndarray
     images: int = 0
-    calibration: Calibration | None = None
+    val: Evidence | None = None
 
     @classmethod
     def empty(cls, classes: int) -> ScoreCounts:
@@ -46,7 +48,7 @@ class ScoreCounts:
     def add(self, boxes: Boxes) -> None:
         """Take in the (n,7) candidates of one image."""
         self.images += 1
-        np.add.at(self.counts, (boxes[:, 0].astype(int), score_bin(boxes[:, 5])), 1)
+        np.add.at(self.counts, (boxes[:, CLS].astype(int), score_bin(boxes[:, SCORE])), 1)
 
     def per_image(self, tau_c: np.ndarray) -> np.ndarray:
         """(C,) pseudo-labels an image at thresholds tau_c."""
@@ -61,9 +63,27 @@ class ScoreCounts:
 
 def labelled_rates(rows: list[Row], classes: int) -> np.ndarray:
     """(C,) labelled boxes an image, over labelled images."""
-    boxes = [r.boxes[:, 0].astype(int) for r in rows if r.boxes is not None]
+    boxes = [r.boxes[:, CLS].astype(int) for r in rows if r.boxes is not None]
     total = np.bincount(np.concatenate(boxes), minlength=classes) if boxes else np.zeros(classes)
     return np.asarray(total / max(len(boxes), 1))
+
+
+class Policy(Protocol):
+    """Class thresholds while a training goes on."""
+
+    learns: bool  # from the batches: their sums are then added over workers, and somebody waits for them
+
+    def thresholds(self) -> Tensor:
+        """(C,) thresholds, float32."""
+
+    def update(self, score_sum_c: Tensor, count_c: Tensor) -> None:
+        """Take in one global batch: sums of scores and numbers of candidates by class, (C,) each."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
 
 
 class FixedThreshold:
@@ -73,7 +93,7 @@ class FixedThreshold:
         tau_c: (C,) thresholds.
     """
 
-    learns = False  # from batches: nothing has to be added up over workers, and nobody waits for it
+    learns = False
 
     def __init__(self, tau_c: Tensor) -> None:
         self._tau = tau_c
@@ -122,18 +142,15 @@ class EmaThreshold:
         self.mean = state["mean"]
 
 
-Policy = FixedThreshold | EmaThreshold
-
-
 def make_policy(config: Thresholds, scores: ScoreCounts, rate_c: np.ndarray) -> Policy:
     """The policy that the settings name.
 
     Args:
-        scores: of all candidates on unlabelled images.
-        rate_c: (C,) labelled boxes an image (see `labelled_rates`), for 'match'.
+        scores: of all candidates on unlabelled images, with `val` where the policy needs it.
+        rate_c: (C,) labelled boxes an image (see `labelled_rates`).
     """
-    if config.threshold_policy == "ema":
-        return EmaThreshold(len(rate_c), config.tau_decay, config.lowest(), config.tau_max)
+    if POLICIES[config.threshold_policy].moves:
+        return MOVING[config.threshold_policy](config, len(rate_c))
     tau = policy_thresholds(config, config.threshold_policy, scores, rate_c)
     return FixedThreshold(torch.as_tensor(tau, dtype=torch.float32))
 
@@ -141,7 +158,9 @@ def make_policy(config: Thresholds, scores: ScoreCounts, rate_c: np.ndarray) -> 
 def policy_thresholds(
     config: Thresholds, policy: str, scores: ScoreCounts, rate_c: np.ndarray, steps: int = 0
 ) -> np.ndarray:
-    """(C,) thresholds of any policy on these candidates; for 'ema' those it will have reached after `steps`."""
+    """(C,) thresholds of any policy on these candidates; of one that moves those it will have reached after `steps`."""
+    if POLICIES[policy].needs == "val" and scores.val is None:
+        raise ValueError(f"policy {policy!r} needs what candidates on val are worth")
     tau = THRESHOLDS[policy](config, scores, rate_c, steps)
     return np.asarray(tau.clip(config.lowest(policy), config.tau_max)) if "tau_max" in POLICIES[policy].uses else tau
 
@@ -195,17 +214,23 @@ def match_thresholds(scores: ScoreCounts, rate_c: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(wanted > 0, tau, 1.0))
 
 
+def precision_thresholds(scores: ScoreCounts, wanted: float) -> np.ndarray:
+    """(C,) lowest thresholds from which pseudo-labels are expected to be right as often as `wanted`, by the val split."""
+    assert scores.val is not None
+    return calibrate(scores.val.found, scores.val.hits).thresholds(scores.counts, wanted)
+
+
 # How each policy of `dfssd.config.choices` sets its (C,) thresholds; taken into its limits afterwards.
 THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.ndarray]] = {
     "fixed": lambda config, scores, rate_c, steps: np.full(len(rate_c), config.tau),
     "ema": lambda config, scores, rate_c, steps: scores.mean() * (1 - config.tau_decay**steps),
     "gmm": lambda config, scores, rate_c, steps: np.array([gmm_threshold(row, config.tau) for row in scores.counts]),
     "match": lambda config, scores, rate_c, steps: match_thresholds(scores, rate_c),
-    "precision": lambda config, scores, rate_c, steps: (
-        scores.calibration.thresholds(scores.counts, config.precision)
-        if scores.calibration
-        else np.full(len(rate_c), NEVER)
-    ),
+    "precision": lambda config, scores, rate_c, steps: precision_thresholds(scores, config.precision),
+}
+# What follows the batches in a training, of the policies that move: from settings and the number of classes.
+MOVING: dict[str, Callable[[Thresholds, int], Policy]] = {
+    "ema": lambda config, classes: EmaThreshold(classes, config.tau_decay, config.lowest("ema"), config.tau_max),
 }
 
 

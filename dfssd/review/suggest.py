@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dfssd.data.boxes import corners, iou
+from dfssd.data.boxes import CLS, SCORE, above, corners, iou
 from dfssd.data.manifest import Boxes
 from dfssd.pseudo.calibration import FEWEST, Calibration
 from dfssd.pseudo.quality import doubt
@@ -82,7 +82,7 @@ def score(
     classes = len(tau_c)
     shows, boxes = np.zeros((len(teacher), classes)), np.zeros((len(teacher), classes))
     for i, found in enumerate(teacher):
-        cls, right = found[:, 0].astype(int), _right(found, calibration)
+        cls, right = found[:, CLS].astype(int), _right(found, calibration)
         np.add.at(boxes[i], cls, right)
         missing = np.ones(classes)
         np.multiply.at(missing, cls, 1 - right)
@@ -96,7 +96,7 @@ def score(
 
 def _right(boxes: Boxes, calibration: Calibration | None) -> np.ndarray:
     """(n,) probability that each candidate hits a box."""
-    cls, own = boxes[:, 0].astype(int), boxes[:, 5].astype(np.float64)
+    cls, own = boxes[:, CLS].astype(int), boxes[:, SCORE].astype(np.float64)
     if calibration is None:
         return own
     return np.where(calibration.counts[cls] >= FEWEST, calibration.right_cb[cls, score_bin(own)], own)
@@ -107,16 +107,16 @@ def shown(labels: Sequence[Boxes | None], classes: int) -> np.ndarray:
     found = np.zeros((len(labels), classes))
     for i, boxes in enumerate(labels):
         if boxes is not None:
-            found[i, boxes[:, 0].astype(int)] = 1
+            found[i, boxes[:, CLS].astype(int)] = 1
     return found
 
 
 def disagreement(a: Boxes, b: Boxes, tau_c: np.ndarray) -> float:
     """Share of the boxes above half their thresholds that have no partner of the same class in the other's, 0..1."""
-    a, b = (x[x[:, 5] >= 0.5 * tau_c[x[:, 0].astype(int)]] for x in (a, b))
+    a, b = (above(x, tau_c, 0.5) for x in (a, b))
     if not len(a) and not len(b):
         return 0.0
-    fits = (iou(corners(a), corners(b)) >= PARTNER_IOU) & (a[:, None, 0] == b[None, :, 0])
+    fits = (iou(corners(a), corners(b)) >= PARTNER_IOU) & (a[:, None, CLS] == b[None, :, CLS])
     matched = 0
     while fits.any():
         i, j = np.unravel_index(int(fits.argmax()), fits.shape)

@@ -20,9 +20,12 @@ DRIVER_ENV = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that cannot work ends without one
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's boxes; a sweep has its own line for each trial
 }
-# A Ray that a job starts for itself lives on loopback. The name is history: on Windows and macOS Ray does so unless this is
-# 1, and on Linux, where it is 1 unless said otherwise, GCS, raylet, workers and metrics would listen on all interfaces.
-LOOPBACK_ENV = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+LOCAL_ENV = {  # of a Ray that a job starts for itself
+    # It lives on loopback. The name is history: on Windows and macOS Ray does so unless this is 1, and on Linux, where it is
+    # 1 unless said otherwise, GCS, raylet, workers and metrics would listen on all interfaces.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a training, on a machine that nobody takes away
+}
 WORKER_ENV = {
     "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy core make a step many times slower
     "YOLO_AUTOINSTALL": "false",
@@ -34,6 +37,6 @@ def set_driver_environment() -> None:
     """Set what the user has not set."""
     own = dict(DRIVER_ENV)
     if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:  # in a worker Ray is there before us
-        own |= LOOPBACK_ENV
+        own |= LOCAL_ENV
     for key, value in own.items():
         os.environ.setdefault(key, value)

@@ -11,7 +11,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 
 from dfssd.config import Distill
 from dfssd.config.checks import check_weights
-from dfssd.config.choices import DIVERGENCES
+from dfssd.config.choices import DIVERGENCES, POLICIES
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, disk_cache
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.loaders import start_server
@@ -21,7 +21,6 @@ from dfssd.errors import DfssdError
 from dfssd.models.families import build_model, family_of
 from dfssd.models.ghost_norm import GhostNorm
 from dfssd.models.precision import autocast_dtype
-from dfssd.pseudo.calibration import calibrate
 from dfssd.pseudo.quality import val_evidence
 from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import or_no_candidate
@@ -109,15 +108,14 @@ def _validation(job: TrainJob, manifest: Manifest, caches: dict[str, Any]) -> Ma
     return ManifestDataset(val, [r.boxes for r in val], manifest.names, job.config.train.imgsz, **caches)
 
 
-def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> Policy | RunningThresholds:
+def _policy(job: TrainJob, manifest: Manifest, candidates: dict[str, Boxes]) -> Policy:
     """Thresholds of candidates that are there already, or that follow those which are found in the loop."""
     thresholds, classes = job.config.thresholds, len(manifest.names)
     if job.labels_itself:
         return RunningThresholds(classes, thresholds, job.config.mean_teacher.mean_teacher_policy)
     scores, rate = _scores(manifest, candidates)
-    if thresholds.threshold_policy == "precision":
-        val = val_evidence(Storage(job.run_uri).at(str(job.pseudo)), manifest)
-        scores.calibration = calibrate(val.found, val.hits)
+    if POLICIES[thresholds.threshold_policy].needs == "val":
+        scores.val = val_evidence(Storage(job.run_uri).at(str(job.pseudo)), manifest)
     return make_policy(thresholds, scores, rate)
 
 

@@ -18,7 +18,6 @@ from dfssd.distill.criterion import Criterion
 from dfssd.errors import DfssdError
 from dfssd.models.family import TeacherNetwork
 from dfssd.models.ghost_norm import GhostNorm
-from dfssd.pseudo.running import RunningThresholds
 from dfssd.pseudo.selection import Rules, StepTargets, targets_of
 from dfssd.pseudo.thresholds import Policy
 from dfssd.runtime.worker_group import WorkerGroup
@@ -45,7 +44,7 @@ class Session:
     wrapped: nn.Module
     ema: ModelEMA
     optimiser: torch.optim.AdamW
-    policy: Policy | RunningThresholds | None
+    policy: Policy | None
     teaching: Teaching | None
     criterion: Criterion
     streams: Streams

@@ -18,6 +18,7 @@ import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from dfssd.errors import DfssdError, find_user_error
@@ -147,9 +148,15 @@ class EndAtUserError(WorkerGroupCallback):
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer; Ctrl-C and SIGTERM leave a checkpoint before they end it."""
+    """Ray's trainer; Ctrl-C and SIGTERM leave a checkpoint before they end it.
+
+    It has no Ray data sets, for which each group would start an actor: a process of 190 MB, and seconds of a core.
+    """
 
     artefact: Storage
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         super()._register_sigint_handler(controller)
@@ -247,7 +254,6 @@ def _train(job: TrainJob, workers: WorkerGroup, threads: int, interrupt: Interru
         if metrics:  # none: somebody asked for a checkpoint between validations
             ray.train.report({"step": session.step, **{f"val/{k}": v for k, v in metrics.items()}})
 
-    interrupt = Interrupt(60 * job.config.train.checkpoint_min)
     watch = ending.Watch(job.store, interrupt.ask) if workers.rank == 0 else None
     try:
         return train(job, workers, get_device(), log, save, interrupt)

@@ -66,6 +66,17 @@ def test_a_notice_brings_a_checkpoint_at_once_and_one_more_at_the_end(monkeypatc
     assert "in 1:57; a checkpoint is stored" in capsys.readouterr().out
 
 
+def test_the_loop_listens_to_whom_the_notices_ask(prepared, monkeypatch):
+    from dfssd.train import loop
+
+    heard = []
+    monkeypatch.setattr(loop, "train", lambda job, world, device, log, save, interrupt: heard.append(interrupt))
+    monkeypatch.setattr(worker, "get_device", lambda: None)
+    interrupt = Interrupt()
+    worker._train(make_job("label_only", "/nowhere", tiny_config(prepared)), WorkerGroup(1, 2), 1, interrupt)
+    assert heard[0] is interrupt
+
+
 @pytest.fixture
 def growing(request):
     """A head of one CPU (or as a test says), and a way to add a node of one CPU to it."""
@@ -132,12 +143,10 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_is_lost(prepared, growing)
 
 
 @pytest.mark.slow  # a notice of a quarter of a minute, and another start of the group
-@pytest.mark.xfail(
-    reason="no checkpoint within 30 s of the notice on a busy machine; the cause is not known", strict=False
-)
 @pytest.mark.parametrize("growing", [0], indirect=True)
-def test_a_node_that_is_taken_away_gives_notice_and_loses_nothing(prepared, growing, capfd):
+def test_a_node_that_is_taken_away_gives_notice_and_loses_nothing(prepared, growing, capfd, monkeypatch):
     """A spot machine: no validation and no clock is near, so the notice alone brings the checkpoint the run goes on from."""
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)  # as on a cluster: Ray watches, too
     for _ in range(2):
         growing.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     steps = 800
@@ -157,7 +166,7 @@ def test_a_node_that_is_taken_away_gives_notice_and_loses_nothing(prepared, grow
     command = [str(BIN / "ray"), "drain-node", "--address", gcs, *words, "--deadline-remaining-seconds", "15"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     while not list((prepared / "r/label_only/train").glob("step_*/MANIFEST.json")):
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 15, "the node was gone before"
         time.sleep(0.2)
     training.join(400)
     said += capfd.readouterr().out

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 SPACE = """
 ROWS = {
     "labels alone": {"method": "label_only"},
-    "pkd": {"distill.divergence": "pkd"},
     "mse": {"distill.divergence": "mse"},
 }
 """
@@ -54,8 +53,9 @@ def kill_a_trial(log: Path, said: list[int]) -> None:
     me = psutil.Process()
     while not said:
         text = log.read_text()
-        part = text[text.rfind("student: starts") :]
-        if "student: starts" in text and "step 6  val" in part:
+        begun = max(text.rfind(f"student: {word}") for word in ("starts", "goes on"))
+        part = text[begun:]
+        if begun >= 0 and "step 6  val" in part:
             pid = int(part.split("step 6  val")[0].rsplit("pid=", 1)[1].split(")")[0])
             assert pid in {p.pid for p in me.children(recursive=True)} | {p.pid for p in psutil.process_iter()}
             psutil.Process(pid).kill()
@@ -82,10 +82,10 @@ def swept(strip, tmp_path_factory):
 
 def test_a_resumed_sweep_runs_only_what_is_missing(swept):
     storage, log, before, _ = swept
-    assert 1 <= len(before) < 3, "killed in the middle"
+    assert len(before) == 1, "killed in the middle"
     assert f"{len(before)} of them ended before" in log
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
-    assert len(records(Storage(str(storage)), "s")) == 3
+    assert len(records(Storage(str(storage)), "s")) == 2
     for name in ("dataset", "teacher", "pseudo"):
         assert len(list(storage.glob(f"s/shared/{name}-*"))) == 1, "made once for all"
 
@@ -108,8 +108,8 @@ def test_mlflow_has_one_nested_run_a_trial_with_all_that_is_asked_of_it(swept):
     assert len(parent) == 1
     assert parent[0].info.status == "FINISHED"
     trials = client.search_runs([experiment], "tags.kind = 'trial' and tags.space = 'own' and tags.seed = '0'")
-    assert {t.data.tags["row"] for t in trials} == {"labels alone", "pkd", "mse"}
-    assert len(trials) == 3, "a resumed trial goes on in its own run"
+    assert {t.data.tags["row"] for t in trials} == {"labels alone", "mse"}
+    assert len(trials) == 2, "a resumed trial goes on in its own run"
     for trial in trials:
         tags, params = trial.data.tags, trial.data.params
         assert trial.info.status == "FINISHED"

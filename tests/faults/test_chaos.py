@@ -5,14 +5,18 @@ CHAOS_FAULTS (30), CHAOS_SEED (0) and CHAOS_STEPS (60, of each training) choose 
 
 import os
 import random
+import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import broken_run
+import places
 import reliability
+from breakable import Proxy
 
 
 def _asked(name, default):
@@ -24,23 +28,88 @@ def _asked(name, default):
 @pytest.mark.timeout(3 * 3600)
 def test_a_pipeline_that_is_broken_again_and_again_ends_as_one_that_nobody_touched(tmp_path):
     number, seed, steps = _asked("FAULTS", "30"), _asked("SEED", "0"), _asked("STEPS", "60")
-    faults, took_s = reliability.measure(tmp_path, number, seed, steps)
-    print(reliability.table(faults, steps, seed, took_s))
-    assert len(faults) == number, "the run ended before all faults: raise CHAOS_STEPS"
+    outcome = reliability.measure(tmp_path, number, seed, steps)
+    print(reliability.table(outcome.faults, steps, seed, outcome.took_s, outcome.parts))
+    assert len(outcome.faults) == number and outcome.ended
 
 
 def test_faults_are_spread_over_the_whole_pipeline_and_come_equally_often():
     for seed in range(5):
-        places = broken_run.places(60, 30, random.Random(seed))
-        assert len(places) == 30 and places == sorted(places)
-        reached = {broken_run.STAGES[k] for k, _ in places}
-        assert reached >= set(broken_run.TRAININGS) and len(reached) > len(broken_run.TRAININGS)
+        chosen = places.places(60, 30, random.Random(seed))
+        assert len(chosen) == 30 and chosen == sorted(chosen)
+        reached = {places.STAGES[k] for k, _ in chosen}
+        assert reached >= set(places.TRAININGS) and len(reached) > len(places.TRAININGS)
+
+
+def test_no_run_gets_past_a_place_before_its_fault_and_each_gets_further_after_it():
+    """All writes of a run in order, and faults at places drawn from seeds, the run being anywhere it may be by then."""
+    steps, trainings = 60, {places.STAGES.index(n): int(60 * s) for n, s in places.TRAININGS.items()}
+    writes = [
+        (k, s)
+        for k in range(len(places.STAGES))
+        for s in [*range(places.EVERY, trainings.get(k, 0) + 1, places.EVERY), places.END]
+    ]
+    for seed in range(50):
+        rng, reached = random.Random(seed), (0, -1)
+        for place in places.places(steps, 30, rng):
+            last = places.barrier(place, reached, steps)
+            assert last >= place or last == (place[0], 0)
+            held = next((w for w in writes if w > last), None)
+            assert held is None or held > reached, "it can go on from where it is"
+            there = max(place, reached) if held is None else rng.choice([max(place, reached), held])
+            if there[1] == places.END:  # a stage's record is held: its last step is made
+                there = (there[0], trainings.get(there[0], 0))
+            assert there >= place, "the fault comes at its place, or after it"
+            reached = there
+
+
+def test_what_writes_say_of_a_run():
+    assert places.written("/dfssd/runs/c/teacher/train/step_0000015/state.pt") == (1, 15)
+    assert places.written("/dfssd/runs/c/student/stage.json") == (6, places.END)
+    assert places.written("/dfssd/runs/c/student/best.pt") is None
+    assert places.written("/dfssd/runs/c/leases/teacher.json") is None
+
+
+def test_a_proxy_holds_a_write_and_drops_it_when_its_sender_dies():
+    """Requests as a client sends them, to a server that notes what it gets."""
+    got = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        proxy = Proxy(server.getsockname()[1])
+
+        def serve():
+            while True:
+                try:
+                    one, _ = server.accept()
+                except OSError:
+                    return
+                got.append(one.recv(1000))
+
+        threading.Thread(target=serve, daemon=True).start()
+        proxy.holds = lambda path: "held" in path
+        clients = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(3)]
+        for client, name in zip(clients, ("free", "held1", "held2"), strict=True):
+            client.sendall(f"PUT /b/{name}?x HTTP/1.1\r\n\r\n".encode())
+        _until(lambda: sum(b"free" in g for g in got) == 1)
+        clients[1].close()
+        time.sleep(0.1)
+        proxy.holds = lambda path: False
+        _until(lambda: any(b"held2" in g for g in got))
+        time.sleep(0.1)
+        assert not any(b"held1" in g for g in got)
+        proxy.close()
+
+
+def _until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_how_far_a_log_got():
     log = "dataset: finished in 3 s\n(RayTrainWorker pid=7) teacher: step 4/60 (7 %)  loss\nteacher: step 5  val mAP50 0.1\n"
-    assert broken_run.position(log) == (1, 4)
-    assert broken_run.position(log + "teacher: finished in 9 s\n") == (2, 0)
+    assert places.position(log) == (1, 4)
+    assert places.position(log + "teacher: finished in 9 s\n") == (2, 0)
     assert (
         reliability.percentile([3.0, 1.0, 2.0], 0.95) == 3.0 and reliability.percentile([1.0] * 19 + [9.0], 0.95) == 1.0
     )

@@ -21,9 +21,10 @@ from dfssd.config.choices import POLICIES
 from dfssd.data.manifest import read_manifest, read_pseudo, read_table
 from dfssd.data.preparation.prepare import prepare
 from dfssd.data.synthetic import make_dataset
-from dfssd.errors import DfssdError
+from dfssd.errors import DfssdError, find_user_error
 from dfssd.models.yolo.detector import build_detector, detector_bytes
 from dfssd.pseudo import labeller
+from dfssd.pseudo.in_process import label_in_process
 from dfssd.pseudo.shards import read_shards
 from dfssd.runtime.storage import Storage
 
@@ -57,13 +58,25 @@ def run(run_uri, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run_uri, tmp_path_factory):
-    """A run that nothing happened to: its storage path and its candidates."""
-    storage = tmp_path_factory.mktemp("undisturbed")
+def killed(run_uri, tmp_path_factory):
+    """A labelling whose driver is killed in the middle and typed again: its storage path, what the second start said, and
+    when the shards were written that were there before it."""
+    storage = tmp_path_factory.mktemp("killed")
     shutil.copytree(run_uri, storage / "r")
-    process = _start(storage, storage / "log")
-    assert process.wait(timeout=300) == 0, (storage / "log").read_text()[-3000:]
-    return storage, read_pseudo(Storage(str(storage)).at("r", "pseudo"))
+    run, first, second = Storage(str(storage)).at("r"), storage / "log1", storage / "log2"
+    process = _start(storage, first)
+    deadline = time.monotonic() + 240
+    while len(_shards(run)) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, first.read_text()[-3000:]
+        time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(started, timeout=60)  # Ray's workers outlive a killed driver for a moment, and may commit a shard
+    before = {name: (storage / "r" / "pseudo" / name).stat().st_mtime_ns for name in _shards(run)}
+    assert not run.exists("pseudo/stage.json")
+    assert _start(storage, second).wait(timeout=300) == 0, second.read_text()[-3000:]
+    return storage, second.read_text(), before
 
 
 def _start(storage, log):
@@ -78,62 +91,57 @@ def _shards(run):
     )
 
 
-def _equal(found, wanted):
+def _ids_on_storage(run):
+    return [i for name in _shards(run) for i in read_table(run.at("pseudo"), name)["image_id"].to_pylist()]
+
+
+def test_a_killed_driver_goes_on_with_what_is_missing(killed):
+    storage, said, before = killed
+    run = Storage(str(storage)).at("r")
+    assert 2 <= len(before) < 6, "killed in the middle"
+    assert f"resumed, {len(before)} of" in said
+    for name, written in before.items():
+        assert (storage / "r" / "pseudo" / name).stat().st_mtime_ns == written, f"{name} was labelled again"
+    ids = _ids_on_storage(run)
+    assert len(ids) == len(set(ids)) and set(ids) == {
+        r.image_id for r in read_manifest(run.at("dataset")).unlabelled_rows()
+    }
+
+
+def test_what_was_labelled_before_the_kill_and_after_it_is_what_one_process_finds(killed, tmp_path):
+    """One shard of each half, labelled again without Ray."""
+    storage, _, before = killed
+    shutil.copytree(storage / "r", tmp_path / "r")
+    run = Storage(str(tmp_path)).at("r")
+    for name in (min(before), max(set(_shards(run)) - set(before))):
+        run.at("pseudo").delete(name)
+    config = tiny_config(tmp_path, tta="flips")
+    label_in_process(config, run, "pseudo", read_manifest(run.at("dataset")), ["teacher/best.pt"])
+    _equal_but_for_rounding(read_pseudo(run.at("pseudo")), read_pseudo(Storage(str(storage)).at("r", "pseudo")))
+
+
+@pytest.mark.slow  # one more labelling
+def test_a_job_that_nobody_kills_finds_the_same_to_the_last_bit(killed, run, tmp_path):
+    log = tmp_path / "log"
+    assert _start(tmp_path, log).wait(timeout=300) == 0, log.read_text()[-3000:]
+    found, wanted = (read_pseudo(Storage(str(s)).at("r", "pseudo")) for s in (tmp_path, killed[0]))
     assert set(found) == set(wanted)
     for image_id, boxes in wanted.items():
         np.testing.assert_array_equal(found[image_id], boxes)
 
 
-def _ids_on_storage(run):
-    return [i for name in _shards(run) for i in read_table(run.at("pseudo"), name)["image_id"].to_pylist()]
-
-
-def test_a_killed_driver_goes_on_with_what_is_missing(run, tmp_path, undisturbed):
-    first, second = tmp_path / "log1", tmp_path / "log2"
-    process = _start(tmp_path, first)
-    deadline = time.monotonic() + 240
-    while len(_shards(run)) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None, first.read_text()[-3000:]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    _end_orphans(tmp_path)
-    before = {name: (tmp_path / "r" / "pseudo" / name).stat().st_mtime_ns for name in _shards(run)}
-    assert 2 <= len(before) < 6, "killed in the middle"
-    assert not run.exists("pseudo/stage.json")
-    assert _start(tmp_path, second).wait(timeout=300) == 0, second.read_text()[-3000:]
-    assert f"resumed, {len(before)} of" in second.read_text()
-    for name, written in before.items():
-        assert (tmp_path / "r" / "pseudo" / name).stat().st_mtime_ns == written, f"{name} was labelled again"
-    ids = _ids_on_storage(run)
-    assert len(ids) == len(set(ids)) and set(ids) == {
-        r.image_id for r in read_manifest(run.at("dataset")).unlabelled_rows()
-    }
-    _equal(read_pseudo(run.at("pseudo")), undisturbed[1])
-
-
-def _end_orphans(storage):
-    """Ray's workers outlive a killed driver for some seconds and may still commit a shard; wait until they are gone."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        count = len(list(Path(storage, "r", "pseudo").glob("shard-*")))
-        time.sleep(3)
-        if len(list(Path(storage, "r", "pseudo").glob("shard-*"))) == count:
-            return
-
-
 @pytest.mark.slow  # a killed worker is in make test; actors are killed in make faults and the chaos run
-def test_a_killed_actor_is_replaced(run, undisturbed, local_ray):
-    killed: list[int] = []
+def test_a_killed_actor_is_replaced(run, killed, local_ray):
+    ended: list[int] = []
 
     def kill():
         deadline = time.monotonic() + 200
-        while not killed and time.monotonic() < deadline:
+        while not ended and time.monotonic() < deadline:
             if len(_shards(run)) >= 1:
                 for p in psutil.Process().children(recursive=True):
                     if "MapWorker" in " ".join(p.cmdline()):
                         p.kill()
-                        killed.append(p.pid)
+                        ended.append(p.pid)
             time.sleep(0.02)
 
     thread = threading.Thread(target=kill, daemon=True)
@@ -143,10 +151,10 @@ def test_a_killed_actor_is_replaced(run, undisturbed, local_ray):
     speeds = []
     labeller.label(config, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, step: speeds.append((m, step)))
     thread.join(10)
-    assert killed, "no actor could be killed: the test proves nothing"
+    assert ended, "no actor could be killed: the test proves nothing"
     ids = _ids_on_storage(run)
     assert len(ids) == len(set(ids)) == len(manifest.unlabelled_rows())
-    _equal_but_for_rounding(read_pseudo(run.at("pseudo")), undisturbed[1])
+    _equal_but_for_rounding(read_pseudo(run.at("pseudo")), read_pseudo(Storage(str(killed[0])).at("r", "pseudo")))
     assert speeds[-1][1] >= len(ids) and speeds[-1][0]["speed (img/s)"] > 0
 
 
@@ -184,9 +192,10 @@ def test_lost_images_are_listed_or_stop_the_job_and_can_come_back(run, local_ray
     assert summary["unreadable"] == 0 and len(read_pseudo(run.at("pseudo"))) == len(manifest.unlabelled_rows())
 
 
-def test_the_report_is_made_and_the_val_split_is_labelled_too(undisturbed):
-    storage, candidates = undisturbed
-    log, run = (storage / "log").read_text(), Storage(str(storage)).at("r")
+def test_the_report_is_made_and_the_val_split_is_labelled_too(killed):
+    storage, log, _ = killed
+    run = Storage(str(storage)).at("r")
+    candidates = read_pseudo(run.at("pseudo"))
     numbers = json.loads((storage / "r" / "quality" / "quality.json").read_text())
     assert set(numbers["policies"]) == set(POLICIES)
     assert "withheld_recall" in numbers["policies"]["ema"]["all"]
@@ -205,6 +214,22 @@ def test_a_teacher_of_other_classes_ends_the_job_before_an_actor_is_started(run,
     with pytest.raises(DfssdError, match="does not know the classes"):
         labeller.label(config, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.slow  # actors start
+def test_a_user_error_of_an_actor_ends_the_job_at_once(run, local_ray, monkeypatch):
+    """What the driver cannot see before: here a teacher that only its actor finds to be of other classes."""
+    manifest = read_manifest(run.at("dataset"))
+    manifest.names.append("rust")
+    monkeypatch.setattr(labeller, "check_teachers", lambda *args: None)
+    begun = time.monotonic()
+    with pytest.raises(Exception) as caught:  # Ray's, around ours
+        config = tiny_config(Path(run.uri).parent, num_actors=1)
+        labeller.label(config, run, "pseudo", manifest, ["teacher/best.pt"], lambda m, s: None)
+    took, error = time.monotonic() - begun, find_user_error(caught.value)
+    print(f"ended {took:.1f} s after the labelling began")
+    assert error is not None and "does not know the classes" in error.what, caught.value
+    assert took < 60 and not _shards(run)
 
 
 PREPARE = """
