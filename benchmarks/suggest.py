@@ -39,8 +39,8 @@ ROW = parse_row("teacher")
 MEASURES = ("map50", "map50_95")
 
 
-def arguments() -> argparse.Namespace:
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str) -> argparse.Namespace:
+    a = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--data", required=True, help="a data set, or a copy that semi_supervised.py --export made")
     a.add_argument("--network", default="yolov8n.pt", help="weights to start from, or a layout")
     a.add_argument("--out", default="runs/suggest")
@@ -111,22 +111,30 @@ def trained(run: Storage, config: Config, device: torch.device, splits: Sequence
     return found
 
 
+def first_detector(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, Any]:
+    """Result of the detector that chooses, trained on the first labels; it has looked at the other images."""
+    first, device = Storage(a.out).at(f"seed{seed}", "start"), torch.device(a.device)
+    config = settings(a, seed, a.first_steps or a.steps)
+    if not first.exists("dataset/manifest.parquet"):
+        subset(manifest, a.start, seed, first.at("dataset"))
+    result = trained(first, config, device, a.splits)
+    if not first.exists("pseudo/stage.json"):
+        start = read_manifest(first.at("dataset"))
+        label_in_process(config, first, "pseudo", start, ["teacher/best.pt"], device, cores=1)
+        first.write_json("pseudo/stage.json", {})
+    return result
+
+
 def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, dict[str, Any]]:
     """Results by arm, and of the first detector ("start")."""
     config, device, out = settings(a, seed, a.steps), torch.device(a.device), Storage(a.out).at(f"seed{seed}")
     first = out.at("start")
-    if not first.exists("dataset/manifest.parquet"):
-        subset(manifest, a.start, seed, first.at("dataset"))
-    results = {"start": trained(first, settings(a, seed, a.first_steps or a.steps), device, a.splits)}
+    results = {"start": first_detector(a, manifest, seed)}
     started = {r.image_id for r in read_manifest(first.at("dataset")).labelled_rows()}
     seen: Looked | None = None
     for arm in a.arms:
         run = out.at(arm)
         if not run.exists("dataset/manifest.parquet"):
-            if not first.exists("pseudo/stage.json"):
-                start = read_manifest(first.at("dataset"))
-                label_in_process(config, first, "pseudo", start, ["teacher/best.pt"], device, cores=1)
-                first.write_json("pseudo/stage.json", {})
             seen = seen or look_at(config, first, TEACHER, len(started))
             chosen = ARMS[arm](seen, len(started), seed)
             assert len(set(chosen)) == len(chosen) and not started.intersection(chosen)
@@ -179,7 +187,7 @@ def interval(gains: np.ndarray) -> str:
 
 
 def main() -> None:
-    a = arguments()
+    a = arguments(__doc__ or "")
     torch.set_num_threads(1)
     out = Path(a.out)
     manifest = all_labels(a.data, out / "data")

@@ -11,6 +11,7 @@ from dfssd.data.boxes import above
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
 from dfssd.data.preparation.corrections import as_boxes, write_corrections
 from dfssd.errors import DfssdError
+from dfssd.pseudo.calibration import calibrate
 from dfssd.pseudo.quality import Quality, measure
 from dfssd.pseudo.shards import read_shards
 from dfssd.report.pictures import draw
@@ -101,7 +102,8 @@ def look_at(config: Config, run: Storage, teacher: ArtefactName, k: int) -> Look
         teacher: the one that labelled the images; it looks at them where there is no student.
     """
     state = read_labelled(config, run)
-    calibration = state.quality.scores.calibration
+    val = state.quality.evidence["val"]
+    calibration = calibrate(val.found, val.hits)
     order = looked_at(state, suggest.score(state.boxes, None, state.tau_c, calibration).alone(), max(LOOKED_AT, 4 * k))
     rows, boxes = [state.rows[i] for i in order], [state.boxes[i] for i in order]
     network = STUDENT if is_finished(run, STUDENT) else teacher
@@ -123,7 +125,7 @@ def looked_at(state: Labelled, alone: np.ndarray, limit: int) -> list[int]:
     """
     if len(alone) <= limit:
         return list(range(len(alone)))
-    best = np.argsort(-alone, kind="stable").tolist()
+    best: list[int] = np.argsort(-alone, kind="stable").tolist()
     others = sorted(best[limit // 2 :], key=lambda i: state.rows[i].image_id)
     return best[: limit // 2] + others[: limit - limit // 2]
 
