@@ -10,7 +10,7 @@ from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job, s
 from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.replay import deliver_later, summary_numbers
-from dfssd.pipeline.stages import is_wanted, make_stage, plan, resolve, row_of
+from dfssd.pipeline.stages import is_wanted, make_stage, plan, policies_at_work, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
 
@@ -25,7 +25,7 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
     """
     if any(own.distils for own in (row_of(name).training for name in names) if own):
         check_weights(config.distill)
-    for note in settings_without_effect(config):
+    for note in settings_without_effect(config, policies_at_work(config, names)):
         print(f"WARNING: {note}", flush=True)
     refuse_relative_paths_in_a_job(config)
     context = Context(config)
