@@ -153,6 +153,6 @@ def test_a_sweep_refuses_a_name_that_is_in_no_table():
         apply(Config(), {"distill.divergence": "kll"})
     with pytest.raises(DfssdError, match="--tta flip: must be 'none' or 'flips'"):
         checked({"pseudo": {"tta": "flip"}})
-    with pytest.raises(DfssdError, match="^--divergence 'kll' is none of mse, kl"):
+    with pytest.raises(DfssdError, match=r"^--divergence 'kll' is none of mse, kl"):
         checked({"distill": {"divergence": "kll"}})
     assert apply(Config(), {"distill.taps": "4,15"}).distill.taps == (4, 15)
