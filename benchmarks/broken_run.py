@@ -51,6 +51,7 @@ class Run:
     proxy: Proxy | None = None
     tracking: Server | None = None
     attempts: int = 0
+    begun: int = 0  # where in the log the present attempt begins (bytes)
     problems: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
@@ -63,6 +64,7 @@ class Run:
 
     def start(self) -> None:
         self.attempts += 1
+        self.begun = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
@@ -193,12 +195,12 @@ FAULTS: dict[str, tuple[Callable[[Run, random.Random], str], str]] = {
 
 
 def _wait_until(run: Run, reached: Position, rng: random.Random) -> bool:
-    """Wait until the run is at a place; has it ended before?"""
+    """Wait until the run is at a place, and this attempt of it at work; has it ended before?"""
     name = STAGES[reached[0]]
     while run.ended() is None:
-        text = run.text()
+        text, works = run.text(), re.search(r"\w: (starts|goes on|step \d)", run.text(run.begun))
         begun = re.search(rf"{name}: (starts|goes on)", text)
-        if position(text) > reached or (position(text) == reached and (reached[1] or begun)):
+        if works and (position(text) > reached or (position(text) == reached and (reached[1] or begun))):
             time.sleep(rng.uniform(0, 1.0 if reached[1] else 3.0))
             return run.ended() is None
         time.sleep(0.25)  # reading a log costs, too
