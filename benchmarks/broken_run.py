@@ -285,6 +285,7 @@ def with_faults(run: Run, steps: int, number: int, seed: int, faults: list[Fault
             _hold(run, ends[k + 1], steps)
             faults.append(break_it(run, kind, random.Random(f"{seed} {k}")))
             if time.monotonic() > until:
+                _hold(run, ends[k + 1], steps)  # so that its last checkpoint may pass
                 print(terminate(run, random.Random()), flush=True)
                 return False
         while run.wait(1800) != 0:
