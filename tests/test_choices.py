@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 
@@ -15,10 +16,13 @@ from dfssd.config.choices import (
     IN_LOOP_POLICIES,
     POLICIES,
     PRECISIONS,
+    Choice,
     floors,
+    in_words,
     temperatures,
 )
 from dfssd.config.flags import parse
+from dfssd.config.sections import SECTIONS
 from dfssd.data.formats import read
 from dfssd.data.formats.read import JSON_FORMATS
 from dfssd.distill import divergences
@@ -45,6 +49,38 @@ def test_every_row_has_its_function():
     assert all(callable(one) for pair in JSON_FORMATS.values() for one in pair)
     asked = set(re.findall(r'"([\w-]+)"', " ".join(re.findall(r"_asked\((.*?)\)", inspect.getsource(read)))))
     assert asked | set(JSON_FORMATS) == set(FORMATS) - {"auto"}
+
+
+def tables_of(annotation, *metadata):
+    """Tables of a setting and the type beside each; of a tuple those of what is in it."""
+    found = [(annotation, one) for one in metadata if isinstance(one, Choice)]
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return found + tables_of(inner, *more)
+    return found + [one for inner in get_args(annotation) for one in tables_of(inner)]
+
+
+def literals(annotation):
+    """Names in a type, wherever in it."""
+    return [
+        name
+        for inner in get_args(annotation)
+        for name in ([inner] if get_origin(annotation) is Literal else literals(inner))
+    ]
+
+
+def test_every_enumeration_of_the_settings_is_a_table_that_its_help_is_made_of():
+    seen = []
+    for section in SECTIONS.values():
+        for name, info in section.model_fields.items():
+            tables = tables_of(info.annotation, *info.metadata)
+            assert bool(tables) or not literals(info.annotation), f"{name} has values and no table"
+            for kind, choice in tables:
+                assert kind is str or get_args(kind) == choice.names, f"{name}: its type and its table differ"
+                said = in_words(choice.table) in info.description or name == "teacher_amp"  # "as --amp"
+                assert said, f"the help of {name} does not follow from its table"
+                seen.append(name)
+    assert len(seen) >= 18
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,38 @@ def test_the_doors_of_the_walks_are_there():
             n.name for n in ast.parse((ROOT / file).read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)
         }
         assert name in defined, f"{file} defines no {name}"
+
+
+# What holds boxes is called one of these; readers of files have layouts of their own, the detector at the line stands alone.
+BOXES = {"box", "boxes", "candidates", "detections", "found", "labels", "truth"}
+OWN_LAYOUT = ("data/formats", "data/preparation", "data/checks", "line")
+
+
+def bare_columns(source: str) -> list[str]:
+    """Where a column of boxes is a number: `boxes[:, 4]`, `boxes[:, 1:5]`, `row.boxes[:, [0, 5]]`, `box[5]`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Subscript):
+            continue
+        name = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+        index = node.slice
+        if isinstance(index, ast.Tuple) and isinstance(index.elts[0], ast.Slice):
+            index = index.elts[-1]
+        elif name != "box":
+            continue  # rows
+        parts = index.elts if isinstance(index, ast.List) else [index]
+        parts = [p for one in parts for p in ((one.lower, one.upper) if isinstance(one, ast.Slice) else (one,))]
+        if name in BOXES and any(isinstance(p, ast.Constant) and isinstance(p.value, int) for p in parts):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_columns_of_boxes_have_names():
+    assert len(bare_columns("boxes[:, 4], r.boxes[:, 1:5], found[:, [0, 5]], box[5]")) == 4
+    assert not bare_columns("boxes[:, CLS], boxes[0], boxes[:20], sizes[:, 0], boxes[:, XY], boxes[:, None]")
+    bare = {
+        name: lines
+        for name, path in modules().items()
+        if not str(path.relative_to(ROOT)).startswith(OWN_LAYOUT) and (lines := bare_columns(path.read_text()))
+    }
+    assert not bare

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Gpu = Literal["auto", "never", "require"]  # a GPU a worker: where the cluster has them, never, or not without
 LineStyle = str | tuple[int, tuple[int, ...]]  # as Matplotlib takes it
 
 
@@ -152,8 +151,65 @@ REVIEW_FORMATS = {
     "yolo": Option("a .zip of text files"),
 }
 
+# Switches: code asks for their values by name, in one or two places each, so each has a type beside its table. The type
+# checker then refuses a comparison with a value that there is not, and a row whose name is none.
+Gpu = Literal["auto", "never", "require"]
+GPU: dict[Gpu, Option] = {
+    "auto": Option("where the cluster has them"),
+    "never": Option("none, whatever it has"),
+    "require": Option("a run without is refused"),
+}
+MissingLabels = Literal["unlabelled", "background"]
+MISSING_LABELS: dict[MissingLabels, Option] = {
+    "unlabelled": Option("nobody has looked at it"),
+    "background": Option("it is known to be defect-free"),
+}
+Split = Literal["grouped", "random", "given"]
+SPLIT: dict[Split, Option] = {
+    "grouped": Option("near-duplicates stay together"),
+    "random": Option("image by image, so that it leaks"),
+    "given": Option("the data's own"),
+}
+Tta = Literal["none", "flips"]
+TTA: dict[Tta, Option] = {
+    "none": Option("the image alone"),
+    "flips": Option("also its three mirrored forms, fused"),
+}
+TeacherMode = Literal["frozen", "online"]
+TEACHER_MODE: dict[TeacherMode, Option] = {
+    "frozen": Option("it stays as it is"),
+    "online": Option("it goes on training on the labelled images, and its weight average teaches"),
+}
+Silence = Literal["ignore", "background"]
+SILENCE: dict[Silence, Option] = {
+    "ignore": Option("nothing"),
+    "background": Option("'no defect here'"),
+}
+Prediction = Literal["soft", "mse"]
+PREDICTION: dict[Prediction, Option] = {
+    "soft": Option("soft scores, and boxes by their bins"),
+    "mse": Option("raw outputs, as published"),
+}
+FeatureSchedule = Literal["constant", "cosine", "off_last_epochs"]
+FEATURE_SCHEDULE: dict[FeatureSchedule, Option] = {
+    "constant": Option("1"),
+    "cosine": Option("from 1 to 0.1"),
+    "off_last_epochs": Option("1, and 0 for the last --off-last of the steps"),
+}
+BalanceRule = Literal["none", "gradnorm"]
+BALANCE: dict[BalanceRule, Option] = {
+    "none": Option("as they are given"),
+    "gradnorm": Option("so that each term's gradient keeps its share of the supervised one"),
+}
+ExportFormat = Literal["onnx", "openvino", "tensorrt"]
+EXPORT_FORMATS: dict[ExportFormat, Option] = {
+    "onnx": Option("always, with any other"),
+    "openvino": Option("where it is installed"),
+    "tensorrt": Option("where it is installed, on a GPU like that at the line"),
+}
 
-def in_words(table: Mapping[str, Divergence | ThresholdPolicy | Option | DataFormat]) -> str:
+
+def in_words(table: Mapping[Any, Divergence | ThresholdPolicy | Option | DataFormat]) -> str:
     """All choices and what they are, for help."""
     return "; ".join(f"{name}: {row.says}" for name, row in table.items())
 
@@ -179,10 +235,10 @@ def temperatures() -> str:
 
 
 class Choice:
-    """Of a setting: its value is a name in a table. For `Annotated[str, Choice(TABLE)]`."""
+    """Of a setting: its value is a name in a table. For `Annotated[str, Choice(TABLE)]`, or with the type of a switch."""
 
-    def __init__(self, table: Mapping[str, Any]) -> None:
-        self.names = tuple(table)
+    def __init__(self, table: Mapping[Any, Any]) -> None:
+        self.table, self.names = table, tuple(table)
 
     def check(self, value: str) -> str:
         if value not in self.names:

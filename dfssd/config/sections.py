@@ -7,19 +7,38 @@ names are unique over all sections, because the command line drops the section: 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dfssd.config.choices import (
+    BALANCE,
     BOX_LOSSES,
     DIVERGENCES,
+    EXPORT_FORMATS,
+    FEATURE_SCHEDULE,
     FORMATS,
+    GPU,
     IN_LOOP_POLICIES,
+    MISSING_LABELS,
     POLICIES,
     PRECISIONS,
+    PREDICTION,
+    SILENCE,
+    SPLIT,
+    TEACHER_MODE,
+    TTA,
+    BalanceRule,
     Choice,
+    ExportFormat,
+    FeatureSchedule,
     Gpu,
+    MissingLabels,
+    Prediction,
+    Silence,
+    Split,
+    TeacherMode,
+    Tta,
     floors,
     in_words,
     readers,
@@ -58,7 +77,7 @@ class Run(Section):
         "holds, following its size), or auto (one a GPU; without GPUs one a node).",
     )
     cpus_per_worker: int = Field(0, ge=0, description="CPU cores a worker; 0: all there are, shared evenly.")
-    gpu: Gpu = Field("auto", description="A GPU a worker: where the cluster has them, never, or not without.")
+    gpu: Annotated[Gpu, Choice(GPU)] = Field("auto", description=f"A GPU a worker. {in_words(GPU)}.")
     wait_min: float = Field(
         0.0, ge=0, description="Minutes to wait for nodes that an autoscaler is still to start, before giving up."
     )
@@ -103,11 +122,11 @@ class Data(Section):
         "image keeps its split.",
     )
     unlabelled: tuple[str, ...] = Field((), description="Further folders with images that have no labels.")
-    missing_labels: Literal["unlabelled", "background"] = Field(
-        "unlabelled", description="What an image without a label file is: unlabelled, or known to be defect-free."
+    missing_labels: Annotated[MissingLabels, Choice(MISSING_LABELS)] = Field(
+        "unlabelled", description=f"What an image without a label file is. {in_words(MISSING_LABELS)}."
     )
-    split: Literal["grouped", "random", "given"] = Field(
-        "grouped", description="grouped: near-duplicates stay together; random: leaks; given: the data's own."
+    split: Annotated[Split, Choice(SPLIT)] = Field(
+        "grouped", description=f"How images come to train, val and test. {in_words(SPLIT)}."
     )
     split_shares: tuple[float, float, float] = Field(
         (0.8, 0.1, 0.1), description="Shares of train, val, test [each from 0, together 1]."
@@ -241,9 +260,7 @@ class Pseudo(Section):
     label_teachers: tuple[str, ...] = Field(
         (), description="Weights (.pt) that label instead of the run's own teacher; several are an ensemble."
     )
-    tta: Literal["none", "flips"] = Field(
-        "flips", description="Label the image alone, or also its three mirrored forms, fused."
-    )
+    tta: Annotated[Tta, Choice(TTA)] = Field("flips", description=f"What of an image is labelled. {in_words(TTA)}.")
     floor: float = Field(0.05, gt=0, lt=1, description="Lowest score of a candidate box that is kept.")
     label_batch: int = Field(0, ge=0, description="Images in one forward pass of the labelling teacher; 0: automatic.")
     num_actors: int = Field(0, ge=0, description="Labelling actors (processes); 0: one a GPU, or one for 8 CPUs.")
@@ -289,8 +306,8 @@ class Distill(Section):
     """The method: L = L_sup + lambda_u L_pse + lambda_p L_cls + lambda_l L_loc + lambda_f s(t) L_feat."""
 
     distill_teacher: str = Field("", description="Weights (.pt) to distil from instead of the run's own teacher.")
-    teacher_mode: Literal["frozen", "online"] = Field(
-        "frozen", description="online: the teacher goes on training on the labelled images; its weight average teaches."
+    teacher_mode: Annotated[TeacherMode, Choice(TEACHER_MODE)] = Field(
+        "frozen", description=f"What the teacher does meanwhile. {in_words(TEACHER_MODE)}."
     )
     teacher_amp: Annotated[str, Choice(PRECISIONS)] = Field(
         "auto",
@@ -300,11 +317,12 @@ class Distill(Section):
 
     unlabelled_ratio: float = Field(1.0, ge=0, description="Unlabelled images in a batch for each labelled one.")
     score_power: float = Field(1.0, ge=0, description="gamma in the weight score**gamma of a pseudo-label; 0: all 1.")
-    uncertain: Literal["ignore", "background"] = Field(
-        "ignore", description="What a candidate below its threshold says: nothing, or (harmful) 'no defect here'."
+    uncertain: Annotated[Silence, Choice(SILENCE)] = Field(
+        "ignore",
+        description=f"What a candidate below its threshold says. {in_words(SILENCE)}, which does harm.",
     )
-    silent: Literal["ignore", "background"] = Field(
-        "ignore", description="What an unlabelled image without any candidate says: nothing, or 'no defect here'."
+    silent: Annotated[Silence, Choice(SILENCE)] = Field(
+        "ignore", description=f"What an unlabelled image without any candidate says. {in_words(SILENCE)}."
     )
     student_view: float = Field(
         0.0,
@@ -322,8 +340,8 @@ class Distill(Section):
         0.0, ge=0, le=1, description="Agreement under flips from which a pseudo-label teaches its box; 0: always."
     )
     lambda_u: float = Field(1.0, ge=0, description="Weight of the pseudo-label loss.")
-    prediction: Literal["soft", "mse"] = Field(
-        "soft", description="Prediction distillation: soft scores and boxes, or mse on raw outputs (as published)."
+    prediction: Annotated[Prediction, Choice(PREDICTION)] = Field(
+        "soft", description=f"What of the teacher's predictions is compared. {in_words(PREDICTION)}."
     )
     lambda_p: float = Field(1.0, ge=0, description="Weight of the prediction distillation's class term, or of mse.")
     lambda_l: float = Field(1.0, ge=0, description="Weight of the prediction distillation's localisation term.")
@@ -338,15 +356,14 @@ class Distill(Section):
     feature_tau: float = Field(
         0.0, ge=0, description=f"Temperature of the softmax, where there is one; 0: {temperatures()}."
     )
-    feature_schedule: Literal["constant", "cosine", "off_last_epochs"] = Field(
-        "constant", description="s(t): constant, cosine from 1 to 0.1, or 1 and then 0 for the last --off-last."
+    feature_schedule: Annotated[FeatureSchedule, Choice(FEATURE_SCHEDULE)] = Field(
+        "constant", description=f"s(t), by the share of the steps. {in_words(FEATURE_SCHEDULE)}."
     )
     off_last: float = Field(0.1, ge=0, le=1, description="Share of the steps that 'off_last_epochs' switches off.")
     taps: Layers = Field((), description="Student's layers to compare, by number; none: the neck's outputs.")
     teacher_taps: Layers = Field((), description="Teacher's layers, pairwise with --taps; none: the same.")
-    balance: Literal["none", "gradnorm"] = Field(
-        "gradnorm",
-        description="gradnorm: weights follow so that each term's gradient keeps its share of the supervised one.",
+    balance: Annotated[BalanceRule, Choice(BALANCE)] = Field(
+        "gradnorm", description=f"How the terms are weighted. {in_words(BALANCE)}."
     )
     share_u: float = Field(0.0, ge=0, description="Share of the pseudo-label loss under gradnorm; 0: not balanced.")
     share_p: float = Field(
@@ -401,10 +418,10 @@ class Evaluate(Section):
 class Export(Section):
     """Files for the machine at the line."""
 
-    formats: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = Field(
+    formats: tuple[Annotated[ExportFormat, Choice(EXPORT_FORMATS)], ...] = Field(
         ("onnx",),
-        description="What is written: onnx always; openvino and tensorrt where they are installed, the last on a GPU like "
-        "that at the line. They are added to what is there. Without any (--formats alone) the pipeline exports nothing.",
+        description=f"What is written. {in_words(EXPORT_FORMATS)}. They are added to what is there. Without any "
+        "(--formats alone) the pipeline exports nothing.",
     )
     nms_inside: bool = Field(
         False, description="Put NMS into the model: (n,7) rows [picture, x1, y1, x2, y2, score, class] come out."

@@ -1,18 +1,25 @@
-"""Boxes as arrays: columns by name, corners, overlap, mirroring.
+"""Boxes as arrays: columns by name, corners, overlap, mirroring, what reaches a threshold.
 
 Legend: labels are (n,5) [cls, cx, cy, w, h], candidates (n,7) [cls, cx, cy, w, h, score, agreement]; coordinates 0..1.
+Detections, as networks leave them, are (n,6) [x1, y1, x2, y2 (px), score, class], (n,7) with what hit a label.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from dfssd.data.manifest import Boxes
+if TYPE_CHECKING:  # what a loading process does not need, it does not import
+    from dfssd.data.manifest import Boxes
 
 # Columns of labels and candidates.
 CLS, X, Y, W, H, SCORE, AGREEMENT = range(7)
 XY, WH, XYWH = slice(X, Y + 1), slice(W, H + 1), slice(X, H + 1)
 LABEL_COLUMNS, CANDIDATE_COLUMNS = 5, 7
+# Columns of detections; `line/detector.py`, which stands alone, has them once more.
+X1, Y1, X2, Y2, DET_SCORE, DET_CLS, HIT = range(7)
+XYXY = slice(X1, Y2 + 1)
 
 
 def unflip(boxes: Boxes, left_right: bool, up_down: bool) -> Boxes:
@@ -23,6 +30,17 @@ def unflip(boxes: Boxes, left_right: bool, up_down: bool) -> Boxes:
     if up_down:
         turned[:, Y] = 1 - turned[:, Y]
     return turned
+
+
+def above(boxes: Boxes, tau_c: np.ndarray, share: float = 1.0) -> Boxes:
+    """Candidates at or above this share of their class's threshold."""
+    found: Boxes = boxes[boxes[:, SCORE] >= share * tau_c[boxes[:, CLS].astype(int)]]
+    return found
+
+
+def detections_above(found: np.ndarray, tau_c: np.ndarray) -> np.ndarray:
+    """Detections at or above their class's threshold."""
+    return np.asarray(found[found[:, DET_SCORE] >= tau_c[found[:, DET_CLS].astype(int)]])
 
 
 def corners(boxes: Boxes) -> np.ndarray:

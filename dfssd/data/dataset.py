@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dfssd.data.augment import Plan, Recipe, draw_plan, make_sample
+from dfssd.data.boxes import AGREEMENT, CLS, SCORE, XYWH
 from dfssd.data.cache import DiskCache
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.letterbox import letterboxed
@@ -102,7 +103,11 @@ class TrainingSet:
 
 def _sample(image: np.ndarray, boxes: np.ndarray) -> Sample:
     pixels = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
-    return {"img": pixels, "cls": torch.from_numpy(boxes[:, [0, 5, 6]]), "bboxes": torch.from_numpy(boxes[:, 1:5])}
+    return {
+        "img": pixels,
+        "cls": torch.from_numpy(boxes[:, [CLS, SCORE, AGREEMENT]]),
+        "bboxes": torch.from_numpy(boxes[:, XYWH]),
+    }
 
 
 class ManifestDataset(torch.utils.data.Dataset):
@@ -152,7 +157,7 @@ class ManifestDataset(torch.utils.data.Dataset):
         small = self.images.load(index)
         image, letterbox = letterboxed(small, self.batch_shapes[index // VAL_BATCH], enlarge=False)
         boxes = self.boxes[index].copy()
-        boxes[:, 1:5] = letterbox.boxes_in(boxes[:, 1:5])
+        boxes[:, XYWH] = letterbox.boxes_in(boxes[:, XYWH])
         width, height = self.images.sizes_wh[index].tolist()
         return _sample(image, boxes) | {
             "im_file": self.images.uri(index),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
+from dfssd.data.boxes import AGREEMENT, CLS, SCORE, XYWH
+
 if TYPE_CHECKING:  # what a loading process does not need, it does not import
     from dfssd.data.manifest import Boxes
 
@@ -73,6 +75,6 @@ def letterboxed(image: np.ndarray, rectangle_hw: tuple[int, int], enlarge: bool 
 def out_of_letterbox(boxes: Boxes, size_wh: np.ndarray, side: int) -> Boxes:
     """Candidates in shares of the letterboxed input -> in shares of the image, cut at its edges."""
     width, height = (int(length) for length in size_wh)
-    moved = letterbox_of((width, height), (side, side)).boxes_out(boxes[:, 1:5])
-    columns = [boxes[:, :1], moved, boxes[:, 5:]]
+    moved = letterbox_of((width, height), (side, side)).boxes_out(boxes[:, XYWH])
+    columns = [boxes[:, CLS, None], moved, boxes[:, SCORE : AGREEMENT + 1]]
     return np.asarray(np.concatenate(columns, 1).astype(np.float32)[(moved[:, 2:] > 0).all(1)])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dfssd.data.boxes import CLS
 from dfssd.data.manifest import Boxes
 
 Repeats = int | tuple[float, ...]  # number of images, each once an epoch; or how often each one comes
@@ -60,7 +61,7 @@ def repeat_factors(boxes: Sequence[Boxes | None], classes: int, threshold: float
     shown = np.zeros((len(boxes), classes), bool)
     for row, own in zip(shown, boxes, strict=True):
         if own is not None and len(own):
-            row[own[:, 0].astype(int)] = True
+            row[own[:, CLS].astype(int)] = True
     share = shown.mean(0)
     factor = np.sqrt(threshold / np.maximum(share, 1e-12)).clip(min=1)
     return tuple(float(f) for f in np.where(shown, factor, 1.0).max(1, initial=1.0))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dfssd.data.boxes import CLS, DET_CLS, LABEL_COLUMNS, WH, XY, XYXY
 from dfssd.data.dataset import decode
 from dfssd.data.manifest import Row
 from dfssd.evaluate.validation import record
@@ -66,13 +67,13 @@ def collect_squares(
         for row, boxes, (_, gain, edge) in zip(part, found, ready, strict=True):
             own = boxes.astype(np.float32).copy()
             if known is not None:
-                own[:, 5] = known[own[:, 5].astype(int)]
-                own = own[own[:, 5] >= 0]
-            own[:, :4] = (own[:, :4] - np.tile(edge, 2)) / np.tile(gain, 2)
-            labels = np.zeros((0, 5), np.float32) if row.boxes is None else row.boxes
-            centre, half = labels[:, 1:3] * [row.width, row.height], labels[:, 3:5] * [row.width, row.height] / 2
+                own[:, DET_CLS] = known[own[:, DET_CLS].astype(int)]
+                own = own[own[:, DET_CLS] >= 0]
+            own[:, XYXY] = (own[:, XYXY] - np.tile(edge, 2)) / np.tile(gain, 2)
+            labels = np.zeros((0, LABEL_COLUMNS), np.float32) if row.boxes is None else row.boxes
+            centre, half = labels[:, XY] * [row.width, row.height], labels[:, WH] * [row.width, row.height] / 2
             truth = torch.from_numpy(np.concatenate([centre - half, centre + half], 1).astype(np.float32))
-            one = record(torch.from_numpy(own), torch.from_numpy(labels[:, 0].astype(np.float32)), truth, row.uri)
+            one = record(torch.from_numpy(own), torch.from_numpy(labels[:, CLS].astype(np.float32)), truth, row.uri)
             extra = {"image_id": row.image_id, "group": row.group, "size": (row.width, row.height)}
             records.append({**one, **extra})
     return records

@@ -16,6 +16,7 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils import ops
 from ultralytics.utils.metrics import DetMetrics, box_iou
 
+from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY
 from dfssd.data.dataset import ManifestDataset, network_input
 from dfssd.data.loaders import validation_batches
 from dfssd.errors import DfssdError
@@ -90,17 +91,17 @@ def record(found: Tensor, classes: Tensor, truth_xyxy: Tensor, name: str) -> dic
     hits = np.zeros((len(found), len(IOU_LEVELS)), bool)
     if len(found) and len(classes):
         judge = SimpleNamespace(iouv=IOU_LEVELS)
-        iou = box_iou(truth_xyxy, found[:, :4])
-        hits = BaseValidator.match_predictions(judge, found[:, 5], classes, iou).numpy()
+        iou = box_iou(truth_xyxy, found[:, XYXY])
+        hits = BaseValidator.match_predictions(judge, found[:, DET_CLS], classes, iou).numpy()
     target = classes.numpy()
     return {
         "tp": hits,
-        "conf": found[:, 4].float().numpy(),
-        "pred_cls": found[:, 5].float().numpy(),
+        "conf": found[:, DET_SCORE].float().numpy(),
+        "pred_cls": found[:, DET_CLS].float().numpy(),
         "target_cls": target,
         "target_img": np.unique(target),
         "im_name": name,
-        "boxes": found[:, :4].float().numpy(),
+        "boxes": found[:, XYXY].float().numpy(),
         "truth": truth_xyxy.float().numpy(),
     }
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dfssd.config import Config
+from dfssd.data.boxes import detections_above
 from dfssd.data.dataset import decode
 from dfssd.data.manifest import Manifest, Row, read_manifest
 from dfssd.evaluate.escapes import Pictures, operating_point
@@ -230,7 +231,7 @@ def _reference(
     for row in _unlabelled(manifest, REFERENCE):
         picture = decode(row.uri, white=row.white)
         boxes = detect(network_input([letterbox(picture, imgsz)[0]]))[0]
-        numbers.append(drift.picture_numbers(picture, boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]]))
+        numbers.append(drift.picture_numbers(picture, detections_above(boxes, tau_c)))
     return drift.reference(numbers)
 
 

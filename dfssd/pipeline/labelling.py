@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dfssd.data.boxes import above
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.errors import DfssdError
 from dfssd.pipeline.context import Context, Planned, Result
@@ -82,7 +83,7 @@ def _write_doubtful(stage: Stage, quality: Quality, manifest: Manifest) -> list[
     drawn = [draw(row, boxes, manifest.names, tau) for row, boxes, _ in found]
     captions = [f"{name}\ndoubt {value:.2f}" for name, (_, _, value) in zip(names, found, strict=True)]
     lines = [[name, value, row.image_id, row.uri] for name, (row, _, value) in zip(names, found, strict=True)]
-    proposals = [Proposal(row, boxes[boxes[:, 5] >= 0.5 * tau[boxes[:, 0].astype(int)]]) for row, boxes, _ in found]
+    proposals = [Proposal(row, above(boxes, tau, 0.5)) for row, boxes, _ in found]
     stage.store.write("doubtful.png", captioned(list(zip(drawn, captions, strict=True))))
     stage.store.write("doubtful.csv", table(["file", "doubt", "image_id", "uri"], lines))
     stage.store.write("doubtful_tasks.json", label_studio(proposals, manifest.names, str(stage.name), ""))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dfssd.config import Distill
-from dfssd.data.boxes import AGREEMENT, CANDIDATE_COLUMNS, CLS, SCORE, XYWH, H, W, X, Y
+from dfssd.data.boxes import AGREEMENT, CANDIDATE_COLUMNS, CLS, DET_CLS, DET_SCORE, SCORE, XYWH, H, W, X, Y
 from dfssd.data.manifest import Boxes
 from dfssd.models.targets import NOWHERE, Targets, joined, padded
 from dfssd.pseudo.thresholds import class_sums
@@ -176,7 +176,7 @@ def from_detections(found: Sequence[Tensor], height_px: int, width_px: int) -> l
     side = np.array([width_px, height_px], np.float32)
     low, high = (np.clip(flat[:, i : i + 2], 0, side) / side for i in (0, 2))
     candidates[:, X : Y + 1], candidates[:, W : H + 1] = (low + high) / 2, high - low
-    candidates[:, SCORE], candidates[:, CLS] = flat[:, 4], flat[:, 5]
+    candidates[:, SCORE], candidates[:, CLS] = flat[:, DET_SCORE], flat[:, DET_CLS]
     return [
         own[(own[:, W : H + 1] > 0).all(1)] for own in np.split(candidates, np.cumsum([len(f) for f in found])[:-1])
     ]

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dfssd.config import Config, Pseudo, Train
-from dfssd.data.boxes import unflip
+from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY, unflip
 from dfssd.data.checks import Problem
 from dfssd.data.letterbox import GREY, Letterbox, letterboxed, out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
@@ -32,6 +32,8 @@ from dfssd.runtime.storage import Storage, is_remote, side_by_side
 
 SHARD = 64  # images of up to 640 px; fewer of larger ones, so that a decoded shard never holds more than 80 MB
 FULL_SIDE = 640
+# Columns of found boxes: which image and view it is, then a detection.
+IMAGE, VIEW, DETECTION = 0, 1, 2
 
 Shard = dict[str, Any]
 Log = Callable[[dict[str, float], int], None]
@@ -139,7 +141,7 @@ def fuse_views(row: Shard, settings: Pseudo, side: int) -> list[Boxes | None]:
     """
     found, views = np.asarray(row["found"], np.float32).reshape(-1, 8), int(row["views"])
     boxes = _in_shares(found, side)
-    key = found[:, 0].astype(np.int64) * views + found[:, 1].astype(np.int64)
+    key = found[:, IMAGE].astype(np.int64) * views + found[:, VIEW].astype(np.int64)
     order = np.argsort(key, kind="stable")
     edges = np.searchsorted(key[order], np.arange(len(row["ids"]) * views + 1))
     own = [boxes[order[a:b]] for a, b in pairwise(edges)]
@@ -159,8 +161,10 @@ def fuse_views(row: Shard, settings: Pseudo, side: int) -> list[Boxes | None]:
 
 def _in_shares(found: np.ndarray, side: int) -> Boxes:
     """Found boxes as candidates in shares of the network's input, cut at its edges."""
-    xyxy = (found[:, 2:6] / side).clip(0, 1)
-    columns = [found[:, 7:], (xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2], found[:, 6:7]]
+    own = found[:, DETECTION:]
+    xyxy = (own[:, XYXY] / side).clip(0, 1)
+    low, high = xyxy[:, :2], xyxy[:, 2:]
+    columns = [own[:, DET_CLS, None], (low + high) / 2, high - low, own[:, DET_SCORE, None]]
     return np.concatenate([*columns, np.ones((len(found), 1), np.float32)], 1).astype(np.float32)
 
 

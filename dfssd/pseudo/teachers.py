@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dfssd.config import Config
+from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY
 from dfssd.errors import DfssdError
 from dfssd.models.families import class_names, family_of, load_model, predict
 from dfssd.models.precision import autocast_dtype
 from dfssd.pseudo.fusion import FLIPS
-from dfssd.pseudo.shards import Shard
+from dfssd.pseudo.shards import IMAGE, Shard
 from dfssd.runtime.storage import Storage
 
 AUTO_BATCH = {"cpu": 16, "cuda": 64}  # images in a forward pass; halved where a GPU's memory does not hold them
@@ -113,7 +114,7 @@ class Teachers:
             except RuntimeError as error:  # all that CUDA, cuDNN and cuBLAS raise
                 self._mend(error, [str(i) for i in row["ids"][part]])
                 continue
-            found[:, 0] += done
+            found[:, IMAGE] += done
             parts.append(found)
             done += count
         rest = {k: v for k, v in row.items() if k != "images"}
@@ -162,8 +163,10 @@ class Teachers:
         boxes = torch.cat(found).float().cpu().numpy()  # the one wait for the device
         place = np.repeat(np.arange(len(found)), counts)  # (teacher, form, image), image fastest
         teacher = place // (b * len(self.flips))
-        classes = np.concatenate([self.maps[t][boxes[teacher == t, 5].astype(int)] for t in range(len(self.models))])
-        columns = [place % b, place // b, boxes[:, :4], boxes[:, 4], classes]
+        classes = np.concatenate(
+            [self.maps[t][boxes[teacher == t, DET_CLS].astype(int)] for t in range(len(self.models))]
+        )
+        columns = [place % b, place // b, boxes[:, XYXY], boxes[:, DET_SCORE], classes]
         result = np.column_stack(columns).astype(np.float32)
         return np.asarray(result[classes >= 0])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dfssd.data.boxes import corners, iou, unflip
+from dfssd.data.boxes import CLS, WH, H, W, corners, iou, unflip
 from dfssd.data.manifest import Boxes, Manifest, Row
 
 SMALL = 12.0  # px of the shorter side at the training resolution, below which a detector with stride 8 sees little
@@ -66,14 +66,14 @@ def labels_of(manifest: Manifest, withheld: dict[str, Boxes]) -> list[tuple[Row,
 def sides_px(row: Row, boxes: Boxes, imgsz: int | None = None) -> np.ndarray:
     """(n,2) width and height of boxes in px of the image, or at a training resolution."""
     scale = imgsz / max(row.width, row.height) if imgsz else 1.0
-    return np.asarray(boxes[:, 3:5] * [row.width, row.height] * scale)
+    return np.asarray(boxes[:, WH] * [row.width, row.height] * scale)
 
 
 def class_sizes(labels: list[tuple[Row, Boxes]], names: list[str], imgsz: int) -> list[ClassSizes]:
     """Box sizes of every class that has boxes."""
     found = []
     for c, name in enumerate(names):
-        own = [(r, b[b[:, 0] == c]) for r, b in labels]
+        own = [(r, b[b[:, CLS] == c]) for r, b in labels]
         short = np.concatenate([sides_px(r, b, imgsz).min(1) for r, b in own if len(b)] or [np.zeros(0)])
         original = np.concatenate([sides_px(r, b).min(1) for r, b in own if len(b)] or [np.zeros(0)])
         if len(short):
@@ -107,8 +107,8 @@ def suspects(labels: list[tuple[Row, Boxes]], names: list[str], imgsz: int) -> l
     slender: list[list[float]] = [[] for _ in names]
     for row, boxes in labels:
         for box, side in zip(boxes, sides_px(row, boxes, imgsz), strict=True):
-            logs[int(box[0])].append(float(np.log(max(side.prod(), 1e-6))))
-            slender[int(box[0])].append(float(side.max() / max(side.min(), 1e-6)))
+            logs[int(box[CLS])].append(float(np.log(max(side.prod(), 1e-6))))
+            slender[int(box[CLS])].append(float(side.max() / max(side.min(), 1e-6)))
     lengths = [float(np.median(v)) if v else 1.0 for v in slender]
     middle, spread = zip(*map(_middle, logs), strict=True)
     for row, boxes in labels:
@@ -117,7 +117,7 @@ def suspects(labels: list[tuple[Row, Boxes]], names: list[str], imgsz: int) -> l
         sides = sides_px(row, boxes, imgsz)
         overlap = np.triu(iou(corners(boxes), corners(boxes)), 1)
         for k, (box, side) in enumerate(zip(boxes, sides, strict=True)):
-            c = int(box[0])
+            c = int(box[CLS])
             away = abs(np.log(max(side.prod(), 1e-6)) - middle[c]) / spread[c]
             twin = int(overlap[k].argmax())
             why = ""
@@ -126,7 +126,7 @@ def suspects(labels: list[tuple[Row, Boxes]], names: list[str], imgsz: int) -> l
                 why = f"nearly the same box as another {other!r}" if boxes[twin, 0] == c else f"also labelled {other!r}"
             elif side.min() < TINY_PX:
                 why = f"{side[0]:.1f} x {side[1]:.1f} px at the training resolution"
-            elif box[3] * box[4] > WHOLE:
+            elif box[W] * box[H] > WHOLE:
                 why = "as large as the image"
             elif side.max() / max(side.min(), 1e-6) > max(THIN, 4 * lengths[c]):
                 why = f"{side.max() / side.min():.0f} times as long as wide"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dfssd.data.boxes import CLS, DET_SCORE, HIT, detections_above
 from dfssd.data.manifest import Manifest, Row
 from dfssd.evaluate.detections import Found
 from dfssd.report.pictures import LARGE, as_candidates, draw, jpeg, sample_rows
@@ -37,16 +38,13 @@ def worst_misses(manifest: Manifest, found: Found, tau_c: np.ndarray) -> list[Ca
     escaped = []
     for row in _labelled(manifest):
         boxes = found.get(row.image_id, np.zeros((0, 7), np.float32))
-        if (
-            len(row.boxes if row.boxes is not None else ())
-            and not (boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]).any()
-        ):
-            escaped.append((float(boxes[:, 4].max()) if len(boxes) else 0.0, row.image_id, row, boxes))
+        if len(row.boxes if row.boxes is not None else ()) and not len(detections_above(boxes, tau_c)):
+            escaped.append((float(boxes[:, DET_SCORE].max()) if len(boxes) else 0.0, row.image_id, row, boxes))
     cases = []
     for score, _, row, boxes in sorted(escaped, key=lambda e: e[:2])[:MISSES]:
-        guess = as_candidates(boxes[np.argsort(-boxes[:, 4])][:1], row)
+        guess = as_candidates(boxes[np.argsort(-boxes[:, DET_SCORE])][:1], row)
         labels = row.boxes if row.boxes is not None else np.zeros((0, 5))
-        what = ", ".join(sorted({manifest.names[int(c)] for c in labels[:, 0]}))
+        what = ", ".join(sorted({manifest.names[int(c)] for c in labels[:, CLS]}))
         caption = f"{name_of(row)}: {what}; best guess {score:.3f}"
         cases.append(case(row, guess, manifest, caption, truth=row.boxes, uncertain_below=np.full(len(tau_c), 2.0)))
     return cases
@@ -57,10 +55,11 @@ def worst_alarms(manifest: Manifest, found: Found, tau_c: np.ndarray) -> list[Ca
     wrong = []
     for row in _labelled(manifest):
         boxes = found.get(row.image_id, np.zeros((0, 7), np.float32))
-        false = boxes[(boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]) & (boxes[:, 6] == 0)]
+        false = detections_above(boxes, tau_c)
+        false = false[false[:, HIT] == 0]
         if len(false):
             clean = row.boxes is None or not len(row.boxes)
-            wrong.append((not clean, -float(false[:, 4].max()), row.image_id, row, false))
+            wrong.append((not clean, -float(false[:, DET_SCORE].max()), row.image_id, row, false))
     cases = []
     for dirty, score, _, row, false in sorted(wrong, key=lambda e: e[:3])[:ALARMS]:
         where = "beside labelled defects" if dirty else "clean picture"

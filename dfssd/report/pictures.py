@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dfssd.config import Config
+from dfssd.data.boxes import CLS, DET_CLS, DET_SCORE, HIT, SCORE, X1, X2, XYWH, detections_above
 from dfssd.data.dataset import decode, shrink
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
 from dfssd.errors import DfssdError
@@ -31,7 +32,7 @@ def sample_rows(manifest: Manifest, count: int) -> list[Row]:
     chosen: list[Row] = []
     while rows and len(chosen) < count:
         for c in range(len(manifest.names)):
-            match = next((r for r in rows if r.boxes is not None and (r.boxes[:, 0] == c).any()), None)
+            match = next((r for r in rows if r.boxes is not None and (r.boxes[:, CLS] == c).any()), None)
             if match is not None and len(chosen) < count:
                 chosen.append(match)
                 rows.remove(match)
@@ -69,11 +70,11 @@ def draw(
     for box in np.zeros((0, 5)) if truth is None else truth:
         x1, y1, x2, y2 = _edges(box, picture.size)
         pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=TRUTH, width=1)
-        write(names[int(box[0])], (x1, y2 + 3), TRUTH, "black")
+        write(names[int(box[CLS])], (x1, y2 + 3), TRUTH, "black")
     for box in np.zeros((0, 7)) if boxes is None else boxes:
-        c = int(box[0])
+        c = int(box[CLS])
         x1, y1, x2, y2 = _edges(box, picture.size)
-        score = float(box[5]) if len(box) > 5 else None
+        score = float(box[SCORE]) if len(box) > SCORE else None
         faint = uncertain_below is not None and score is not None and score < uncertain_below[c]
         colour = "#ffd60a" if faint else COLOURS[c % len(COLOURS)]
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=1 if faint else 2)
@@ -92,7 +93,7 @@ def _sized(picture: Image.Image, side: int) -> Image.Image:
 
 def _edges(box: np.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """x1, y1, x2, y2 (px of the drawn picture), in order and inside it."""
-    cx, cy, w, h = box[1:5] * np.tile(size, 2)
+    cx, cy, w, h = box[XYWH] * np.tile(size, 2)
     x1, y1 = float(np.clip(cx - w / 2, 0, size[0] - 1)), float(np.clip(cy - h / 2, 0, size[1] - 1))
     return x1, y1, float(np.clip(cx + w / 2, x1, size[0] - 1)), float(np.clip(cy + h / 2, y1, size[1] - 1))
 
@@ -130,10 +131,11 @@ def as_candidates(found: np.ndarray | None, row: Row, tau_c: np.ndarray | None =
     if found is None or not len(found):
         return np.zeros((0, 7), np.float32)
     if tau_c is not None:
-        found = found[found[:, 4] >= tau_c[found[:, 5].astype(int)]]
+        found = detections_above(found, tau_c)
     size = np.array([row.width, row.height], np.float32)
-    low, high = (found[:, k : k + 2].clip(0, size) / size for k in (0, 2))
-    return np.concatenate([found[:, 5:6], (low + high) / 2, high - low, found[:, 4:5], found[:, 6:7]], 1)
+    low, high = (found[:, k : k + 2].clip(0, size) / size for k in (X1, X2))
+    cls, score, hit = (found[:, k, None] for k in (DET_CLS, DET_SCORE, HIT))
+    return np.concatenate([cls, (low + high) / 2, high - low, score, hit], 1)
 
 
 def detection_sheet(

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dfssd.data.boxes import CLS
 from dfssd.data.manifest import Manifest
 from dfssd.data.sampling import repeat_factors
 from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, TEACHER, ArtefactName
@@ -194,13 +195,13 @@ def balance_rows(manifest: Manifest, repeat_threshold: float) -> tuple[list[str]
     """Header and rows: how often each class is labelled, and how much more often repeat factors show it in an epoch."""
     labels = [r.boxes for r in manifest.labelled_rows()]
     shown = np.array(
-        [[(b is not None and bool((b[:, 0] == c).any())) for c in range(len(manifest.names))] for b in labels]
+        [[(b is not None and bool((b[:, CLS] == c).any())) for c in range(len(manifest.names))] for b in labels]
     )
     factors = np.array(repeat_factors(labels, len(manifest.names), repeat_threshold))
     rows = []
     for c, name in enumerate(manifest.names):
         images = int(shown[:, c].sum())
-        boxes = sum(int((b[:, 0] == c).sum()) for b in labels if b is not None)
+        boxes = sum(int((b[:, CLS] == c).sum()) for b in labels if b is not None)
         seen = f"{factors[shown[:, c]].mean():.2f}" if images else "-"
         rows.append([name, str(images), f"{images / len(labels):.1%}", str(boxes), seen])
     return ["class", "labelled images", "share of them", "labelled boxes", "times an epoch"], rows

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dfssd.config import Config, Data
+from dfssd.data.boxes import above
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
 from dfssd.data.preparation.corrections import as_boxes, write_corrections
 from dfssd.errors import DfssdError
@@ -156,8 +157,7 @@ def _write_tables(
 
 def proposed(boxes: Boxes, tau_c: np.ndarray) -> Boxes:
     """Candidates that a person should see: those above half their class's threshold."""
-    above: Boxes = boxes[boxes[:, 5] >= 0.5 * tau_c[boxes[:, 0].astype(int)]]
-    return above
+    return above(boxes, tau_c, 0.5)
 
 
 def export_images(config: Config, run: Storage, which: str, fmt: str, k: int, root: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
-from dfssd.data.boxes import corners
+from dfssd.data.boxes import CLS, SCORE, H, W, X, Y, corners
 from dfssd.data.manifest import Boxes, Row
 
 
@@ -64,7 +64,7 @@ def label_studio(proposals: Sequence[Proposal], names: Sequence[str], by: str, r
         results = []
         for k, box in enumerate(proposal.boxes):
             x1, y1, _, _ = corners(proposal.boxes[k : k + 1])[0]
-            value = {"x": 100 * x1, "y": 100 * y1, "width": 100 * box[3], "height": 100 * box[4], "rotation": 0}
+            value = {"x": 100 * x1, "y": 100 * y1, "width": 100 * box[W], "height": 100 * box[H], "rotation": 0}
             result = {
                 "id": f"{row.image_id[:8]}-{k}",
                 "type": "rectanglelabels",
@@ -75,13 +75,13 @@ def label_studio(proposals: Sequence[Proposal], names: Sequence[str], by: str, r
                 "image_rotation": 0,
                 "value": {
                     **{key: round(float(v), 6) for key, v in value.items()},
-                    "rectanglelabels": [names[int(box[0])]],
+                    "rectanglelabels": [names[int(box[CLS])]],
                 },
             }
-            if len(box) > 5:
-                result["score"] = round(float(box[5]), 4)
+            if len(box) > SCORE:
+                result["score"] = round(float(box[SCORE]), 4)
             results.append(result)
-        scores = [float(b[5]) for b in proposal.boxes if len(b) > 5]
+        scores = [float(b[SCORE]) for b in proposal.boxes if len(b) > SCORE]
         prediction = {"model_version": by, "score": round(min(scores), 4) if scores else 0.0, "result": results}
         data = {"image": _served(row.uri, root), "image_id": row.image_id, "file": proposal.file}
         tasks.append({"data": data, "predictions": [prediction]})
@@ -122,7 +122,7 @@ def cvat(proposals: Sequence[Proposal], names: Sequence[str]) -> bytes:
             x1, y1, x2, y2 = edges * [row.width, row.height, row.width, row.height]
             places = {"xtl": x1, "ytl": y1, "xbr": x2, "ybr": y2}
             numbers = {key: f"{float(v):.3f}" for key, v in places.items()}
-            said = {"label": names[int(box[0])], "source": "auto", "occluded": "0", "z_order": "0"}
+            said = {"label": names[int(box[CLS])], "source": "auto", "occluded": "0", "z_order": "0"}
             ElementTree.SubElement(image, "box", {**said, **numbers})
     ElementTree.indent(root)
     text: str = ElementTree.tostring(root, encoding="unicode")
@@ -139,9 +139,9 @@ def coco(proposals: Sequence[Proposal], names: Sequence[str]) -> bytes:
         images.append({"id": k, "file_name": proposal.file, **size, "dfssd_id": row.image_id})
         for box, edges in zip(proposal.boxes, corners(proposal.boxes), strict=True):
             x1, y1, x2, y2 = (edges * [row.width, row.height, row.width, row.height]).tolist()
-            note: dict[str, Any] = {"id": len(notes) + 1, "image_id": k, "category_id": int(box[0]) + 1, "iscrowd": 0}
+            note: dict[str, Any] = {"id": len(notes) + 1, "image_id": k, "category_id": int(box[CLS]) + 1, "iscrowd": 0}
             note |= {"bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)], "area": round((x2 - x1) * (y2 - y1), 3)}
-            note |= {"segmentation": []} | ({"score": round(float(box[5]), 4)} if len(box) > 5 else {})
+            note |= {"segmentation": []} | ({"score": round(float(box[SCORE]), 4)} if len(box) > SCORE else {})
             notes.append(note)
     categories = [{"id": c + 1, "name": name} for c, name in enumerate(names)]
     return json.dumps({"images": images, "annotations": notes, "categories": categories}, ensure_ascii=False).encode()
@@ -153,6 +153,6 @@ def yolo(proposals: Sequence[Proposal], names: Sequence[str]) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("classes.txt", "".join(f"{n}\n" for n in names))
         for proposal in proposals:
-            lines = (f"{int(b[0])} {b[1]:.6f} {b[2]:.6f} {b[3]:.6f} {b[4]:.6f}\n" for b in proposal.boxes)
+            lines = (f"{int(b[CLS])} {b[X]:.6f} {b[Y]:.6f} {b[W]:.6f} {b[H]:.6f}\n" for b in proposal.boxes)
             archive.writestr(f"labels/{proposal.file.rsplit('.', 1)[0]}.txt", "".join(lines))
     return buffer.getvalue()

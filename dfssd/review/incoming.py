@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from dfssd.data.boxes import CLS
 from dfssd.data.checks import Label, Problem, check_label
 from dfssd.data.formats.class_names import LIST_FILES
 from dfssd.data.formats.coco import read_coco
@@ -168,7 +169,7 @@ def _in_order(source: Source, classes: list[str]) -> list[Item]:
     for item in labelled:
         label = item.label
         if label is not None and len(label.boxes):
-            label.boxes[:, 0] = [classes.index(source.names[int(c)]) if c >= 0 else -1 for c in label.boxes[:, 0]]
+            label.boxes[:, CLS] = [classes.index(source.names[int(c)]) if c >= 0 else -1 for c in label.boxes[:, CLS]]
     return labelled
 
 
@@ -196,7 +197,7 @@ def _yolo(files: dict[str, bytes], tree: Tree, pictures: Pictures, classes: list
         if uri is not None:
             label: Label = parse_yolo_text(data.decode("utf-8-sig", "replace"))
             for box in label.boxes:
-                box[0] = classes.index(names[int(box[0])]) if 0 <= box[0] < len(names) else -1
+                box[CLS] = classes.index(names[int(box[CLS])]) if 0 <= box[CLS] < len(names) else -1
             items.append(Item(uri, label))
     return items
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dfssd.data.boxes import corners, iou
+from dfssd.data.boxes import CLS, SCORE, above, corners, iou
 from dfssd.data.manifest import Boxes, Manifest
 from dfssd.pseudo.quality import doubt
 
@@ -48,7 +48,9 @@ def score(manifest: Manifest, teacher: list[Boxes], student: list[Boxes] | None,
     """
     doubts = np.array([doubt(b, tau_c) for b in teacher], np.float64)
     rarity = rare_weights(manifest)
-    rare = [max((rarity[int(c)] * min(s / tau_c[int(c)], 1) for c, s in b[:, [0, 5]]), default=0.0) for b in teacher]
+    rare = [
+        max((rarity[int(c)] * min(s / tau_c[int(c)], 1) for c, s in b[:, [CLS, SCORE]]), default=0.0) for b in teacher
+    ]
     apart = np.zeros(len(teacher))
     if student is not None:
         apart = np.array([disagreement(a, b, tau_c) for a, b in zip(teacher, student, strict=True)])
@@ -60,16 +62,16 @@ def rare_weights(manifest: Manifest) -> np.ndarray:
     shown = np.ones(len(manifest.names))
     for row in manifest.labelled_rows():
         if row.boxes is not None:
-            shown[np.unique(row.boxes[:, 0].astype(int))] += 1
+            shown[np.unique(row.boxes[:, CLS].astype(int))] += 1
     return np.asarray(np.sqrt(shown.min() / shown))
 
 
 def disagreement(a: Boxes, b: Boxes, tau_c: np.ndarray) -> float:
     """Share of the boxes above half their thresholds that have no partner of the same class in the other's, 0..1."""
-    a, b = (x[x[:, 5] >= 0.5 * tau_c[x[:, 0].astype(int)]] for x in (a, b))
+    a, b = (above(x, tau_c, 0.5) for x in (a, b))
     if not len(a) and not len(b):
         return 0.0
-    fits = (iou(corners(a), corners(b)) >= PARTNER_IOU) & (a[:, None, 0] == b[None, :, 0])
+    fits = (iou(corners(a), corners(b)) >= PARTNER_IOU) & (a[:, None, CLS] == b[None, :, CLS])
     matched = 0
     while fits.any():
         i, j = np.unravel_index(int(fits.argmax()), fits.shape)

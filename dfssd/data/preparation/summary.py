@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dfssd.data.boxes import CLS
 from dfssd.data.checks import THUMB_SIDE
 from dfssd.data.formats.source import COUNTED, Source
 from dfssd.data.manifest import LEFT_OUT, SPLITS, Boxes, Row
@@ -50,14 +51,14 @@ def summarise(
     for name in SPLITS:
         members = [r for r in rows if r.split == name]
         boxes = [b for r in members if (b := r.boxes if r.boxes is not None else withheld.get(r.image_id)) is not None]
-        classes = np.concatenate([b[:, 0] for b in boxes]).astype(int) if boxes else np.zeros(0, int)
+        classes = np.concatenate([b[:, CLS] for b in boxes]).astype(int) if boxes else np.zeros(0, int)
         per_split[name] = {
             "images": len(members),
             "labelled": sum(r.labelled for r in members),
             "boxes": {n: int((classes == c).sum()) for c, n in enumerate(source.names)},
         }
     seen = [r.boxes for r in rows if r.labelled and r.boxes is not None]
-    labelled_classes = np.concatenate([b[:, 0] for b in seen]).astype(int) if seen else np.zeros(0, int)
+    labelled_classes = np.concatenate([b[:, CLS] for b in seen]).astype(int) if seen else np.zeros(0, int)
     return {
         "format": source.format,
         "names": source.names,

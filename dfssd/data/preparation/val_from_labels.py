@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from dfssd.config import Data
+from dfssd.data.boxes import CLS
 from dfssd.data.checks import Checked
 from dfssd.data.manifest import LEFT_OUT
 from dfssd.data.preparation import splits
@@ -100,6 +101,6 @@ def _earlier(images: list[Checked], unit: np.ndarray, previous: Previous | None)
 
 def _enough(boxes: list[np.ndarray], placed: np.ndarray, classes: int) -> bool:
     """Has val enough boxes of each class?"""
-    of_class = np.array([np.bincount(b[:, 0].astype(int), minlength=classes) for b in boxes])
+    of_class = np.array([np.bincount(b[:, CLS].astype(int), minlength=classes) for b in boxes])
     every, in_val = of_class.sum(0), of_class[placed == 1].sum(0)
     return bool((in_val >= np.minimum(ENOUGH, every // 3)).all() and 0 < (placed == 1).sum() < len(placed))
