@@ -85,7 +85,7 @@ def test_a_proxy_holds_a_write_and_drops_it_when_its_sender_dies():
                     one, _ = server.accept()
                 except OSError:
                     return
-                got.append(one.recv(1000))
+                threading.Thread(target=lambda one=one: got.append(one.recv(1000)), daemon=True).start()
 
         threading.Thread(target=serve, daemon=True).start()
         proxy.holds = lambda path: "held" in path
