@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from breakable import Proxy, Server
-from places import STAGES, Position, barrier, places, position, written
+from places import EVERY, STAGES, Position, barrier, places, position, written
 
 ROOT = Path(__file__).parents[1]
 WORKERS = ("RayTrainWorker", "MapWorker", "ray::measure", "ray::Map")
@@ -249,13 +249,16 @@ def plan(steps: int, number: int, seed: int) -> list[tuple[str, Position]]:
     return list(zip(kinds, places(steps, number, rng), strict=True))
 
 
-def _hold(run: Run, place: Position | None, steps: int) -> None:
-    """Let the run get as far as the next fault's place, and no further; None: to its end."""
+def _hold(run: Run, place: Position | None, steps: int, breaks: str = "") -> None:
+    """Let the run get to the next fault's place (None: its end), and further than it is where a fault now `breaks` it."""
     assert run.proxy is not None
     if place is None:
         run.proxy.holds = lambda path: False
         return
-    last = barrier(place, position(run.text()) if run.log.exists() else (0, -1), steps)
+    stage, step = position(run.text())
+    if breaks == "terminate":  # it may still store the step it is at, and one on the way there
+        step += EVERY
+    last = barrier(place, (stage, step) if breaks else (0, -1), steps)
     run.proxy.holds = lambda path: (written(path) or (0, 0)) > last
 
 
@@ -264,10 +267,7 @@ def with_faults(run: Run, steps: int, number: int, seed: int, faults: list[Fault
 
     Args:
         faults: those that came before; what comes is added.
-        until: by the clock of time.monotonic, when to end it in order instead, to go on later.
-
-    Returns:
-        whether the run has ended.
+        until: by time.monotonic, when to end it in order, to go on later; then False is returned.
     """
     planned = plan(steps, number, seed)
     ends = [*(place for _, place in planned), None]
@@ -282,10 +282,10 @@ def with_faults(run: Run, steps: int, number: int, seed: int, faults: list[Fault
                 _again(run, faults[-1] if faults else None)
             if run.ended() == 0:
                 break
-            _hold(run, ends[k + 1], steps)
+            _hold(run, ends[k + 1], steps, kind)
             faults.append(break_it(run, kind, random.Random(f"{seed} {k}")))
             if time.monotonic() > until:
-                _hold(run, ends[k + 1], steps)  # so that its last checkpoint may pass
+                _hold(run, ends[k + 1], steps, "terminate")
                 print(terminate(run, random.Random()), flush=True)
                 return False
         while run.wait(1800) != 0:

@@ -1,6 +1,6 @@
 """Faults at moments drawn from a seed, over one pipeline on S3 and an MLflow server: see benchmarks/reliability.py.
 
-CHAOS_FAULTS (30), CHAOS_SEED (0) and CHAOS_STEPS (60, of each training) choose what is done.
+CHAOS_FAULTS (30), CHAOS_SEED (0) and CHAOS_STEPS (80, of each training) choose what is done.
 """
 
 import http.server
@@ -30,7 +30,7 @@ def _asked(name, default):
 @pytest.mark.chaos
 @pytest.mark.timeout(3 * 3600)
 def test_a_pipeline_that_is_broken_again_and_again_ends_as_one_that_nobody_touched(tmp_path):
-    number, seed, steps = _asked("FAULTS", "30"), _asked("SEED", "0"), _asked("STEPS", "60")
+    number, seed, steps = _asked("FAULTS", "30"), _asked("SEED", "0"), _asked("STEPS", "80")
     outcome = reliability.measure(tmp_path, number, seed, steps)
     print(reliability.table(outcome.faults, steps, seed, outcome.took_s, outcome.parts))
     assert len(outcome.faults) == number and outcome.ended
@@ -56,9 +56,8 @@ def test_no_run_gets_past_a_place_before_its_fault_and_each_gets_further_after_i
         rng, reached = random.Random(seed), (0, -1)
         for place in places.places(steps, 30, rng):
             last = places.barrier(place, reached, steps)
-            assert last >= place or last == (place[0], 0)
             held = next((w for w in writes if w > last), None)
-            assert held is None or held > reached, "it can go on from where it is"
+            assert held is None or held >= place and held > reached, "it gets there, and on from where it is"
             there = max(place, reached) if held is None else rng.choice([max(place, reached), held])
             if there[1] == places.END:  # a stage's record is held: its last step is made
                 there = (there[0], trainings.get(there[0], 0))
@@ -148,7 +147,7 @@ def test_all_faults_come_however_fast_the_job_is_and_a_stopped_run_goes_on(tmp_p
     assert [f.kind for f in faults] == [kind for kind, _ in planned]
     for fault, (_, place) in zip(faults, planned, strict=True):
         late = fault.at[1] - place[1] if fault.at[0] == place[0] else 0
-        assert fault.at >= place and late <= 3 * places.EVERY, (fault, place)
+        assert fault.at >= place and late <= 2 * places.EVERY, (fault, place)
         assert fault.lost <= places.EVERY
     assert all(f"/dfssd/runs/c/{stage}/stage.json" in handler.kept for stage in places.STAGES)
 
