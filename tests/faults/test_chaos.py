@@ -57,7 +57,7 @@ def test_no_run_gets_past_a_place_before_its_fault_and_each_gets_further_after_i
         for place in places.places(steps, 30, rng):
             last = places.barrier(place, reached, steps)
             held = next((w for w in writes if w > last), None)
-            assert held is None or held >= place and held > reached, "it gets there, and on from where it is"
+            assert held is None or (held >= place and held > reached), "it gets there, and on from where it is"
             there = max(place, reached) if held is None else rng.choice([max(place, reached), held])
             if there[1] == places.END:  # a stage's record is held: its last step is made
                 there = (there[0], trainings.get(there[0], 0))
