@@ -29,7 +29,9 @@ from dfssd.distill import divergences
 from dfssd.errors import DfssdError
 from dfssd.models.precision import DTYPES
 from dfssd.models.yolo.box_loss import BOX_LOSSES as BOX_LOSS_FUNCTIONS
+from dfssd.pipeline.stages import policies_at_work
 from dfssd.pseudo.thresholds import MOVING, THRESHOLDS
+from dfssd.runtime.artefact_names import MEAN_TEACHER, STUDENT, TEACHER
 
 TABLES = {  # by flag: the section of its setting, and the table
     "--divergence": ("distill", DIVERGENCES),
@@ -118,6 +120,16 @@ def test_flags_that_a_policy_does_not_use_are_told(name):
         config = Config(thresholds=Thresholds(threshold_policy=name, **{"tau_min": 0.01, field: value}))
         said = " ".join(settings_without_effect(config))
         assert (f"--{field.replace('_', '-')} has no effect" in said) == (field not in POLICIES[name].uses)
+
+
+def test_a_limit_that_the_mean_teacher_reads_has_an_effect():
+    config = Config(thresholds=Thresholds(threshold_policy="fixed", tau=0.4, tau_max=0.8, tau_decay=0.9))
+    said = settings_without_effect(config, policies_at_work(config, [TEACHER, MEAN_TEACHER, STUDENT]))
+    assert said == ["--tau-decay has no effect with --threshold-policy fixed and --mean-teacher-policy match"]
+    said = settings_without_effect(config, policies_at_work(config, [MEAN_TEACHER]))
+    assert said == [f"--{flag} has no effect with --mean-teacher-policy match" for flag in ("tau", "tau-decay")]
+    said = settings_without_effect(config, policies_at_work(config, [STUDENT]))
+    assert said == [f"--{flag} has no effect with --threshold-policy fixed" for flag in ("tau-max", "tau-decay")]
 
 
 def test_the_help_of_a_threshold_names_the_policies_that_read_it():

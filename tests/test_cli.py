@@ -424,7 +424,8 @@ def test_evaluate_and_export_work_at_the_size_of_the_run(tmp_path, capsys):
 @pytest.mark.parametrize(("words", "said"), [
     (["--split-shares", "1.2", "-0.1", "-0.1"], "must be from 0 and add up to 1"),
     (["--hsv", "0.1", "0.2", "1.5"], "each must be from 0 to 1"),
+    (["--seed", "-1"], "--seed -1: must be greater than or equal to 0"),
 ])  # fmt: skip
-def test_ranges_of_several_numbers_are_kept(words, said):
+def test_ranges_that_the_help_names_are_kept(words, said):
     with pytest.raises(DfssdError, match=said):
-        parse("", ["data", "train"], words)
+        parse("", ["run", "data", "train"], words)

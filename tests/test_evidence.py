@@ -265,6 +265,21 @@ def test_the_verdict_names_escapes_rejects_and_doubts():
     assert verdict.equal_footing({"student": results["student"]}) == ""
 
 
+def test_files_are_compared_at_one_number_of_false_boxes():
+    """Whatever scores their own points have, and on whichever pictures these were chosen."""
+
+    def file(score, escape):
+        curve = {"score": [0.0, 0.4, 1.0], "false_boxes": [3.0, 1.0, 0.0], "escape": [0.0, escape, 1.0]}
+        return {"operating_point": {"score": score}, "curve": curve}
+
+    said = verdict.common_point({"a.onnx": file(0.4, 0.2), "b.pt": file(0.9, 0.1)})
+    assert "(1.00 a picture, as a.onnx at its score" in said and "a.onnx 20.0%, b.pt 10.0%." in said
+    half = verdict.common_point({"a.onnx": file(0.2, 0.2), "b.pt": file(0.9, 0.1)})
+    assert "(2.00 a picture" in half and "a.onnx 10.0%, b.pt 5.0%." in half
+    assert verdict.common_point({"a.onnx": file(0.4, 0.2)}) == ""
+    assert verdict.common_point({"a": file(0.4, None), "b": file(0.4, 0.1)}) == ""
+
+
 @pytest.mark.parametrize(
     ("count", "low", "high", "said"),
     [(5, 0.013, 0.149, "too few pictures"), (9, 0.05, 0.2, "more than was asked"), (0, 0.0, 0.01, "it holds")],
@@ -324,6 +339,7 @@ def test_a_fade_is_marked_and_said_and_no_crash_in_the_plot():
     quiet = [step(k, 1) for k in range(3)]
     assert plots.remark(quiet) == "" and plots.ahead(quiet) == []
     assert "schedule" in plots.remark([*quiet, {**step(3, 1), "loss/feat/pkd": 0.0}])
+    assert plots.remark([{**step(0, 1), "loss/pse/box": 0.0}]) == "", "a batch without pseudo-labels is no schedule"
 
 
 def test_small_pictures_of_a_report_are_enlarged(tmp_path):

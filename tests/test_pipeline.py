@@ -148,6 +148,12 @@ def test_mlflow_has_one_nested_run_a_stage(finished):
     student = children["student"]
     assert "loss/feat/pkd" in student.data.metrics and "val/map50" in student.data.metrics
     assert student.data.params["distill.lambda_f"] == "1.0" and student.inputs.dataset_inputs
+    table = [line for line in (ROOT / "docs" / "runs.md").read_text().splitlines() if line.startswith("| `")]
+    documented = set(re.findall(r"`([a-z]+)[/ `]", "\n".join(table)))
+    for one in runs:
+        assert {key.split("/")[0].split(" ")[0] for key in one.data.metrics} <= documented, one.info.run_name
+        assert {"run_name", "code", "mlflow.user", "mlflow.source.name"} <= set(one.data.tags)
+        assert [i.dataset.name for i in one.inputs.dataset_inputs] == ["manifest"], one.info.run_name
     names = {a.path for a in client.list_artifacts(children["report"].info.run_id)}
     assert {"report.html", "detections.png", "metrics.json", "stage.json"} <= names
 

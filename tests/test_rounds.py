@@ -80,7 +80,7 @@ def test_rounds_stop_where_validation_no_longer_improves(tmp_path, monkeypatch, 
         done.append(str(name))
         _finish(context.run, name, scores.get(str(name), 0.0))
 
-    monkeypatch.setattr(runner, "run_stage", run_stage)
+    monkeypatch.setattr(runner, "_run_settled", run_stage)
     runner.run_stages(config, [DATASET, TEACHER, PSEUDO, QUALITY, STUDENT])
     assert f"teacher_{ran}" in done and f"teacher_{ran + 1}" not in done and done[-1] == "student"
     assert newest_round(run) == used

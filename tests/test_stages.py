@@ -225,17 +225,23 @@ def exporting(tmp_path, monkeypatch):
 def test_an_export_is_added_to_and_nothing_of_it_is_lost(exporting, capsys):
     """`dfssd export --formats openvino` after a pipeline that wrote ONNX, and the pipeline again after that."""
     ask, made, run, registered = exporting
+    with pytest.raises(DfssdError, match="no parity"):
+        ask("onnx", "tensorrt")
+    with pytest.raises(DfssdError, match="begun with other settings"):
+        ask("onnx")  # what failed is not asked for again in silence
+    ask("onnx", overwrite=True)
+    made.clear()
     ask("onnx")
     ask("openvino", int8=True)
     assert made[-1] == ["onnx", "openvino", "int8"] and "adds to what is there" in capsys.readouterr().out
     ask("onnx")  # the pipeline's own command, typed again
-    assert len(made) == 2 and "skipped" in capsys.readouterr().out and len(registered) == 1
+    assert len(made) == 1 and "skipped" in capsys.readouterr().out and len(registered) == 2
     with pytest.raises(DfssdError, match="no parity"):
         ask("tensorrt")
     assert {"onnx", "openvino", "int8", "stage.json"} <= set(run.at("export").files()), "a failure loses nothing"
     assert run.read_json("export/stage.json")["config"]["export"]["formats"] == ["onnx", "openvino"]
     ask("onnx")
-    assert len(made) == 3, "and what was there is still finished"
+    assert len(made) == 2, "and what was there is still finished"
     with pytest.raises(DfssdError, match=r"nms_inside: False -> True(?!.*formats)"):
         ask("onnx", nms_inside=True)
     ask("onnx", overwrite=True)

@@ -78,6 +78,7 @@ def test_state_survives_a_checkpoint():
 
 def _scores(*by_class):
     counts = ScoreCounts.empty(len(by_class))
+    counts.val = Evidence.empty(len(by_class))
     for c, values in enumerate(by_class):
         boxes = np.zeros((len(values), 7), np.float32)
         boxes[:, 0], boxes[:, 5] = c, values

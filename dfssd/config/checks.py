@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dfssd.config.choices import DIVERGENCES, POLICIES
@@ -11,10 +12,15 @@ from dfssd.errors import DfssdError
 SHARES = ("share_u", "share_p", "share_f")
 
 
-def settings_without_effect(config: Config) -> list[str]:
-    """Sentences on settings that were changed but cannot do anything in this combination."""
+def settings_without_effect(config: Config, policies: Mapping[str, str] | None = None) -> list[str]:
+    """Sentences on settings that were changed but cannot do anything in this combination.
+
+    Args:
+        policies: by flag the threshold policies that are at work; none: that of --threshold-policy alone.
+    """
     distill, default = config.distill, Distill()
-    notes = _thresholds_without_effect(config.thresholds)
+    policies = policies or {"--threshold-policy": config.thresholds.threshold_policy}
+    notes = _thresholds_without_effect(config.thresholds, policies)
     if not DIVERGENCES[distill.divergence].tau and distill.feature_tau != default.feature_tau:
         notes.append(f"--feature-tau has no effect with --divergence {distill.divergence}")
     if distill.feature_schedule != "off_last_epochs" and distill.off_last != default.off_last:
@@ -47,10 +53,11 @@ def settings_without_effect(config: Config) -> list[str]:
     return notes
 
 
-def _thresholds_without_effect(config: Thresholds) -> list[str]:
-    used = POLICIES[config.threshold_policy].uses
+def _thresholds_without_effect(config: Thresholds, policies: Mapping[str, str]) -> list[str]:
+    used = frozenset[str]().union(*(POLICIES[name].uses for name in policies.values()))
     changed = [k for k, v in config if k != "threshold_policy" and v != getattr(Thresholds(), k) and k not in used]
-    return [f"--{k.replace('_', '-')} has no effect with --threshold-policy {config.threshold_policy}" for k in changed]
+    at_work = " and ".join(f"{flag} {name}" for flag, name in policies.items())
+    return [f"--{k.replace('_', '-')} has no effect with {at_work}" for k in changed]
 
 
 def check_weights(config: Distill) -> None:

@@ -70,7 +70,7 @@ class Run(Section):
     run_name: str = Field("run", description="Name of this run; the same pair of path and name again resumes it.")
     overwrite: bool = Field(False, description="Replace stages whose settings or inputs differ from what is there.")
     dry_run: bool = Field(False, description="Check storage, data, weights and resources, print the plan and stop.")
-    seed: int = Field(0, description="Seed of split, order of samples, augmentation and initial weights.")
+    seed: int = Field(0, ge=0, description="Seed of split, order of samples, augmentation and initial weights.")
     num_workers: str = Field(
         "1",
         description="Training workers, which share each global batch: a number, LOW:HIGH (as many of these as the cluster "

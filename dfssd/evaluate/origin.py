@@ -43,7 +43,7 @@ class Origin:
         if made_from.get(name) != self.run.read_json(f"{name}/stage.json")["digest"]:
             return None  # trained again since
         results = self.run.read_json(f"{REPORT}/metrics.json")
-        return (name, results) if name in results else None
+        return (name, results) if "operating_point" in results.get(name, {}) else None
 
     @property
     def point(self) -> dict[str, Any] | None:

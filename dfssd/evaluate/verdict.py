@@ -52,12 +52,31 @@ def equal_footing(results: dict[str, Any]) -> str:
     own, base = (results[m]["test"]["curve"] for m in ("student", "label_only"))
     if None in own["escape"]:
         return ""
-    # False boxes fall with the score, escapes rise: both curves are read at one number of false boxes.
     budget = float(np.interp(results["student"]["operating_point"]["score"], own["score"], own["false_boxes"]))
-    passed = [float(np.interp(budget, c["false_boxes"][::-1], c["escape"][::-1])) for c in (own, base)]
+    passed = [_escape_at(c, budget) for c in (own, base)]
     return (
         f"At equal false boxes ({budget:.2f} a test picture) the student lets {passed[0]:.1%} of the defective pictures "
         f"pass, the label-only student {passed[1]:.1%}."
+    )
+
+
+def _escape_at(curve: dict[str, Any], budget: float) -> float:
+    """Share of defective pictures that pass at so many false boxes a picture: these fall with the score, escapes rise."""
+    return float(np.interp(budget, curve["false_boxes"][::-1], curve["escape"][::-1]))
+
+
+def common_point(results: dict[str, Any]) -> str:
+    """Escapes of several files at as many false boxes as the first makes at its operating point: their own points may have
+    been chosen on other pictures, or for other rates. '' of one file, or without a defective picture.
+    """
+    if len(results) < 2 or any(None in one["curve"]["escape"] for one in results.values()):
+        return ""
+    first, one = next(iter(results.items()))
+    budget = float(np.interp(one["operating_point"]["score"], one["curve"]["score"], one["curve"]["false_boxes"]))
+    shares = ", ".join(f"{file} {_escape_at(own['curve'], budget):.1%}" for file, own in results.items())
+    return (
+        f"At equal false boxes ({budget:.2f} a picture, as {first} at its score; one score for all classes) so many of the "
+        f"defective pictures pass: {shares}."
     )
 
 

@@ -22,6 +22,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when ONNX Runtime is
 
 NMS_IOU, MOST = 0.7, 300  # as in `yolo val`
 PAD = 114  # grey of the letterbox's edges
+SCORE, CLS, XYXY = 4, 5, slice(4)  # columns of boxes, as those of detections in `dfssd.data.boxes`
 
 
 def on_pictures(
@@ -38,7 +39,7 @@ def on_pictures(
     """
     result = []
     for boxes, picture, (_, gain, edge) in zip(found, pictures, ready, strict=True):
-        own = boxes[boxes[:, 4] >= tau_c[boxes[:, 5].astype(int)]].copy()
+        own = boxes[boxes[:, SCORE] >= tau_c[boxes[:, CLS].astype(int)]].copy()
         size = np.array([picture.shape[1], picture.shape[0]])
         for k in (0, 2):
             own[:, k : k + 2] = ((own[:, k : k + 2] - edge) / gain).clip(0, size)
@@ -93,11 +94,14 @@ def nms(boxes: np.ndarray, iou: float = NMS_IOU, most: int = MOST) -> np.ndarray
     """Boxes by falling score without those that overlap a better one of their class by more than `iou`."""
     if not len(boxes):
         return boxes
-    corner, size = boxes[:, :2].astype(np.float64), (boxes[:, 2:4] - boxes[:, :2]).clip(0).astype(np.float64)
+    xyxy = boxes[:, XYXY]
+    corner, size = xyxy[:, :2].astype(np.float64), (xyxy[:, 2:] - xyxy[:, :2]).clip(0).astype(np.float64)
     xywh = np.concatenate([corner, size], 1)
-    kept = cv2.dnn.NMSBoxesBatched(xywh.tolist(), boxes[:, 4].tolist(), boxes[:, 5].astype(int).tolist(), 0.0, iou)
+    kept = cv2.dnn.NMSBoxesBatched(
+        xywh.tolist(), boxes[:, SCORE].tolist(), boxes[:, CLS].astype(int).tolist(), 0.0, iou
+    )
     order = np.asarray(kept, int).ravel()
-    return np.asarray(boxes[order[np.argsort(-boxes[order, 4], kind="stable")][:most]])
+    return np.asarray(boxes[order[np.argsort(-boxes[order, SCORE], kind="stable")][:most]])
 
 
 def decode(raw: np.ndarray, floor: float) -> list[np.ndarray]:
@@ -214,7 +218,7 @@ class LineDetector:
             return decode(self.raw(images_bchw), floor)
         rows = self._run(images_bchw)  # (n,7) [picture, x1, y1, x2, y2, score, class] of all pictures
         found = [rows[rows[:, 0] == k, 1:] for k in range(len(images_bchw))]
-        return [f[np.argsort(-f[:, 4], kind="stable")][:MOST] for f in (f[f[:, 4] > floor] for f in found)]
+        return [f[np.argsort(-f[:, SCORE], kind="stable")][:MOST] for f in (f[f[:, SCORE] > floor] for f in found)]
 
     def __call__(self, pictures: Sequence[np.ndarray], tau_c: np.ndarray | None = None) -> list[np.ndarray]:
         """Boxes (px of the picture, cut at its edges) at or above their class's threshold.

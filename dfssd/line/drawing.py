@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY
+
 READABLE = 640  # px: smaller pictures are enlarged until the longer side has as many
 COLOURS = (  # BGR, dark enough for white letters
     (75, 25, 230),
@@ -32,11 +34,11 @@ def drawn(picture: np.ndarray, boxes: np.ndarray, names: Sequence[str]) -> np.nd
     canvas = cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC) if zoom > 1 else picture.copy()
     side = max(canvas.shape[:2])
     thick, size = max(1, round(side / 400)), max(0.5, side / 1200)
-    for box in boxes[np.argsort(boxes[:, 4], kind="stable")]:  # the surest on top
-        x1, y1, x2, y2 = (round(float(v) * zoom) for v in box[:4])
-        colour = COLOURS[int(box[5]) % len(COLOURS)]
+    for box in boxes[np.argsort(boxes[:, DET_SCORE], kind="stable")]:  # the surest on top
+        x1, y1, x2, y2 = (round(float(v) * zoom) for v in box[XYXY])
+        colour = COLOURS[int(box[DET_CLS]) % len(COLOURS)]
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thick)
-        _write(canvas, f"{names[int(box[5])]} {box[4]:.2f}", (x1, y1, y2), colour, size)
+        _write(canvas, f"{names[int(box[DET_CLS])]} {box[DET_SCORE]:.2f}", (x1, y1, y2), colour, size)
     return np.asarray(canvas)
 
 

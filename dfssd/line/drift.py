@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
+from dfssd.data.boxes import DET_SCORE
+
 MEASURES = ("brightness", "contrast", "sharpness", "score")
 WORDS = {
     "brightness": "brightness (mean grey value, 0..1)",
@@ -27,7 +29,7 @@ LIMIT = 0.3  # distance that is worth a warning whatever the number of pictures
 
 
 def picture_numbers(picture: np.ndarray, boxes: np.ndarray) -> dict[str, float]:
-    """Numbers of one picture: (H,W,3) or (H,W) uint8, and its boxes (n,6) with their scores in column 4."""
+    """Numbers of one picture: (H,W,3) or (H,W) uint8, and its boxes (n,6), detections."""
     grey = picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
     scale = 256 / max(grey.shape)  # sharpness depends on the size, and pictures may come in any
     small = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else grey
@@ -35,7 +37,7 @@ def picture_numbers(picture: np.ndarray, boxes: np.ndarray) -> dict[str, float]:
         "brightness": float(small.mean()) / 255,
         "contrast": float(small.std()) / 255,
         "sharpness": float(np.log1p(cv2.Laplacian(small, cv2.CV_32F).var())),
-        "score": float(boxes[:, 4].max()) if len(boxes) else 0.0,
+        "score": float(boxes[:, DET_SCORE].max()) if len(boxes) else 0.0,
     }
 
 

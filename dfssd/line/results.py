@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY
+
 LINES = "pictures.jsonl"
 
 
@@ -65,8 +67,12 @@ class Results:
     def add(self, file: Path, stamp: str, size_wh: tuple[int, int], boxes: np.ndarray) -> dict[str, Any]:
         """Append one picture."""
         found = [
-            {"name": self.names[int(b[5])], "score": round(float(b[4]), 4), "box": [round(float(v), 2) for v in b[:4]]}
-            for b in boxes
+            {
+                "name": self.names[int(box[DET_CLS])],
+                "score": round(float(box[DET_SCORE]), 4),
+                "box": [round(float(v), 2) for v in box[XYXY]],
+            }
+            for box in boxes
         ]
         one = {
             "file": str(file),

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 try:  # beside the model, where this project is not installed
-    from detector import LineDetector
+    from detector import CLS, SCORE, XYXY, LineDetector
 except ImportError:
-    from dfssd.line.detector import LineDetector
+    from dfssd.line.detector import CLS, SCORE, XYXY, LineDetector
 
 COLUMNS = ["picture", "name", "score", "x1", "y1", "x2", "y2"]
 
@@ -30,7 +30,7 @@ class Served(mlflow.pyfunc.PythonModel):
         tau_c = self.detector.thresholds(score) if score >= 0 else None
         pictures = [decoded(one, k) for k, one in enumerate(pd.DataFrame(model_input)["image"])]
         rows = [
-            [k, self.detector.names[int(box[5])], float(box[4]), *map(float, box[:4])]
+            [k, self.detector.names[int(box[CLS])], float(box[SCORE]), *map(float, box[XYXY])]
             for k, boxes in enumerate(self.detector(pictures, tau_c))
             for box in boxes
         ]

@@ -93,7 +93,15 @@ def register_finished(context: Context, stage: Stage) -> None:
     if not run_id:
         print(f"WARNING: {name} was not registered: this export has no run in MLflow", flush=True)
         return
-    _logged(context.config, context.runs, run_id, context.run, done["model"], done, record["summary"]["mlflow_model"])
+    _logged(
+        context.config,
+        context.runs,
+        run_id,
+        context.run,
+        done["model"],
+        done,
+        record["summary"].get("mlflow_model", ""),
+    )
 
 
 def export_and_register(config: Config, runs: Runs, run_id: str, run: Storage, model: str) -> None:

@@ -10,7 +10,7 @@ from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job, s
 from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.replay import deliver_later, summary_numbers
-from dfssd.pipeline.stages import is_wanted, make_stage, plan, resolve, row_of
+from dfssd.pipeline.stages import is_wanted, make_stage, plan, policies_at_work, resolve, row_of
 from dfssd.runtime.artefact import Stage, flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
 
@@ -25,7 +25,7 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
     """
     if any(own.distils for own in (row_of(name).training for name in names) if own):
         check_weights(config.distill)
-    for note in settings_without_effect(config):
+    for note in settings_without_effect(config, policies_at_work(config, names)):
         print(f"WARNING: {note}", flush=True)
     refuse_relative_paths_in_a_job(config)
     context = Context(config)
@@ -41,12 +41,11 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
         for name in planned:
             if name.round > 1 and ended:
                 continue
-            if name != DATASET:  # which says how many images of which kind there are
-                context.config = with_steps(context.config, context.run, quiet=row_of(name).training is None)
-                if DATASET in planned and not is_wanted(context.config, name):
-                    print(f"{name}: left out, for there is no unlabelled image", flush=True)
-                    continue
-            run_stage(context, name)
+            _settle(context, name)
+            if DATASET in planned and name != DATASET and not is_wanted(context.config, name):
+                print(f"{name}: left out, for there is no unlabelled image", flush=True)
+                continue
+            _run_settled(context, name)
             ended = row_of(name).ends_rounds(context.run, name.round)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -71,15 +70,24 @@ def run_stage(context: Context, name: ArtefactName) -> dict[str, Any]:
     Raises:
         DfssdError: a user error, with the stage left so that the same command goes on.
     """
-    if name != DATASET:  # which says how many there are
+    _settle(context, name)
+    return _run_settled(context, name)
+
+
+def _settle(context: Context, name: ArtefactName) -> None:
+    """What the settings leave to the data: how many steps, and whether a batch holds unlabelled images."""
+    if name != DATASET:  # which says how many images of which kind there are
         context.config = with_steps(context.config, context.run, quiet=row_of(name).training is None)
+
+
+def _run_settled(context: Context, name: ArtefactName) -> dict[str, Any]:
     stage = make_stage(context.config, context.run, name)
     with stage.lease():
         return _run_held(context, stage)
 
 
 def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
-    """`run_stage`, where no other driver makes the same artefact."""
+    """The same, where no other driver makes the same artefact."""
     name, row = stage.name, row_of(stage.name)
     overwrite = context.config.run.overwrite
     if row.renew and (not overwrite or context.config.data.update) and stage.differs():

@@ -238,6 +238,15 @@ def exported_model(config: Config, run: Storage) -> ArtefactName:
     )
 
 
+def policies_at_work(config: Config, names: Sequence[ArtefactName]) -> dict[str, str]:
+    """Threshold policies of these stages, by their flags: the mean teacher has one of its own."""
+    others = {"--threshold-policy": config.thresholds.threshold_policy}
+    if MEAN_TEACHER not in names:
+        return others
+    own = {"--mean-teacher-policy": config.mean_teacher.mean_teacher_policy}
+    return own if len(names) == 1 else others | own
+
+
 def settings_of(config: Config, name: ArtefactName) -> dict[str, Any]:
     """The settings that the result of a stage depends on.
 

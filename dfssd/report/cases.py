@@ -19,14 +19,19 @@ Detections = Mapping[tuple[str, str], Found]
 
 
 def case(row: Row, boxes: np.ndarray | None, manifest: Manifest, caption: str, **how: Any) -> Case:
-    """One picture for the report, as base64 of a JPEG, with its caption and alternative text."""
+    """One picture for the report, as base64 of a JPEG, with its caption, and its boxes in words for who cannot see them."""
     picture = draw(row, boxes, manifest.names, side=LARGE, **how)
-    return {"kind": "jpeg", "data": base64.b64encode(jpeg(picture)).decode(), "caption": caption, "alt": caption}
+    shown = [
+        f"{manifest.names[int(b[0])]} {b[5]:.2f}" if len(b) > 5 else manifest.names[int(b[0])]
+        for b in (() if boxes is None else boxes)
+    ]
+    alt = f"{name_of(row)}, boxes drawn: {', '.join(shown) or 'none'}"
+    return {"kind": "jpeg", "data": base64.b64encode(jpeg(picture)).decode(), "caption": caption, "alt": alt}
 
 
 def embedded(data: bytes, caption: str, kind: str = "png") -> Case:
     """A picture that a stage has left."""
-    return {"kind": kind, "data": base64.b64encode(data).decode(), "caption": caption, "alt": caption}
+    return {"kind": kind, "data": base64.b64encode(data).decode(), "caption": caption, "alt": f"Figure: {caption}"}
 
 
 def name_of(row: Row) -> str:

@@ -42,10 +42,6 @@ CONTENTS = (
 )
 SIDE_PICTURES = 4
 VERSIONS = ("torch", "ultralytics", "ray", "mlflow", "onnxruntime", "numpy", "opencv-python-headless", "opencv-python")
-BATCHES = (
-    "Boxes, and so confidences, of yolo val's rectangular batches: the same picture has other scores in the line's square "
-    "letterbox, so choose no operating point here."
-)
 Rows = tuple[list[str], list[list[str]]]
 
 
@@ -146,13 +142,13 @@ def _reviewer(run: Storage, results: dict[str, Any]) -> dict[str, Any]:
     }
     chart = partial(svg, x_label="score", x_range=(0, 1))
     drawn = [
-        Figure(svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)), BATCHES),
-        Figure(chart("F1 over the score", curve("f1")), BATCHES),
-        Figure(chart("Precision over the score", curve("precision")), BATCHES),
-        Figure(chart("Recall over the score", curve("recall")), BATCHES),
+        Figure(svg("Precision over recall (IoU 0.5)", pr, "recall", "precision", x_range=(0, 1)), ""),
+        Figure(chart("F1 over the score", curve("f1")), ""),
+        Figure(chart("Precision over the score", curve("precision")), ""),
+        Figure(chart("Recall over the score", curve("recall")), ""),
         Figure(
             chart("Calibration: precision of boxes with this score", honest, diagonal=True),
-            "As the line sees the pictures. On the dashed line a score is the share of right boxes.",
+            "In the square letterbox of the line. On the dashed line a score is the share of right boxes.",
         ),
     ]
     matrix = test["confusion"]
@@ -229,7 +225,7 @@ def _quality(run: Storage) -> list[dict[str, Any]]:
         chosen = numbers["chosen"]
         titles = {
             "quality.png": "Precision and recall of pseudo-labels over the threshold",
-            "doubtful.png": "Most doubtful images: pseudo-labels coloured, uncertain boxes grey",
+            "doubtful.png": "Most doubtful images: pseudo-labels with names, uncertain boxes thin and without",
         }
         found.append(
             {

@@ -47,7 +47,7 @@ def draw(
     side: int = SIDE,
     truth: Boxes | None = None,
 ) -> Image.Image:
-    """One picture with boxes; candidates below their class threshold are drawn thin and grey, the truth white.
+    """One picture with boxes; candidates below their class threshold are drawn thin and yellow, the truth white.
 
     Args:
         boxes, truth: (n,5) or more [cls, cx, cy, w, h (0..1), score].

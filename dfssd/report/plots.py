@@ -81,7 +81,7 @@ def remark(steps: list[dict[str, Any]]) -> str:
             "Grey: on val the student is ahead of its teacher, so the teacher's terms fade to zero as meant (--fade), and "
             f"those of the student's own average,{OWN}, take over."
         )
-    ended = {k for h in steps for k in h if k.startswith("loss/") and h[k] == 0}
+    ended = any(k.startswith("loss/feat") and v == 0 for k, v in (steps[-1] if steps else {}).items())
     if ended and not ahead(steps):
-        said.append("A line that ends: the schedule has set the weight of that term to zero (--feature-schedule).")
+        said.append("Lines of feat/ that end: the schedule has set their weight to zero (--feature-schedule).")
     return " ".join(said)

@@ -12,7 +12,7 @@ from dfssd.data.manifest import read_manifest
 from dfssd.errors import mask
 from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import publish_best, verdict
-from dfssd.evaluate.verdict import disagreement, equal_footing, escapes_in_words, labels_in_words, on_test
+from dfssd.evaluate.verdict import common_point, disagreement, equal_footing, escapes_in_words, labels_in_words, on_test
 from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import tracking_uri
@@ -60,6 +60,7 @@ def print_export(config: Config) -> None:
     print("\nnext:")
     for command in next_commands(config, run):
         print(f"  {command}")
+    print("(yolo takes one score for all classes, dfssd predict the thresholds by class: their boxes differ)")
     if link := runs_page(config, run):
         print(f"runs in MLflow: {link}")
 
@@ -161,4 +162,6 @@ def print_files(results: dict[str, Any], on: str) -> None:
         notes += [f"scores chosen on {point['chosen_on']} for at most {point['max_escape']:.1%} escapes"]
         notes += [*one["remarks"], *point["notes"], *doubts(line, point["max_escape"], on), one["latency_note"]]
     print(render(f"measured on {on}", header, rows))
+    if same := common_point(results):
+        print(same)
     print("\n".join(dict.fromkeys(notes)))

@@ -98,16 +98,14 @@ class Stage:
         return {"config": self.config, "inputs": self.input_digests()}
 
     def keep(self) -> None:
-        """Ask for what is there as well, in the settings that grow: what was made before is not lost.
+        """Ask for what is there as well, in the settings that grow: what was finished before is not lost.
 
         Raises:
             DamagedFile: the record is empty, cut, or of another shape.
         """
-        done = self.store.exists("stage.json")
-        if not (done or self.store.exists("started.json")):
+        if not self.store.exists("stage.json"):
             return
-        todo = "add --overwrite, which begins this stage anew"
-        recorded = self.record_of(self.name) if done else self.store.read_record("started.json", ("config",), todo)
+        recorded = self.record_of(self.name)
         for key in self.grows:
             section, _, field = key.partition(".")
             asked, there = self.config[section][field], recorded["config"].get(section, {}).get(field)
