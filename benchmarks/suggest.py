@@ -5,8 +5,9 @@
 
 For each seed: a detector learns from `--start` of the labels and looks at the rest; then as many images again get their
 labels, once those that `dfssd suggest` chooses (the same function) and once random ones; the same training from the same
-weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty`, `rare`, `coverage` choose by
-one part of the score alone, `best` takes the best scores without spreading. What is finished is not done again. Leaves
+weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty` takes the images that the
+first detector is most unsure of, `coverage` covers the feature space whatever the classes, `random3` labels three times as
+many at random, `none` no more at all. What is finished is not done again. Leaves
 `<out>/suggest.json` and the table as `suggest.md`; no Ray, no MLflow.
 """
 
@@ -30,6 +31,7 @@ from dfssd.config import Config, Models, Run, Train
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.pseudo.in_process import label_in_process
 from dfssd.review.active_learning import Looked, look_at
+from dfssd.review.coverage import Coverage, choose
 from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 
@@ -37,8 +39,8 @@ ROW = parse_row("teacher")
 MEASURES = ("map50", "map50_95")
 
 
-def arguments() -> argparse.Namespace:
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str) -> argparse.Namespace:
+    a = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--data", required=True, help="a data set, or a copy that semi_supervised.py --export made")
     a.add_argument("--network", default="yolov8n.pt", help="weights to start from, or a layout")
     a.add_argument("--out", default="runs/suggest")
@@ -67,8 +69,24 @@ def random_rows(seen: Looked, k: int, seed: int) -> list[str]:
     return random.Random(seed).sample(sorted(r.image_id for r in seen.state.manifest.unlabelled_rows()), k)
 
 
-def by(seen: Looked, k: int, total: np.ndarray | None = None) -> list[str]:
-    return [seen.rows[i].image_id for i in seen.choose(k, total)[0]]
+def by(seen: Looked, k: int) -> list[str]:
+    return [seen.rows[i].image_id for i in seen.choose(k)[0]]
+
+
+def uncertain_rows(seen: Looked, k: int, seed: int) -> list[str]:
+    """The images that the teacher is most unsure of, one of each group of near-duplicates: the usual choice."""
+    of_group: dict[int, int] = {}
+    for i in np.argsort(-seen.scores.uncertainty, kind="stable").tolist():
+        if int(seen.groups[i]) not in seen.taken:
+            of_group.setdefault(int(seen.groups[i]), i)
+    return [seen.rows[i].image_id for i in list(of_group.values())[:k]]
+
+
+def covering_rows(seen: Looked, k: int, seed: int) -> list[str]:
+    """Covers the feature space, whatever the classes."""
+    every, known = np.ones((len(seen.rows), 1)), np.ones((len(seen.known), 1))
+    coverage = Coverage(seen.features, every, seen.known, known, np.ones(1))
+    return [seen.rows[i].image_id for i in choose(coverage, np.ones(len(seen.rows)), seen.groups, seen.taken, k)[0]]
 
 
 ARMS = {  # how k image ids are chosen
@@ -76,10 +94,8 @@ ARMS = {  # how k image ids are chosen
     "random": random_rows,
     "random3": lambda seen, k, seed: random_rows(seen, 3 * k, seed),  # what far more labels would give
     "none": lambda seen, k, seed: [],  # as many steps on the first labels alone
-    "uncertainty": lambda seen, k, seed: by(seen, k, seen.scores.uncertainty),
-    "rare": lambda seen, k, seed: by(seen, k, seen.scores.rare),
-    "coverage": lambda seen, k, seed: by(seen, k, np.ones(len(seen.rows))),
-    "best": lambda seen, k, seed: [seen.rows[i].image_id for i in np.argsort(-seen.scores.total(), kind="stable")[:k]],
+    "uncertainty": uncertain_rows,
+    "coverage": covering_rows,
 }
 
 
@@ -95,22 +111,30 @@ def trained(run: Storage, config: Config, device: torch.device, splits: Sequence
     return found
 
 
+def first_detector(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, Any]:
+    """Result of the detector that chooses, trained on the first labels; it has looked at the other images."""
+    first, device = Storage(a.out).at(f"seed{seed}", "start"), torch.device(a.device)
+    config = settings(a, seed, a.first_steps or a.steps)
+    if not first.exists("dataset/manifest.parquet"):
+        subset(manifest, a.start, seed, first.at("dataset"))
+    result = trained(first, config, device, a.splits)
+    if not first.exists("pseudo/stage.json"):
+        start = read_manifest(first.at("dataset"))
+        label_in_process(config, first, "pseudo", start, ["teacher/best.pt"], device, cores=1)
+        first.write_json("pseudo/stage.json", {})
+    return result
+
+
 def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, dict[str, Any]]:
     """Results by arm, and of the first detector ("start")."""
     config, device, out = settings(a, seed, a.steps), torch.device(a.device), Storage(a.out).at(f"seed{seed}")
     first = out.at("start")
-    if not first.exists("dataset/manifest.parquet"):
-        subset(manifest, a.start, seed, first.at("dataset"))
-    results = {"start": trained(first, settings(a, seed, a.first_steps or a.steps), device, a.splits)}
+    results = {"start": first_detector(a, manifest, seed)}
     started = {r.image_id for r in read_manifest(first.at("dataset")).labelled_rows()}
     seen: Looked | None = None
     for arm in a.arms:
         run = out.at(arm)
         if not run.exists("dataset/manifest.parquet"):
-            if not first.exists("pseudo/stage.json"):
-                start = read_manifest(first.at("dataset"))
-                label_in_process(config, first, "pseudo", start, ["teacher/best.pt"], device, cores=1)
-                first.write_json("pseudo/stage.json", {})
             seen = seen or look_at(config, first, TEACHER, len(started))
             chosen = ARMS[arm](seen, len(started), seed)
             assert len(set(chosen)) == len(chosen) and not started.intersection(chosen)
@@ -163,7 +187,7 @@ def interval(gains: np.ndarray) -> str:
 
 
 def main() -> None:
-    a = arguments()
+    a = arguments(__doc__ or "")
     torch.set_num_threads(1)
     out = Path(a.out)
     manifest = all_labels(a.data, out / "data")

@@ -21,6 +21,7 @@ from dfssd.config.choices import (
     in_words,
     temperatures,
 )
+from dfssd.config.file import checked
 from dfssd.config.flags import parse
 from dfssd.config.sections import SECTIONS
 from dfssd.data.formats import read
@@ -150,4 +151,8 @@ def test_a_sweep_refuses_a_name_that_is_in_no_table():
 
     with pytest.raises(DfssdError, match="'kll' is none of"):
         apply(Config(), {"distill.divergence": "kll"})
+    with pytest.raises(DfssdError, match="--tta flip: must be 'none' or 'flips'"):
+        checked({"pseudo": {"tta": "flip"}})
+    with pytest.raises(DfssdError, match=r"^--divergence 'kll' is none of mse, kl"):
+        checked({"distill": {"divergence": "kll"}})
     assert apply(Config(), {"distill.taps": "4,15"}).distill.taps == (4, 15)

@@ -268,14 +268,16 @@ def test_the_verdict_names_escapes_rejects_and_doubts():
 def test_files_are_compared_at_one_number_of_false_boxes():
     """Whatever scores their own points have, and on whichever pictures these were chosen."""
 
-    def file(score, escape):
+    def file(false_boxes, escape):
         curve = {"score": [0.0, 0.4, 1.0], "false_boxes": [3.0, 1.0, 0.0], "escape": [0.0, escape, 1.0]}
-        return {"operating_point": {"score": score}, "curve": curve}
+        return {"line": {"false_boxes": false_boxes}, "curve": curve}
 
-    said = verdict.common_point({"a.onnx": file(0.4, 0.2), "b.pt": file(0.9, 0.1)})
-    assert "(1.00 a picture, as a.onnx at its score" in said and "a.onnx 20.0%, b.pt 10.0%." in said
-    half = verdict.common_point({"a.onnx": file(0.2, 0.2), "b.pt": file(0.9, 0.1)})
+    said = verdict.common_point({"a.onnx": file(1.0, 0.2), "b.pt": file(0.1, 0.1)})
+    assert "(1.00 a picture, as a.onnx makes)" in said and "a.onnx 20.0%, b.pt 10.0%." in said
+    half = verdict.common_point({"a.onnx": file(2.0, 0.2), "b.pt": file(0.1, 0.1)})
     assert "(2.00 a picture" in half and "a.onnx 10.0%, b.pt 5.0%." in half
+    both = {"student": {"test": file(2.0, 0.2)}, "label_only": {"test": file(9.0, 0.4)}}
+    assert "(2.00 a test picture" in verdict.equal_footing(both) and "20.0%." in verdict.equal_footing(both)
     assert verdict.common_point({"a.onnx": file(0.4, 0.2)}) == ""
     assert verdict.common_point({"a": file(0.4, None), "b": file(0.4, 0.1)}) == ""
 

@@ -98,3 +98,18 @@ def test_predict_takes_the_point_and_size_of_the_run(run, monkeypatch, capsys):
     assert "WARNING" not in capsys.readouterr().out
     np.testing.assert_allclose(open_model(file, 96).thresholds(), [0.25, 0.25])
     assert sides == [64, 96] and "no operating point was chosen for this .pt at 96 px" in capsys.readouterr().out
+
+
+def test_files_without_a_point_are_asked_for_the_rate_of_those_that_bring_one():
+    """Unless --max-escape says which, or those that bring one do not agree."""
+    from dfssd.config import Config, Evaluate
+    from dfssd.evaluate.files import Opened, _rate
+
+    def opened(rate):
+        point = None if rate is None else {**POINT, "max_escape": rate}
+        return Opened(lambda images: [], ["pit"], 64, point, lambda image: None, None)
+
+    own, asked = Config(), Config(evaluate=Evaluate(max_escape=0.1))
+    assert _rate(own, [opened(0.05), opened(None)]) == 0.05
+    assert _rate(own, [opened(0.05), opened(0.01), opened(None)]) == _rate(own, [opened(None)]) == 0.02
+    assert _rate(asked, [opened(0.05), opened(None)]) == 0.1

@@ -202,7 +202,7 @@ def test_fully_labelled_data_take_the_shorter_way_to_the_end(strip, tmp_path):
         return log.read_text()
 
     left_out = {"mean_teacher", "pseudo", "quality", "teacher_2", "pseudo_2", "quality_2"}
-    planned = re.findall(r"^\W*(\w+)\s+new\s", run("--dry-run"), re.M)
+    planned = re.findall(r"^\W*(\w+)\W+new\b", run("--dry-run"), re.M)
     assert planned == ["dataset", "teacher", "label_only", "student", "report", "export"]
     said = run()
     assert set(re.findall(r"^(\w+): left out, for there is no unlabelled image$", said, re.M)) == left_out

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -17,8 +18,18 @@ from dfssd.data.manifest import Manifest, Row, read_manifest, read_table
 from dfssd.data.preparation.corrections import Correction, read_corrections, write_corrections
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
+from dfssd.pseudo.calibration import calibrate
+from dfssd.pseudo.scores import BINS
 from dfssd.review import suggest
-from dfssd.review.active_learning import data_settings, export_images, suggest_images, take_back
+from dfssd.review.active_learning import (
+    Labelled,
+    data_settings,
+    export_images,
+    looked_at,
+    suggest_images,
+    take_back,
+)
+from dfssd.review.coverage import SHARPNESS, Coverage, choose
 from dfssd.review.exports import Proposal, export
 from dfssd.review.incoming import read_corrected
 from dfssd.runtime.artefact_names import TEACHER
@@ -251,6 +262,7 @@ def test_suggest_leaves_a_table_a_sheet_and_tasks(labelled_run):
     suggest_images(config, run, TEACHER, 5, None, "")
     rows = list(csv.DictReader(io.StringIO(run.read("suggest/scores.csv").decode())))
     assert len(rows) == len(unlabelled) and max(float(r["disagreement"]) for r in rows) > 0
+    assert [r["rank"] for r in rows[:6]] == [*"12345", ""] and float(rows[0]["gain"]) == 1
     assert export_images(config, run, "doubtful", "cvat", 3, "")[0].endswith("annotations.xml")
     assert len(ElementTree.fromstring(run.read("review/annotations.xml")).findall("image")) == 3
 
@@ -279,36 +291,100 @@ def test_corrected_labels_come_back_into_the_next_version(labelled_run, tmp_path
     assert data_settings(run).update and take_back(config, run, path, "eve").startswith("4 images corrected by eve")
 
 
-def test_scores_prefer_torn_disputed_and_rare_images():
+def test_scores_tell_torn_and_disputed_images_and_what_is_likely_to_be_on_them():
     tau = np.array([0.5, 0.5])
-    seen = [np.array([[0 if k else 1, 0.5, 0.5, 0.1, 0.1]], np.float32) for k in range(9)]
-    labelled = [Row(f"{k}", f"/{k}", 10, 10, "train", True, k, b) for k, b in enumerate(seen)]
-    manifest = Manifest(labelled, ["common", "rare"], {})
 
     def box(c, score, x=0.5):
         return np.array([[c, x, 0.5, 0.2, 0.2, score, 1.0]], np.float32)
 
-    teacher = [box(0, 0.99), box(0, 0.5), box(1, 0.99), box(0, 0.99)]
-    student = [box(0, 0.9), box(0, 0.5), box(1, 0.9), box(0, 0.9, 0.9)]
-    scores = suggest.score(manifest, teacher, student, tau)
-    assert scores.uncertainty.argmax() == 1 and scores.rare.argmax() == 2 and scores.disagreement.argmax() == 3
-    assert scores.total().argmin() == 0 and suggest.score(manifest, teacher, None, tau).disagreement.max() == 0
+    teacher = [box(0, 0.99), box(0, 0.5), np.concatenate([box(1, 0.8), box(1, 0.5, 0.1)]), box(0, 0.99)]
+    student = [box(0, 0.9), box(0, 0.5), teacher[2], box(0, 0.9, 0.9)]
+    scores = suggest.score(teacher, student, tau, None)
+    assert scores.uncertainty.argmax() == 1 and scores.disagreement.argmax() == 3
+    assert suggest.score(teacher, None, tau, None).disagreement.max() == 0
+    np.testing.assert_allclose(scores.shows[2], [0, 1 - 0.2 * 0.5], atol=1e-6)
+    np.testing.assert_allclose(scores.boxes[2], [0, 1.3], atol=1e-6)
+    asked = suggest.demand(scores.shows) * scores.shows.sum(0)
+    assert asked[0] == pytest.approx(asked[1]), "every class asks for as much"
+    found = np.zeros((2, BINS))
+    found[0, 990], found[1, 500] = 40, 3
+    calibrated = suggest.score(teacher, None, tau, calibrate(found, found * 0.25))
+    assert calibrated.shows[0, 0] == pytest.approx(0.25) and calibrated.shows[2, 1] == pytest.approx(0.9), (
+        "3 are too few"
+    )
+    assert suggest.shown([teacher[2], None, teacher[0]], 2).tolist() == [[0, 1], [0, 0], [1, 0]]
 
 
-def test_the_choice_takes_one_of_each_group_and_spreads():
+def scene(seed, n=60, m=5, classes=3):
+    """Features, what images show, labelled ones, weights, worth and groups of a made-up set."""
+    rng = np.random.default_rng(seed)
+    every = rng.normal(size=(n + m, 8)) + 2 * rng.normal(size=(4, 8))[rng.integers(4, size=n + m)]
+    every /= np.linalg.norm(every, axis=1, keepdims=True)
+    shows = rng.random((n, classes)) * (rng.random((n, classes)) < 0.5)
+    known_shows = (rng.random((m, classes)) < 0.4).astype(float)
+    return every[:n], shows, every[n:], known_shows, rng.random(classes) + 0.1, rng.random(n) + 0.5, np.arange(n) // 2
+
+
+def value(chosen, features, shows, known, known_shows, weights):
+    """F(S) of `coverage.py`, as it is written there, in float64."""
+    others, own = np.concatenate([known, features[chosen]]), np.concatenate([known_shows, shows[chosen]])
+    likeness = (features @ others.T).clip(0, 1) ** SHARPNESS
+    return sum(w * (shows[:, c] * (likeness * own[:, c]).max(1)).sum() for c, w in enumerate(weights))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_the_greedy_one_and_near_the_best(seed):
+    *parts, worth, groups = scene(seed)
+    chosen, gain = choose(Coverage(*parts), worth, groups, {3}, 8)
+    slow: list[int] = []
+    for _ in range(8):  # every gain computed anew, from the value itself
+        before = value(slow, *parts)
+        free = [i for i in range(60) if groups[i] != 3 and groups[i] not in groups[slow]]
+        slow.append(max(free, key=lambda i: (value([*slow, i], *parts) - before) * worth[i]))
+    assert chosen == slow
+    assert (np.diff(gain[chosen]) <= 1e-6).all() and gain[chosen[0]] == 1 and gain.max() == 1
+    *parts, _, groups = scene(seed, n=14)
+    base, (pair, _) = value([], *parts), choose(Coverage(*parts), np.ones(14), np.arange(14), set(), 3)
+    best = max(value(list(s), *parts) for s in itertools.combinations(range(14), 3))
+    assert value(pair, *parts) - base >= (1 - 1 / np.e) * (best - base)
+
+
+def test_the_choice_spreads_shares_between_classes_and_takes_one_of_each_group():
     rng = np.random.default_rng(0)
     centres = np.linalg.qr(rng.normal(size=(8, 8)))[0][:4]
     features = np.repeat(centres, 25, 0) + 0.02 * rng.normal(size=(100, 8))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    total = np.full(100, 0.5)
-    total[:25] = 1.0  # all the best ones are of one kind
-    groups = np.arange(100) // 2
-    chosen, _ = suggest.choose(total, groups, features, centres[:1], 3, set())
-    assert {c // 25 for c in chosen} == {1, 2, 3}  # the kind that is labelled already comes last
-    plain, _ = suggest.choose(total, groups, None, None, 10, set())
-    assert max(plain) < 25 and len({groups[c] for c in plain}) == 10
-    assert suggest.choose(total, groups, None, None, 5, set(range(12)))[0][0] >= 24  # groups that are labelled already
-    assert len(suggest.choose(total, groups, features, None, 80, set())[0]) == 50
+    shows, worth, groups = np.ones((100, 1)), np.ones(100), np.arange(100) // 2
+    worth[:25] = 1.3  # all the best ones are of one kind
+
+    def run(k, taken=(), shows=shows, features=features):
+        coverage = Coverage(features, shows, centres[:1], np.ones((1, shows.shape[1])) * 0, suggest.demand(shows))
+        return choose(coverage, worth, groups, set(taken), k)[0]
+
+    assert {c // 25 for c in run(4)} == {0, 1, 2, 3}
+    known = Coverage(features, shows, centres[:1], np.ones((1, 1)), np.ones(1))
+    assert {c // 25 for c in choose(known, worth, groups, set(), 3)[0]} == {
+        1,
+        2,
+        3,
+    }  # the kind that is labelled comes last
+    assert len(run(80)) == 50 and min(run(5, range(12))) >= 24  # one a group; groups that are labelled already
+    rare = np.zeros((100, 2))
+    rare[:, 0], rare[90:] = 1, [0, 1]
+    noise = rng.normal(size=(100, 8)) / 3  # pictures that do not look alike
+    chosen = run(10, shows=rare, features=noise)
+    assert 3 <= sum(c >= 90 for c in chosen) <= 5, "a tenth of the pictures, and half of the choice as far as groups go"
+    assert len(run(3, range(50))) == 3, "all resemble something labelled: better that than nothing"
+    nothing = choose(Coverage(features, rare * 0, centres[:1], np.zeros((1, 2)), np.zeros(2)), worth, groups, set(), 3)
+    assert len(nothing[0]) == 3, "a teacher that sees nothing"
+
+
+def test_of_a_large_set_the_best_are_looked_at_and_as_many_others():
+    rows = [Row(f"{(7919 * k) % 1000:04d}", f"/{k}", 10, 10, "train", False, k, None) for k in range(1000)]
+    order = looked_at(Labelled(None, rows, [], None), np.arange(1000.0), 100)
+    assert len(set(order)) == 100 and order[:50] == list(range(999, 949, -1))
+    assert 300 < np.mean(order[50:]) < 650, "spread over the others"
+    assert looked_at(Labelled(None, rows, [], None), np.arange(1000.0), 2000) == list(range(1000))
 
 
 def test_the_most_doubtful_images_come_with_names_a_table_and_tasks(labelled_run):

@@ -50,9 +50,12 @@ def _said(error: Any) -> str:
     """One fault in words: the flag, the value, and what is allowed."""
     said = error["msg"].removeprefix("Value error, ")
     field = [part for part in error["loc"] if isinstance(part, str) and part not in SECTIONS]
-    if not field or said.startswith(("--", repr(error["input"]))):
+    if not field or said.startswith("--"):
         return str(said)
-    return f"--{field[-1].replace('_', '-')} {error['input']}: {said.replace('Input should be', 'must be')}"
+    flag = f"--{field[-1].replace('_', '-')}"
+    if said.startswith(repr(error["input"])):
+        return f"{flag} {said}"
+    return f"{flag} {error['input']}: {said.replace('Input should be', 'must be')}"
 
 
 def to_yaml(config: Config, keys: tuple[str, ...]) -> str:

@@ -61,7 +61,14 @@ def parse(
     keys = expand(shown)
     model = _model(keys, base, {**extra, **COMMON})
     text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
-    parsed = tyro.cli(model, args=words, description=text, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    parsed = tyro.cli(
+        model,
+        args=words,
+        description=text,
+        prog=prog,
+        # All help is in the settings: tyro need not look for comments beside the source of classes that were made here.
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )
     tree = base.model_dump()
     for key in keys:
         name, _, field = key.partition(".")

@@ -2,6 +2,9 @@
 
 Ultralytics takes back boxes with one scale for both axes. The sides of the scaled image are whole px, so that on a strip of
 4096 x 130 px at 640 px the height is scaled by 20/130 and not by 20.3/130: here each axis has its own scale.
+
+An exported model has a letterbox of its own (`line/detector.py`): that file stands alone, and rounds sides up, as Ultralytics
+does when it loads an image for `yolo val` (here `data/reading.py` has done so before).
 """
 
 from __future__ import annotations

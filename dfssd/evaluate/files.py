@@ -44,19 +44,17 @@ def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, An
     manifest, rows, val = _pictures(config, on)
     torch.set_num_threads(max(1, config.run.cpus_per_worker))
     results: dict[str, Any] = {}
-    networks = {}
-    for file in files:
-        opened = _open(file, config)
-        networks[file] = opened.timed
+    models = {file: _open(file, config) for file in files}
+    networks = {file: opened.timed for file, opened in models.items()}
+    rate = _rate(config, list(models.values()))
+    for file, opened in models.items():
         known = _known(opened.names, manifest.names, file)
         records = collect_squares(opened.detect, rows, opened.imgsz, known)
         point = opened.point
         if point is None:
             where = "val" if val else "these pictures themselves (so escapes flatter)"
             chosen = collect_squares(opened.detect, val, opened.imgsz, known) if val else records
-            point = operating_point(
-                Pictures.of(chosen, len(manifest.names)), manifest.names, config.evaluate.max_escape
-            )
+            point = operating_point(Pictures.of(chosen, len(manifest.names)), manifest.names, rate)
             point = {**point, "chosen_on": where}
         numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
         seen = opened.origin.seen(rows) if opened.origin else None
@@ -145,6 +143,15 @@ def _open(file: str, config: Config) -> Opened:
         lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF),
         origin,
     )
+
+
+def _rate(config: Config, models: Sequence[Opened]) -> float:
+    """Escape rate that scores are chosen for where a file brings none: --max-escape; where that is the default, the rate of
+    the files that bring theirs, so that all mean the same.
+    """
+    asked = config.evaluate.max_escape
+    brought = {float(one.point["max_escape"]) for one in models if one.point}
+    return brought.pop() if asked == Evaluate.model_fields["max_escape"].default and len(brought) == 1 else asked
 
 
 def side_of(asked: int, origin: Origin | None) -> int:

@@ -23,7 +23,8 @@ FLAGS: dict[str, Any] = {
         Field(
             (),
             description="Model files to measure instead of the run's: .pt, .onnx, OpenVINO folders, .engine. Each at its own "
-            "operating point; a .pt from elsewhere has none, and --max-escape chooses one for it.",
+            "operating point; a .pt from elsewhere has none: val of the run, or the folder itself, chooses one for "
+            "--max-escape, or for the rate of the files that bring one.",
         ),
     ),
     "on": (

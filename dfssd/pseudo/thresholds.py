@@ -159,10 +159,12 @@ def policy_thresholds(
     config: Thresholds, policy: str, scores: ScoreCounts, rate_c: np.ndarray, steps: int = 0
 ) -> np.ndarray:
     """(C,) thresholds of any policy on these candidates; of one that moves those it will have reached after `steps`."""
-    if POLICIES[policy].needs == "val" and scores.val is None:
+    row = POLICIES[policy]
+    if row.needs == "val" and scores.val is None:
         raise ValueError(f"policy {policy!r} needs what candidates on val are worth")
     tau = THRESHOLDS[policy](config, scores, rate_c, steps)
-    return np.asarray(tau.clip(config.lowest(policy), config.tau_max)) if "tau_max" in POLICIES[policy].uses else tau
+    low = config.lowest(policy) if "tau_min" in row.uses else -np.inf
+    return np.asarray(tau.clip(low, config.tau_max if "tau_max" in row.uses else np.inf))
 
 
 def gmm_threshold(counts: np.ndarray, fallback: float) -> float:
@@ -220,7 +222,7 @@ def precision_thresholds(scores: ScoreCounts, wanted: float) -> np.ndarray:
     return calibrate(scores.val.found, scores.val.hits).thresholds(scores.counts, wanted)
 
 
-# How each policy of `dfssd.config.choices` sets its (C,) thresholds; taken into its limits afterwards.
+# How each policy of `dfssd.config.choices` sets its (C,) thresholds; taken into the limits that it uses afterwards.
 THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.ndarray]] = {
     "fixed": lambda config, scores, rate_c, steps: np.full(len(rate_c), config.tau),
     "ema": lambda config, scores, rate_c, steps: scores.mean() * (1 - config.tau_decay**steps),

@@ -74,8 +74,9 @@ def point_charts(
     own, line = curves[titles[best]], {titles[m]: results[m]["test"]["line"] for m in titles}
     both = {"defective pictures that pass": pairs(own, "escape"), "clean pictures thrown out": pairs(own, "overkill")}
     by_class = {n: list(zip(own["score"], own["escape_by_class"][n], strict=True)) for n in names}
-    trade = {t: pairs(c, "escape", "false_boxes") for t, c in curves.items()}
     dots = {t: (m["false_boxes"], m["escape"]["rate"]) for t, m in line.items() if m["escape"]["rate"] is not None}
+    edge = max([3.0, *(1.05 * x for x, _ in dots.values())])  # the end that matters, and all points
+    trade = {t: [p for p in pairs(c, "escape", "false_boxes") if p[0] <= edge] for t, c in curves.items()}
     chart = partial(svg, x_label="score", x_range=(0, 1))
     at = f"Dashed: {point['score']:.3f}, which val chose; thresholds by class depart from it."
     found = [
@@ -90,8 +91,8 @@ def point_charts(
             chart("False boxes a picture", {t: pairs(c, "false_boxes") for t, c in curves.items()}, y_range=None), ONE
         ),
         Figure(
-            svg("Escapes against false boxes", trade, "false boxes a picture", x_range=(0, 3), dots=dots),
-            f"{ONE} Dots: each model at its thresholds by class, so a dot may lie beside its line, or beyond the edge.",
+            svg("Escapes against false boxes", trade, "false boxes a picture", x_range=(0, edge), dots=dots),
+            f"{ONE} Dots: each model at its thresholds by class, so a dot may lie beside its line.",
         ),
     ]
     return [one for one in found if one.chart]

@@ -11,10 +11,12 @@ from dfssd.data.boxes import above
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
 from dfssd.data.preparation.corrections import as_boxes, write_corrections
 from dfssd.errors import DfssdError
+from dfssd.pseudo.calibration import calibrate
 from dfssd.pseudo.quality import Quality, measure
 from dfssd.pseudo.shards import read_shards
 from dfssd.report.pictures import draw
 from dfssd.review import suggest
+from dfssd.review.coverage import Coverage, choose
 from dfssd.review.exports import Proposal, export
 from dfssd.review.incoming import read_corrected
 from dfssd.review.network import look
@@ -22,7 +24,8 @@ from dfssd.review.sheets import captioned, table
 from dfssd.runtime.artefact_names import DATASET, PSEUDO, STUDENT, ArtefactName, is_finished, newest_round
 from dfssd.runtime.storage import Storage
 
-LOOKED_AT = 2000  # images a network looks at for features and disagreement; the best by the teacher's candidates first
+LOOKED_AT = 4000  # images a network looks at for features and disagreement
+LIKELY = 0.5  # probability from which a class is named among what an image shows
 FOLDER = "suggest"
 
 
@@ -69,7 +72,8 @@ class Looked:
     Args:
         rows: n images; boxes: the teacher's candidates on each.
         groups: (n,) near-duplicate groups.
-        features: (n,d) unit vectors; known: (m,d) those of labelled images; taken: groups of labelled images.
+        features: (n,d) unit vectors; known: (m,d) those of labelled images, which show `known_shows` (m,C); taken: groups of
+            labelled images.
         teacher: the network that labelled.
     """
 
@@ -80,24 +84,27 @@ class Looked:
     groups: np.ndarray
     features: np.ndarray
     known: np.ndarray
+    known_shows: np.ndarray
     taken: set[int]
     teacher: str
 
-    def choose(self, k: int, total: np.ndarray | None = None) -> tuple[list[int], np.ndarray]:
-        """The k best by `total` (default all scores together), see `suggest.choose`."""
-        total = self.scores.total() if total is None else total
-        return suggest.choose(total, self.groups, self.features, self.known, k, self.taken)
+    def choose(self, k: int) -> tuple[list[int], np.ndarray]:
+        """The k images that are most worth a label, and gains; see `coverage.choose`."""
+        weights = suggest.demand(self.scores.shows)
+        coverage = Coverage(self.features, self.scores.shows, self.known, self.known_shows, weights)
+        return choose(coverage, self.scores.worth(), self.groups, self.taken, k)
 
 
 def look_at(config: Config, run: Storage, teacher: ArtefactName, k: int) -> Looked:
-    """Show the most promising unlabelled images, several times `k`, and the labelled ones to a network.
+    """Show unlabelled images, several times `k` where there are more, and the labelled ones to a network.
 
     Args:
         teacher: the one that labelled the images; it looks at them where there is no student.
     """
     state = read_labelled(config, run)
-    first = suggest.score(state.manifest, state.boxes, None, state.tau_c)
-    order = np.argsort(-first.total(), kind="stable")[: max(LOOKED_AT, 4 * k)]
+    val = state.quality.evidence["val"]
+    calibration = calibrate(val.found, val.hits)
+    order = looked_at(state, suggest.score(state.boxes, None, state.tau_c, calibration).alone(), max(LOOKED_AT, 4 * k))
     rows, boxes = [state.rows[i] for i in order], [state.boxes[i] for i in order]
     network = STUDENT if is_finished(run, STUDENT) else teacher
     known = state.manifest.labelled_rows()[:LOOKED_AT]
@@ -105,10 +112,22 @@ def look_at(config: Config, run: Storage, teacher: ArtefactName, k: int) -> Look
         config, run, f"{network}/best.pt", state.manifest.names, [*rows, *known], f"suggest: {network} looks"
     )
     student = everything[: len(rows)] if network == STUDENT else None
-    scores = suggest.score(state.manifest, boxes, student, state.tau_c)
-    groups, taken = np.array([r.group for r in rows]), {r.group for r in known}
+    scores = suggest.score(boxes, student, state.tau_c, calibration)
+    known_shows = suggest.shown([r.boxes for r in known], len(state.manifest.names))
+    groups, taken = np.array([r.group for r in rows]), {r.group for r in state.manifest.labelled_rows()}
     n = len(rows)
-    return Looked(state, rows, boxes, scores, groups, features[:n], features[n:], taken, str(teacher))
+    return Looked(state, rows, boxes, scores, groups, features[:n], features[n:], known_shows, taken, str(teacher))
+
+
+def looked_at(state: Labelled, alone: np.ndarray, limit: int) -> list[int]:
+    """At most `limit` images: all, or half of them the best by themselves, and half drawn from the others, so that what is
+    typical is there in its share. The draw follows the ids, which are digests: it is the same at every call.
+    """
+    if len(alone) <= limit:
+        return list(range(len(alone)))
+    best: list[int] = np.argsort(-alone, kind="stable").tolist()
+    others = sorted(best[limit // 2 :], key=lambda i: state.rows[i].image_id)
+    return best[: limit // 2] + others[: limit - limit // 2]
 
 
 def suggest_images(
@@ -123,12 +142,12 @@ def suggest_images(
         names of what was written.
     """
     seen = look_at(config, run, teacher, k)
-    state, rows, total = seen.state, seen.rows, seen.scores.total()
-    chosen, distance = seen.choose(k)
+    state, rows = seen.state, seen.rows
+    chosen, gain = seen.choose(k)
     store = run.at(FOLDER)
-    _write_tables(store, rows, seen.scores, distance, chosen)
+    _write_tables(store, seen, chosen, gain)
     proposals = [Proposal(rows[i], proposed(seen.boxes[i], state.tau_c)) for i in chosen]
-    captions = [f"{p.file}\nscore {total[i]:.2f}" for p, i in zip(proposals, chosen, strict=True)]
+    captions = [f"{p.file}\ngain {gain[i]:.2f}" for p, i in zip(proposals, chosen, strict=True)]
     drawn = [(draw(p.row, p.boxes, state.manifest.names), c) for p, c in zip(proposals, captions, strict=True)]
     store.write("suggest.png", captioned(drawn))
     written = ["suggest.csv", "scores.csv", "suggest.png"]
@@ -139,20 +158,20 @@ def suggest_images(
     return [store.path(name) for name in written]
 
 
-def _write_tables(
-    store: Storage, rows: list[Row], scores: suggest.Scores, distance: np.ndarray, chosen: list[int]
-) -> None:
-    header = ["rank", "file", "score", "uncertainty", "disagreement", "rare", "distance", "group", "image_id", "uri"]
-    rank = {row: k + 1 for k, row in enumerate(chosen)}
-    total = scores.total()
+def _write_tables(store: Storage, seen: Looked, chosen: list[int], gain: np.ndarray) -> None:
+    """The choice in its order; and all images that were looked at, those that are left by what they would still add."""
+    header = ["rank", "file", "gain", "uncertainty", "disagreement", "boxes", "shows", "group", "image_id", "uri"]
+    rank, scores, names = {row: k + 1 for k, row in enumerate(chosen)}, seen.scores, seen.state.manifest.names
 
     def line(i: int) -> list[object]:
-        row = rows[i]
-        parts = [float(v[i]) for v in (total, scores.uncertainty, scores.disagreement, scores.rare, distance)]
-        return [rank.get(i, ""), row.uri.rsplit("/", 1)[-1], *parts, row.group, row.image_id, row.uri]
+        row = seen.rows[i]
+        parts = [float(v[i]) for v in (gain, scores.uncertainty, scores.disagreement, scores.boxes.sum(1))]
+        shows = " ".join(names[c] for c in np.flatnonzero(scores.shows[i] >= LIKELY))
+        return [rank.get(i, ""), row.uri.rsplit("/", 1)[-1], *parts, shows, row.group, row.image_id, row.uri]
 
+    left = [int(i) for i in np.argsort(-gain, kind="stable") if int(i) not in rank]
     store.write("suggest.csv", table(header, [line(i) for i in chosen]))
-    store.write("scores.csv", table(header, [line(int(i)) for i in np.argsort(-total, kind="stable")]))
+    store.write("scores.csv", table(header, [line(i) for i in [*chosen, *left]]))
 
 
 def proposed(boxes: Boxes, tau_c: np.ndarray) -> Boxes:

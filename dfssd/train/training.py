@@ -1,4 +1,4 @@
-"""What sets one training stage apart from another."""
+"""What sets one training stage apart from another. Alone in its file: the table of stages has it, and so each `--help`."""
 
 from __future__ import annotations
 
