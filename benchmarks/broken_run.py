@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from breakable import Proxy, Server
-from places import EVERY, STAGES, Position, barrier, places, position, written
+from places import EVERY, STAGES, TRAININGS, Position, barrier, places, position, written
 
 ROOT = Path(__file__).parents[1]
 WORKERS = ("RayTrainWorker", "MapWorker", "ray::measure", "ray::Map")
@@ -94,9 +94,6 @@ class Run:
                 except (psutil.NoSuchProcess, ProcessLookupError):
                     continue
             self.process.wait()
-
-
-# Faults: what is done, until the run can go on.
 
 
 def _kill_one_of(run: Run, words: Sequence[str], rng: random.Random) -> str:
@@ -203,7 +200,7 @@ def _wait_until(run: Run, reached: Position, rng: random.Random) -> bool:
         if works and (position(text) > reached or (position(text) == reached and (reached[1] or begun))):
             time.sleep(rng.uniform(0, 1.0 if reached[1] else 3.0))
             return run.ended() is None
-        time.sleep(0.25)  # reading a log costs, too
+        time.sleep(0.25)
     return False
 
 
@@ -256,9 +253,10 @@ def _hold(run: Run, place: Position | None, steps: int, breaks: str = "") -> Non
         run.proxy.holds = lambda path: False
         return
     stage, step = position(run.text())
-    if breaks == "terminate":  # it may still store the step it is at, and one on the way there
+    if breaks in ("terminate", "stop"):  # it may still store the step it is at, and one on the way there
         step += EVERY
-    last = barrier(place, (stage, step) if breaks else (0, -1), steps)
+    stays = not breaks or (breaks == "stop" and STAGES[stage] not in TRAININGS)
+    last = barrier(place, (0, -1) if stays else (stage, step), steps)
     run.proxy.holds = lambda path: (written(path) or (0, 0)) > last
 
 
@@ -285,7 +283,7 @@ def with_faults(run: Run, steps: int, number: int, seed: int, faults: list[Fault
             _hold(run, ends[k + 1], steps, kind)
             faults.append(break_it(run, kind, random.Random(f"{seed} {k}")))
             if time.monotonic() > until:
-                _hold(run, ends[k + 1], steps, "terminate")
+                _hold(run, ends[k + 1], steps, "stop")
                 print(terminate(run, random.Random()), flush=True)
                 return False
         while run.wait(1800) != 0:
