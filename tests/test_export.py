@@ -138,12 +138,14 @@ def test_the_stage_writes_nothing_before_parity_holds(prepared, monkeypatch):
         run.write_json(f"{name}/stage.json", {"summary": {}})
     run.write_json("report/metrics.json", {"student": {"operating_point": POINT}})
     config = tiny_config(prepared).model_copy(update={"export": Export(parity_pictures=12)})
+    run.write_json("export/stage.json", {})  # of an export that this one is added to
     with monkeypatch.context() as patch:
         patch.setattr(parity, "BOX_LIMIT", -1.0)
         with pytest.raises(DfssdError, match="does not find"):
             write.export_model(config, run.uri, "student", 1)
-    assert not run.exists("export/student.onnx")
+    assert not run.exists("export/student.onnx") and run.exists("export/stage.json"), "what was there still counts"
     summary = write.export_model(config, run.uri, "student", 1)
+    assert not run.exists("export/stage.json"), "of replaced files it would be wrong until the stage has finished"
     json.dumps(summary)
     assert summary["files"]["student.onnx"] == len(run.read("export/student.onnx"))
     assert summary["speedup"] > 1 and set(summary["latency"]["timings"]) >= {
