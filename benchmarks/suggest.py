@@ -3,12 +3,12 @@
     python benchmarks/suggest.py --data ../shared/data/cr7-det --network ../shared/data/weights/yolov8n-natural.pt \
         --imgsz 128 --steps 250 --seeds 0 1 2 --out runs/suggest
 
-For each seed: a detector learns from `--start` of the labels and looks at the rest; then as many images again get their
-labels, once those that `dfssd suggest` chooses (the same function) and once random ones; the same training from the same
-weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty` takes the images that the
+For each seed: a detector learns from `--start` of the labels and looks at the rest; then as many images again (or `--k`) get
+their labels, once those that `dfssd suggest` chooses (the same function) and once random ones; the same training from the
+same weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty` takes the images that the
 first detector is most unsure of, `coverage` covers the feature space whatever the classes, `random3` labels three times as
-many at random, `none` no more at all. What is finished is not done again. Leaves
-`<out>/suggest.json` and the table as `suggest.md`; no Ray, no MLflow.
+many at random, `none` no more at all. What is finished is not done again. Leaves `<out>/suggest.json` and the table as
+`suggest.md`; no Ray, no MLflow.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def arguments(about: str) -> argparse.Namespace:
     a.add_argument("--out", default="runs/suggest")
     a.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     a.add_argument("--start", type=float, default=0.05, help="share of the train images that is labelled at first")
+    a.add_argument("--k", type=int, default=0, help="images that get labels then (default: as many as at first)")
     a.add_argument("--arms", nargs="*", default=["suggested", "random"], choices=[*ARMS])
     a.add_argument("--imgsz", type=int, default=128)
     a.add_argument("--steps", type=int, default=250)
@@ -136,7 +137,7 @@ def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, 
         run = out.at(arm)
         if not run.exists("dataset/manifest.parquet"):
             seen = seen or look_at(config, first, TEACHER, len(started))
-            chosen = ARMS[arm](seen, len(started), seed)
+            chosen = ARMS[arm](seen, a.k or len(started), seed)
             assert len(set(chosen)) == len(chosen) and not started.intersection(chosen)
             hide(manifest, started.union(chosen), run.at("dataset"), seed=seed)
         results[arm] = {**trained(run, config, device, a.splits), **cost(manifest, run, started)}

@@ -73,7 +73,7 @@ def main() -> None:
         for arm in a.arms:
             found = []
             for draw in range(DRAWS if arm == "random" else 1):
-                chosen = [index[i] for i in ARMS[arm](seen, len(known), seed + 1000 * draw)]
+                chosen = [index[i] for i in ARMS[arm](seen, a.k or len(known), seed + 1000 * draw)]
                 x, y = np.concatenate([of_known, own[chosen]]), np.concatenate([known_shows, shows[chosen]])
                 found.append(100 * probe(x, y, of_val, val_shows))
             boxes = np.concatenate([truth[rows[i].image_id][:, 0].astype(int) for i in chosen] or [np.zeros(0, int)])

@@ -166,7 +166,7 @@ def _write_tables(store: Storage, seen: Looked, chosen: list[int], gain: np.ndar
     def line(i: int) -> list[object]:
         row = seen.rows[i]
         parts = [float(v[i]) for v in (gain, scores.uncertainty, scores.disagreement, scores.boxes.sum(1))]
-        shows = " ".join(names[c] for c in np.flatnonzero(scores.shows[i] >= LIKELY))
+        shows = "; ".join(names[c] for c in np.flatnonzero(scores.shows[i] >= LIKELY))
         return [rank.get(i, ""), row.uri.rsplit("/", 1)[-1], *parts, shows, row.group, row.image_id, row.uri]
 
     left = [int(i) for i in np.argsort(-gain, kind="stable") if int(i) not in rank]

@@ -109,7 +109,7 @@ class _Detector:
             if source is not None:
                 self._look_for_other_labels(source)
                 return source
-        foreign = recognise(self.tree, self.files)
+        foreign = None if self.broken else recognise(self.tree, self.files)
         if foreign:
             raise DfssdError(
                 f"the data looks like {foreign.looks_like}, which is not read",
