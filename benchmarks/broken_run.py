@@ -253,8 +253,8 @@ def _hold(run: Run, place: Position | None, steps: int, breaks: str = "") -> Non
         run.proxy.holds = lambda path: False
         return
     stage, step = position(run.text())
-    if breaks in ("terminate", "stop"):  # it may still store the step it is at, and one on the way there
-        step += EVERY
+    if breaks in ("terminate", "stop"):  # it may still store the step it is at, and those on the way
+        step += 3 * EVERY
     stays = not breaks or (breaks == "stop" and STAGES[stage] not in TRAININGS)
     last = barrier(place, (0, -1) if stays else (stage, step), steps)
     run.proxy.holds = lambda path: (written(path) or (0, 0)) > last
