@@ -10,10 +10,11 @@ from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import FEWEST, MOST, steps_for, with_expected_steps, with_steps
 from dfssd.pipeline.context import Context
+from dfssd.pipeline.dry_run import _with_steps as as_planned
 from dfssd.pipeline.run import run_stage, run_stages
 from dfssd.pipeline.stages import STAGES, is_wanted, make_stage, plan, row_of, settings_of, wanted
 from dfssd.pipeline.training import train_job
-from dfssd.runtime.artefact_names import LABEL_ONLY, PSEUDO, QUALITY, STUDENT, ArtefactName
+from dfssd.runtime.artefact_names import DATASET, LABEL_ONLY, PSEUDO, QUALITY, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.sweep import job as sweep_job
 from dfssd.sweep.data import as_labelled, with_equal_steps
@@ -198,6 +199,10 @@ def test_the_plan_without_unlabelled_images_has_neither_pseudo_labels_nor_later_
     left = [str(name) for name in planned if is_wanted(without, name)]
     assert left == ["dataset", "teacher", "student", "report", "export"]
     assert [str(n) for n in plan(without, wanted(without))] == left
+    make_dataset(tmp_path / "data", images=8, side=64)
+    own = config.model_copy(update={"data": Data(data=str(tmp_path / "data"))})
+    planned = as_planned(Context(own), [DATASET, TEACHER])  # of a dry run, with --steps and before the data is prepared
+    assert planned.distill.unlabelled_ratio == 0 and planned.train.steps == 7
     assert any("--rounds 2 has no effect" in note for note in settings_without_effect(without))
     run = Storage(str(tmp_path)).at("r")
     splits = {"train": {"images": 80}, "unlabelled-only": {"images": 0}}
