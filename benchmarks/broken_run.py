@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from breakable import Proxy, Server
-from places import STAGES, Position, barrier, places, position, written
+from places import EVERY, STAGES, TRAININGS, Position, barrier, places, position, written
 
 ROOT = Path(__file__).parents[1]
 WORKERS = ("RayTrainWorker", "MapWorker", "ray::measure", "ray::Map")
@@ -51,6 +51,7 @@ class Run:
     proxy: Proxy | None = None
     tracking: Server | None = None
     attempts: int = 0
+    begun: int = 0  # where in the log the present attempt begins (bytes)
     problems: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
@@ -63,6 +64,7 @@ class Run:
 
     def start(self) -> None:
         self.attempts += 1
+        self.begun = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
@@ -92,9 +94,6 @@ class Run:
                 except (psutil.NoSuchProcess, ProcessLookupError):
                     continue
             self.process.wait()
-
-
-# Faults: what is done, until the run can go on.
 
 
 def _kill_one_of(run: Run, words: Sequence[str], rng: random.Random) -> str:
@@ -193,15 +192,15 @@ FAULTS: dict[str, tuple[Callable[[Run, random.Random], str], str]] = {
 
 
 def _wait_until(run: Run, reached: Position, rng: random.Random) -> bool:
-    """Wait until the run is at a place; has it ended before?"""
+    """Wait until the run is at a place, and this attempt of it at work; has it ended before?"""
     name = STAGES[reached[0]]
     while run.ended() is None:
-        text = run.text()
+        text, works = run.text(), re.search(r"\w: (starts|goes on|step \d)", run.text(run.begun))
         begun = re.search(rf"{name}: (starts|goes on)", text)
-        if position(text) > reached or (position(text) == reached and (reached[1] or begun)):
+        if works and (position(text) > reached or (position(text) == reached and (reached[1] or begun))):
             time.sleep(rng.uniform(0, 1.0 if reached[1] else 3.0))
             return run.ended() is None
-        time.sleep(0.25)  # reading a log costs, too
+        time.sleep(0.25)
     return False
 
 
@@ -247,13 +246,17 @@ def plan(steps: int, number: int, seed: int) -> list[tuple[str, Position]]:
     return list(zip(kinds, places(steps, number, rng), strict=True))
 
 
-def _hold(run: Run, place: Position | None, steps: int) -> None:
-    """Let the run get as far as the next fault's place, and no further; None: to its end."""
+def _hold(run: Run, place: Position | None, steps: int, breaks: str = "") -> None:
+    """Let the run get to the next fault's place (None: its end), and further than it is where a fault now `breaks` it."""
     assert run.proxy is not None
     if place is None:
         run.proxy.holds = lambda path: False
         return
-    last = barrier(place, position(run.text()) if run.log.exists() else (0, -1), steps)
+    stage, step = position(run.text())
+    if breaks in ("terminate", "stop"):  # it may still store the step it is at, and those on the way
+        step += 3 * EVERY
+    stays = not breaks or (breaks == "stop" and STAGES[stage] not in TRAININGS)
+    last = barrier(place, (0, -1) if stays else (stage, step), steps)
     run.proxy.holds = lambda path: (written(path) or (0, 0)) > last
 
 
@@ -262,10 +265,7 @@ def with_faults(run: Run, steps: int, number: int, seed: int, faults: list[Fault
 
     Args:
         faults: those that came before; what comes is added.
-        until: by the clock of time.monotonic, when to end it in order instead, to go on later.
-
-    Returns:
-        whether the run has ended.
+        until: by time.monotonic, when to end it in order, to go on later; then False is returned.
     """
     planned = plan(steps, number, seed)
     ends = [*(place for _, place in planned), None]
@@ -280,9 +280,10 @@ def with_faults(run: Run, steps: int, number: int, seed: int, faults: list[Fault
                 _again(run, faults[-1] if faults else None)
             if run.ended() == 0:
                 break
-            _hold(run, ends[k + 1], steps)
+            _hold(run, ends[k + 1], steps, kind)
             faults.append(break_it(run, kind, random.Random(f"{seed} {k}")))
             if time.monotonic() > until:
+                _hold(run, ends[k + 1], steps, "stop")
                 print(terminate(run, random.Random()), flush=True)
                 return False
         while run.wait(1800) != 0:

@@ -35,13 +35,12 @@ def written(path: str) -> Position | None:
 def barrier(place: Position, reached: Position, steps: int) -> Position:
     """The last write that may pass until the fault at `place` has come, so that no machine is too fast for it.
 
-    It is the first checkpoint at the place, or the next one where the run has `reached` more than that already.
+    The next one, which is held, is the first checkpoint at the place, or beyond what the run has `reached` already.
     """
     stage, step = max(place, (reached[0], reached[1] + 1))
     if STAGES[stage] not in TRAININGS:
         return stage, END if step else 0
-    checkpoint = -(-step // EVERY) * EVERY
-    return stage, checkpoint if checkpoint <= int(steps * TRAININGS[STAGES[stage]]) else END
+    return stage, (step - 1) // EVERY * EVERY if step <= int(steps * TRAININGS[STAGES[stage]]) else END
 
 
 def places(steps: int, number: int, rng: random.Random) -> list[Position]:

@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="of each training")
+    parser.add_argument("--steps", type=int, default=80, help="of each training")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which it ends, to go on later")
     parser.add_argument("--folder", default="", help="where runs, logs and what is needed to go on stay")
     parser.add_argument("--write", default="", help="page whose table is replaced")

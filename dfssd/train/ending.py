@@ -71,30 +71,43 @@ def ask_for_checkpoint(store: Storage) -> None:
         time.sleep(0.2)
 
 
-def take_over_signals(store: Storage) -> None:
-    """Let the first Ctrl-C or SIGTERM ask for a checkpoint, and only then do what the present handler of Ctrl-C does.
+class Signals:
+    """Lets the first Ctrl-C or SIGTERM ask for a checkpoint, and only then do what the present handler of Ctrl-C does.
 
-    A second one ends at once. Call it in the main thread.
+    A second one ends at once. Make it in the main thread.
     """
-    abort: Any = signal.getsignal(signal.SIGINT)
-    heard: list[int] = []
-    ready = threading.Event()
 
-    def wait_and_abort() -> None:
-        try:
-            ask_for_checkpoint(store)
-        except OSError as error:
-            print(f"WARNING: no checkpoint at the end: {error}", flush=True)
-        ready.set()
-        os.kill(os.getpid(), signal.SIGINT)
+    def __init__(self, store: Storage) -> None:
+        self.store = store
+        self._abort: Any = signal.getsignal(signal.SIGINT)
+        self._heard: list[int] = []
+        self._ready, self._lock, self._over = threading.Event(), threading.Lock(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
-        if ready.is_set() or len(heard) > 1:
-            abort(signal.SIGINT, frame)
+    def over(self) -> bool:
+        """Tell that the training has ended; was it asked to? It may have made its last step meanwhile, so that nothing was
+        left to abort, and who has asked wants no next stage."""
+        with self._lock:
+            self._over = True
+            return bool(self._heard)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._over:
+            raise KeyboardInterrupt
+        self._heard.append(number)
+        if self._ready.is_set() or len(self._heard) > 1:
+            self._abort(signal.SIGINT, frame)
             return
         print("\nending: a checkpoint is stored first (once more: at once)", flush=True)
-        threading.Thread(target=wait_and_abort, daemon=True).start()
+        threading.Thread(target=self._wait_and_abort, daemon=True).start()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    def _wait_and_abort(self) -> None:
+        try:
+            ask_for_checkpoint(self.store)
+        except OSError as error:
+            print(f"WARNING: no checkpoint at the end: {error}", flush=True)
+        self._ready.set()
+        with self._lock:
+            if not self._over:
+                os.kill(os.getpid(), signal.SIGINT)

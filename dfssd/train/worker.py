@@ -86,12 +86,15 @@ def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[
     while True:
         reached = checkpoint.newest_step(job.store.at("train"))
         checkpoint.mend_ray_snapshot(job.store.at("train"))
+        trainer = _trainer(job, resources, callbacks, store)
         try:
-            return _trainer(job, resources, callbacks, store).fit().return_value
+            outcome = trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:  # the latter: `EndAtUserError`
             user_error = find_user_error(error) or store.error()
             if user_error is not None:
                 raise user_error from error
+            if trainer.asked_to_end():
+                raise KeyboardInterrupt from error
             if isinstance(error, ray.exceptions.RayActorError):  # the controller is gone, and nobody asked it to go
                 raise
             step, last = checkpoint.newest_step(job.store.at("train")), str(error).strip().splitlines()[-1]
@@ -103,9 +106,13 @@ def _until_no_progress(job: TrainJob, resources: Resources, callbacks: Sequence[
                 ) from error
             print(f"{job.stage}: failed {MAX_FAILURES + 1} times ({last}), but got from step {reached} to {step}: "
                   "goes on from there", flush=True)  # fmt: skip
+        else:
+            if trainer.asked_to_end():  # in its last steps
+                raise KeyboardInterrupt
+            return outcome
 
 
-def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], store: Store) -> TorchTrainer:
+def _trainer(job: TrainJob, resources: Resources, callbacks: Sequence[Any], store: Store) -> _Trainer:
     run = job.config.run
     starts = 3 + math.ceil(run.wait_min)  # each waits a minute for its nodes
     trainer = _Trainer(
@@ -154,13 +161,18 @@ class _Trainer(TorchTrainer):
     """
 
     artefact: Storage
+    signals: ending.Signals | None = None  # outside the main thread, as in a sweep's trial, there are none
+
+    def asked_to_end(self) -> bool:
+        """Has a signal asked for it while the training was running? Call it once, when that has ended."""
+        return self.signals is not None and self.signals.over()
 
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         super()._register_sigint_handler(controller)
-        ending.take_over_signals(self.artefact)
+        self.signals = ending.Signals(self.artefact)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any] | DfssdError:

@@ -1,8 +1,9 @@
 """Faults at moments drawn from a seed, over one pipeline on S3 and an MLflow server: see benchmarks/reliability.py.
 
-CHAOS_FAULTS (30), CHAOS_SEED (0) and CHAOS_STEPS (60, of each training) choose what is done.
+CHAOS_FAULTS (30), CHAOS_SEED (0) and CHAOS_STEPS (80, of each training) choose what is done.
 """
 
+import http.server
 import os
 import random
 import socket
@@ -10,10 +11,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import broken_run
 import places
 import reliability
 from breakable import Proxy
@@ -27,7 +30,7 @@ def _asked(name, default):
 @pytest.mark.chaos
 @pytest.mark.timeout(3 * 3600)
 def test_a_pipeline_that_is_broken_again_and_again_ends_as_one_that_nobody_touched(tmp_path):
-    number, seed, steps = _asked("FAULTS", "30"), _asked("SEED", "0"), _asked("STEPS", "60")
+    number, seed, steps = _asked("FAULTS", "30"), _asked("SEED", "0"), _asked("STEPS", "80")
     outcome = reliability.measure(tmp_path, number, seed, steps)
     print(reliability.table(outcome.faults, steps, seed, outcome.took_s, outcome.parts))
     assert len(outcome.faults) == number and outcome.ended
@@ -53,9 +56,8 @@ def test_no_run_gets_past_a_place_before_its_fault_and_each_gets_further_after_i
         rng, reached = random.Random(seed), (0, -1)
         for place in places.places(steps, 30, rng):
             last = places.barrier(place, reached, steps)
-            assert last >= place or last == (place[0], 0)
             held = next((w for w in writes if w > last), None)
-            assert held is None or held > reached, "it can go on from where it is"
+            assert held is None or (held >= place and held > reached), "it gets there, and on from where it is"
             there = max(place, reached) if held is None else rng.choice([max(place, reached), held])
             if there[1] == places.END:  # a stage's record is held: its last step is made
                 there = (there[0], trainings.get(there[0], 0))
@@ -82,7 +84,7 @@ def test_a_proxy_holds_a_write_and_drops_it_when_its_sender_dies():
                     one, _ = server.accept()
                 except OSError:
                     return
-                got.append(one.recv(1000))
+                threading.Thread(target=lambda one=one: got.append(one.recv(1000)), daemon=True).start()
 
         threading.Thread(target=serve, daemon=True).start()
         proxy.holds = lambda path: "held" in path
@@ -97,6 +99,57 @@ def test_a_proxy_holds_a_write_and_drops_it_when_its_sender_dies():
         time.sleep(0.1)
         assert not any(b"held1" in g for g in got)
         proxy.close()
+
+
+class _Store(http.server.BaseHTTPRequestHandler):
+    """Keeps what is put."""
+
+    kept: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self):
+        found = self.kept.get(self.path)
+        self.send_response(404 if found is None else 200)
+        self.send_header("Content-Length", str(len(found or b"")))
+        self.end_headers()
+        self.wfile.write(found or b"")
+
+    def do_PUT(self):
+        self.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_all_faults_come_however_fast_the_job_is_and_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    """A job of some thousand steps a second, which nothing but its storage holds back."""
+    whole = broken_run.FAULTS
+    monkeypatch.setattr(broken_run, "FAULTS", {k: whole[k] for k in ("driver", "terminate", "storage gone")})
+    handler = type("Store", (_Store,), {"kept": {}})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    proxy, faults, number, steps = Proxy(server.server_port), [], 4, 20
+    env = {**os.environ, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+    try:
+        command = [sys.executable, str(Path(__file__).parent / "made_up_job.py"), str(steps)]
+        parts = 0
+        while not broken_run.with_faults(
+            broken_run.Run(tmp_path, command, env, proxy), steps, number, 1, faults, until=time.monotonic() + 2
+        ):
+            parts += 1
+    finally:
+        proxy.close()
+        server.shutdown()
+    assert len(faults) == number and parts
+    planned = broken_run.plan(steps, number, 1)
+    assert [f.kind for f in faults] == [kind for kind, _ in planned]
+    for fault, (_, place) in zip(faults, planned, strict=True):
+        late = fault.at[1] - place[1] if fault.at[0] == place[0] else 0
+        assert fault.at >= place and late <= 2 * places.EVERY, (fault, place)
+        assert fault.lost <= places.EVERY
+    assert all(f"/dfssd/runs/c/{stage}/stage.json" in handler.kept for stage in places.STAGES)
 
 
 def _until(condition):

@@ -11,6 +11,7 @@ from dfssd.data.formats.source import unlabelled_items
 from dfssd.data.preparation.versions import listing_digest
 from dfssd.errors import DfssdError
 from dfssd.pipeline.data import content
+from dfssd.runtime import retry
 
 KEY = "s3://AKIAKEY:STOREPASS@bucket/data"
 QUERY = "s3://bucket/data?region=eu-central-1&secret_key=STOREPASS"
@@ -30,6 +31,22 @@ def test_keys_and_queries_would_reach_the_manifest_and_are_refused(tmp_path, uri
             ask()
         assert "PASS" not in str(caught.value) and "AKIA" not in str(caught.value)
         assert "AWS_REGION" in caught.value.todo
+
+
+def test_a_storage_that_fails_for_a_moment_is_told_of_without_its_key(monkeypatch, capsys):
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "_failing", {})
+    for uri in (KEY, QUERY):
+        errors = [OSError(5, f"{uri}: no answer")]
+
+        def call(errors=errors):
+            if errors:
+                raise errors.pop()
+            return "read"
+
+        assert retry.retried(call, "bucket/data") == "read"
+    said = capsys.readouterr().out
+    assert said.count("storage fails, will try again") == 2 and "PASS" not in said and "AKIA" not in said
 
 
 def test_other_places_are_left_alone():

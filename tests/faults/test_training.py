@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -257,7 +258,7 @@ def test_a_signal_asks_for_a_checkpoint_and_then_does_what_it_did(tmp_path, monk
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         signal.signal(signal.SIGINT, lambda number, frame: done.set())
-        ending.take_over_signals(store)
+        ending.Signals(store)
         watch = Watch(store, lambda: saved.append(done.is_set())) if answers else None
         os.kill(os.getpid(), signal.SIGTERM)
         deadline = time.monotonic() + 20
@@ -266,6 +267,35 @@ def test_a_signal_asks_for_a_checkpoint_and_then_does_what_it_did(tmp_path, monk
             if watch:
                 watch.stored(7)
         assert done.is_set() and saved == ([False] if answers else []) and not store.exists(REQUEST)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_in_the_last_step_ends_the_job_all_the_same(prepared, monkeypatch):
+    """The training ends well before anybody has stored or aborted anything: no next stage, and no second interruption."""
+    from dfssd.train import worker
+
+    job, late = make_job("label_only", str(prepared / "r"), tiny_config(prepared)), []
+    monkeypatch.setattr(ending, "SEEN_S", 0.3)
+
+    class Trainer:
+        asked_to_end = worker._Trainer.asked_to_end
+        signals = None
+
+        def fit(self):
+            self.signals = ending.Signals(job.store)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return SimpleNamespace(return_value={"steps": 8})
+
+    monkeypatch.setattr(worker, "_trainer", lambda *args: Trainer())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, lambda *args: late.append(args))
+        with pytest.raises(KeyboardInterrupt):
+            worker._until_no_progress(job, None, (), None)
+        time.sleep(0.8)
+        assert not late and not job.store.exists(REQUEST)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
