@@ -321,7 +321,9 @@ def test_a_format_that_is_there_is_not_said_to_be_asked_for(exporting, monkeypat
     there = "dfssd.pipeline.exporting.check_settings"
     monkeypatch.setattr(there, lambda settings, there=(): check_formats(settings.formats, there))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DfssdError, match="has openvino already.* needs openvino, which is not installed here") as error:
+    with pytest.raises(
+        DfssdError, match=r"has openvino already.* needs openvino, which is not installed here"
+    ) as error:
         ask("onnx", int8=True)
     assert "where openvino is installed" in error.value.todo and "leave" not in error.value.todo
     with pytest.raises(DfssdError, match="--formats openvino needs openvino") as error:
