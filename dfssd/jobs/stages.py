@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import Any
+
 from dfssd.config import Config
 from dfssd.config.file import keys_in
 from dfssd.errors import DamagedFile, DfssdError
@@ -39,7 +41,7 @@ def as_exported(config: Config, words: Sequence[str], given: str) -> Config:
     if not config.run.overwrite or is_named("export.formats", words, given):
         return config
     run = Storage(config.run.storage_path).at(config.run.run_name)
-    asked = {"formats": list(config.export.formats), "int8": config.export.int8}
+    asked: dict[str, Any] = {"formats": list(config.export.formats), "int8": config.export.int8}
     stage = Stage(run, EXPORT, {"export": dict(asked)}, (), row_of(EXPORT).grows)
     try:
         stage.keep()
