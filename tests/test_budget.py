@@ -10,10 +10,11 @@ from dfssd.data.synthetic import make_dataset
 from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import FEWEST, MOST, steps_for, with_expected_steps, with_steps
 from dfssd.pipeline.context import Context
+from dfssd.pipeline.dry_run import _with_steps as as_planned
 from dfssd.pipeline.run import run_stage, run_stages
-from dfssd.pipeline.stages import STAGES, is_wanted, plan, settings_of, wanted
+from dfssd.pipeline.stages import STAGES, is_wanted, make_stage, plan, row_of, settings_of, wanted
 from dfssd.pipeline.training import train_job
-from dfssd.runtime.artefact_names import LABEL_ONLY, PSEUDO, QUALITY, ArtefactName
+from dfssd.runtime.artefact_names import DATASET, LABEL_ONLY, PSEUDO, QUALITY, STUDENT, TEACHER, ArtefactName
 from dfssd.runtime.storage import Storage
 from dfssd.sweep import job as sweep_job
 from dfssd.sweep.data import as_labelled, with_equal_steps
@@ -128,7 +129,7 @@ def test_where_every_image_is_labelled_the_student_learns_from_labels_and_teache
     left_out = {row.role for row in STAGES if not row.wanted(config)}
     assert left_out == ({"mean_teacher", "pseudo", "quality"} if ratio == 0 else set())
     assert with_expected_steps(_config(), 100, 100).distill.unlabelled_ratio == 0  # as the dry run sees it
-    assert with_steps(_config(steps=7, ratio=0.5), run).distill.unlabelled_ratio in (0.5, 0)
+    assert with_steps(_config(steps=7, ratio=0.5), run).distill.unlabelled_ratio == ratio * 0.5
 
 
 @pytest.mark.parametrize("hidden", [{"labels_per_class": 20}, {"labelled_list": "few.txt"}])
@@ -177,6 +178,8 @@ def test_a_sweep_of_fully_labelled_data_is_told_at_once(tmp_path, capsys):
     assert "row '" in str(refused.value) and "--unlabelled FOLDER" in str(refused.value)
     with pytest.raises(DfssdError, match="thresholds"):  # of a search that draws its points
         as_labelled(config, replace(thresholds, rows={}, axes={"thresholds.tau": [0.3, 0.5]}, search="optuna"))
+    idle = {"as advised": {"thresholds.tau": 0.3, "distill.unlabelled_ratio": 0}}
+    assert as_labelled(config, replace(thresholds, rows=idle)).distill.unlabelled_ratio == 0
     hidden = config.model_copy(update={"data": Data(data=str(tmp_path / "data"), label_fraction=0.3)})
     assert as_labelled(hidden, thresholds) == hidden and as_labelled(config, fractions) == config
     rows = {"all labels": {"data.label_fraction": 1.0}, "a tenth": {"data.label_fraction": 0.1}}
@@ -196,10 +199,28 @@ def test_the_plan_without_unlabelled_images_has_neither_pseudo_labels_nor_later_
     left = [str(name) for name in planned if is_wanted(without, name)]
     assert left == ["dataset", "teacher", "student", "report", "export"]
     assert [str(n) for n in plan(without, wanted(without))] == left
+    make_dataset(tmp_path / "data", images=8, side=64)
+    own = config.model_copy(update={"data": Data(data=str(tmp_path / "data"))})
+    planned = as_planned(Context(own), [DATASET, TEACHER])  # of a dry run, with --steps and before the data is prepared
+    assert planned.distill.unlabelled_ratio == 0 and planned.train.steps == 7
     assert any("--rounds 2 has no effect" in note for note in settings_without_effect(without))
     run = Storage(str(tmp_path)).at("r")
     splits = {"train": {"images": 80}, "unlabelled-only": {"images": 0}}
     run.write_json("dataset/stage.json", {"digest": "d", "summary": {"splits": splits, "labelled_images": 80}})
     run.write_json("teacher/stage.json", {"digest": "d", "summary": {}})
+    few = _config(tmp_path, steps=7, ratio=0.03)  # of 16 labelled images: no batch holds an unlabelled one
+    assert PSEUDO not in row_of(STUDENT).inputs(few, run, 1) and not is_wanted(few, PSEUDO)
     with pytest.raises(DfssdError, match="nothing to pseudo-label"):
         run_stages(config, [PSEUDO, QUALITY])
+
+
+def test_candidates_are_made_of_unlabelled_images_that_no_batch_will_hold(tmp_path):
+    """`dfssd suggest` needs them, whatever the student learns from."""
+    from dfssd.pipeline.labelling import needs
+
+    run = Storage(str(tmp_path)).at("r")
+    splits = {"train": {"images": 80}, "unlabelled-only": {"images": 0}}
+    run.write_json("dataset/stage.json", {"digest": "d", "summary": {"splits": splits, "labelled_images": 8}})
+    config = _config(tmp_path, steps=7, ratio=0)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dry_run": True})})
+    assert needs(Context(config), make_stage(config, run, PSEUDO), ()) == []

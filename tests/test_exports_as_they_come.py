@@ -252,6 +252,70 @@ def test_every_picture_has_its_box_and_nothing_else_is_a_picture(tmp_path, make)
     assert (*tally(source), len(source.items)) == (BOTH, {}, 0, N)
 
 
+@pytest.mark.parametrize("kind", ["yolo", "coco"])
+def test_a_picture_that_is_called_like_a_mask_and_has_a_label_is_a_picture(tmp_path, kind):
+    """The front label of a bottle beside its front."""
+    pictures(tmp_path / "images")
+    put(tmp_path / "images" / "000_label.png", picture(50))
+    if kind == "yolo":
+        yolo(tmp_path)
+        put(tmp_path / "classes.txt", "scratch\npit\n")
+        put(tmp_path / "labels" / "000_label.txt", "1 0.5 0.5 0.2 0.2\n")
+    else:
+        sheet = coco_sheet()
+        sheet["images"].append({**sheet["images"][0], "id": 99, "file_name": "000_label.png"})
+        sheet["annotations"].append({**sheet["annotations"][0], "id": 99, "image_id": 99})
+        put(tmp_path / "a.json", json.dumps(sheet))
+    source = read_source(str(tmp_path), "auto", ())
+    assert len(source.items) == N + 1 and not source.bad and all(i.label is not None for i in source.items)
+    assert not [n for n in source.notes if "masks" in n]
+
+
+@pytest.mark.parametrize("make", [project_of_supervisely, export_of_via, project_of_via, table_of_via])
+def test_a_picture_that_nobody_has_touched_is_not_free_of_defects(tmp_path, make):
+    make(tmp_path)
+    if make is project_of_supervisely:
+        path = tmp_path / "ds0" / "ann" / "000.png.json"
+        put(path, json.dumps({**json.loads(path.read_text()), "objects": []}))
+    elif make is table_of_via:
+        path = tmp_path / "via_region_data.csv"
+        lines = path.read_text().splitlines()
+        put(path, "\n".join([lines[0], "000.png,123,0,0,{},{}", *lines[2:]]))
+    else:
+        path = next(tmp_path.glob("via_*.json"))
+        content = json.loads(path.read_text())
+        found = content.get("_via_img_metadata", content)
+        found["000.png123"]["regions"] = {} if make is project_of_via else []
+        put(path, json.dumps(content))
+    source = read_source(str(tmp_path), "auto", ())
+    assert len(source.items) == N and not source.bad
+    assert [i.uri.rpartition("/")[2] for i in source.items if i.label is None] == ["000.png"]
+    assert any("1 pictures have no shape" in n for n in source.notes)
+
+
+def test_regions_of_via_that_are_a_number_are_a_bad_label_with_a_reason(tmp_path):
+    pictures(tmp_path)
+    found = via_pictures()
+    found["000.png123"]["regions"] = 5
+    put(tmp_path / "via.json", json.dumps(found))
+    (bad,) = read_source(str(tmp_path), "auto", ()).bad or [
+        next(
+            (i.uri, i.label.problem)
+            for i in read_source(str(tmp_path), "auto", ()).items
+            if i.label and i.label.problem
+        )
+    ]
+    assert bad[1].reason == "label_unreadable"
+
+
+def test_a_comma_that_may_part_thousands_is_no_decimal_comma(tmp_path):
+    pictures(tmp_path / "images")
+    for k in range(N):
+        put(tmp_path / "annotations" / f"{k:03d}.xml", voc_xml(k).replace("<xmin>20.0", "<xmin>1,234"))
+    with pytest.raises(DfssdError, match="could not convert string to float: '1,234'"):
+        read_source(str(tmp_path), "auto", ())
+
+
 def test_masks_are_counted_and_said(tmp_path):
     masks_of_voc(tmp_path)
     assert any(

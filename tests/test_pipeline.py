@@ -205,7 +205,7 @@ def test_fully_labelled_data_take_the_shorter_way_to_the_end(strip, tmp_path):
     planned = re.findall(r"^\W*(\w+)\W+new\b", run("--dry-run"), re.M)
     assert planned == ["dataset", "teacher", "label_only", "student", "report", "export"]
     said = run()
-    assert set(re.findall(r"^(\w+): left out, for there is no unlabelled image$", said, re.M)) == left_out
+    assert set(re.findall(r"^(\w+): left out, for no batch holds an unlabelled image$", said, re.M)) == left_out
     made = {f.parent.name for f in (tmp_path / "p").glob("*/stage.json")}
     assert made == set(planned)
     summary = json.loads((tmp_path / "p" / "student" / "stage.json").read_text())

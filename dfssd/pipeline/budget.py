@@ -8,6 +8,8 @@ end. The number is a rule of thumb and was not measured here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from dfssd.config import Config
 from dfssd.runtime.artefact_names import DATASET, is_finished
@@ -58,10 +60,15 @@ def with_steps(config: Config, run: Storage, quiet: bool = False) -> Config:
     summary = run.read_json(f"{DATASET}/stage.json")["summary"]
     if config.train.steps and "splits" not in summary:
         return config  # a record that says nothing about its images
-    splits, labelled = summary["splits"], int(summary["labelled_images"])
-    unlabelled = splits["train"]["images"] - labelled + splits["unlabelled-only"]["images"]
+    labelled, unlabelled = int(summary["labelled_images"]), unlabelled_images(summary)
     config = without_unlabelled(config) if not unlabelled else config
     return config if config.train.steps else _settled(config, labelled, unlabelled, quiet=quiet)
+
+
+def unlabelled_images(summary: Mapping[str, Any]) -> int:
+    """Unlabelled images that may train, of a finished data set's summary."""
+    splits = summary["splits"]
+    return int(splits["train"]["images"] - summary["labelled_images"] + splits["unlabelled-only"]["images"])
 
 
 def with_expected_steps(config: Config, images: int, labelled: int, hides: bool = False) -> Config:

@@ -42,9 +42,11 @@ def dry_run(context: Context, stages: Sequence[ArtefactName]) -> None:
 
 
 def _with_steps(context: Context, names: Sequence[ArtefactName]) -> Config:
-    """Settings with a number of steps: that of the prepared data set, else what the data's list of images suggests."""
+    """Settings as the prepared data set asks for, else as the data's list of images suggests: a number of steps where none is
+    given, and no unlabelled images in a batch where every image is labelled.
+    """
     config = with_steps(context.config, context.run)
-    if config.train.steps or DATASET not in names:
+    if DATASET not in names or is_finished(context.run, DATASET):
         return config
     found = count_images(config)
     return with_expected_steps(config, found.images, found.labelled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dfssd.data.boxes import above
 from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.errors import DfssdError
+from dfssd.pipeline.budget import unlabelled_images
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
 from dfssd.pipeline.stages import row_of
@@ -25,7 +26,9 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         DfssdError: one of them is not so.
     """
     config = context.config
-    if is_finished(context.run, DATASET) and not config.unlabelled_batch():
+    if is_finished(context.run, DATASET) and not unlabelled_images(
+        context.run.read_json(f"{DATASET}/stage.json")["summary"]
+    ):
         raise DfssdError(
             "every image that may train is labelled: there is nothing to pseudo-label",
             where=context.run.path(str(DATASET)),

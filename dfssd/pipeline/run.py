@@ -43,7 +43,7 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
                 continue
             _settle(context, name)
             if DATASET in planned and name != DATASET and not is_wanted(context.config, name):
-                print(f"{name}: left out, for there is no unlabelled image", flush=True)
+                print(f"{name}: left out, for no batch holds an unlabelled image", flush=True)
                 continue
             _run_settled(context, name)
             ended = row_of(name).ends_rounds(context.run, name.round)

@@ -51,7 +51,7 @@ def _student_inputs(config: Config, run: Storage, number: int) -> tuple[Artefact
     newest, distill = newest_round(run), config.distill
     own = distill.uses_teacher and not distill.distill_teacher
     teacher = (best_teacher(run, newest),) if own else ()
-    return (DATASET, *teacher, *((PSEUDO.of_round(newest),) if distill.unlabelled_ratio > 0 else ()))
+    return (DATASET, *teacher, *((PSEUDO.of_round(newest),) if _has_unlabelled(config) else ()))
 
 
 def _has_unlabelled(config: Config) -> bool:

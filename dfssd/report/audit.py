@@ -122,8 +122,10 @@ def suspects(labels: list[tuple[Row, Boxes]], names: list[str], imgsz: int) -> l
             twin = int(overlap[k].argmax())
             why = ""
             if overlap[k, twin] >= DOUBLED:
-                other = names[int(boxes[twin, 0])]
-                why = f"nearly the same box as another {other!r}" if boxes[twin, 0] == c else f"also labelled {other!r}"
+                other = names[int(boxes[twin, CLS])]
+                why = (
+                    f"nearly the same box as another {other!r}" if boxes[twin, CLS] == c else f"also labelled {other!r}"
+                )
             elif side.min() < TINY_PX:
                 why = f"{side[0]:.1f} x {side[1]:.1f} px at the training resolution"
             elif box[W] * box[H] > WHOLE:

@@ -53,10 +53,10 @@ def as_labelled(config: Config, space: Space) -> Config:
     trials = [(row, settings, apply(config, settings)) for row, settings in planned]
     hides = any(own.data.hides_labels for _, _, own in trials)
     for row, settings, own in trials:
-        if own.data.hides_labels or settings.get("method") == "label_only":
+        if own.data.hides_labels or settings.get("method") == "label_only" or not own.unlabelled_batch():
             continue
         asks = [key for key, value in settings.items() if key in OF_UNLABELLED and value]
-        if hides and own.unlabelled_batch():
+        if hides:
             asks = asks or ["distill.unlabelled_ratio (the default)"]
         if asks:
             raise DfssdError(

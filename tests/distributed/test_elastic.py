@@ -70,7 +70,7 @@ def test_the_loop_listens_to_whom_the_notices_ask(prepared, monkeypatch):
     from dfssd.train import loop
 
     heard = []
-    monkeypatch.setattr(loop, "train", lambda job, world, device, log, save, interrupt: heard.append(interrupt))
+    monkeypatch.setattr(loop, "train", lambda job, workers, device, log, save, interrupt: heard.append(interrupt))
     monkeypatch.setattr(worker, "get_device", lambda: None)
     interrupt = Interrupt()
     worker._train(make_job("label_only", "/nowhere", tiny_config(prepared)), WorkerGroup(1, 2), 1, interrupt)

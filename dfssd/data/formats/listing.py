@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -123,14 +124,23 @@ class Tree:
         inside = [f for f in self.folders if f == folder or f.startswith(prefix)]
         return sorted(path for f in inside for path in self.folders[f].values())
 
-    def pictures(self, folder: str = "") -> list[str]:
+    def pictures(self, folder: str = "", named: Container[str] = ()) -> list[str]:
         """Pictures in and below a folder, sorted, without masks: what lies in a folder that is called so, beside pictures
-        of the same names elsewhere, and `a_mask.png` beside `a.jpg`.
+        of the same names elsewhere, and `a_mask.png` beside `a.jpg`, unless a label is about it.
+
+        Args:
+            named: file names that labels call pictures; label files of the picture's own name are seen here.
         """
-        found = [f for f in self.below(folder) if is_image(f)]
+        files = self.below(folder)
+        found = [f for f in files if is_image(f)]
         top = len(normal(folder or self.root))
         apart = [f for f in found if any(part.lower() in MASK_FOLDERS for part in f[top:].split("/")[:-1])]
         beside = [f for f in found if _MASK_BESIDE.search(_stem(f))]
+        if beside:
+            labels = {_stem(f) for f in (*files, *self.below()) if PurePosixPath(f).suffix.lower() in LABEL_SUFFIXES}
+            meant = {f for f in beside if _stem(f) in labels or f.rpartition("/")[2] in named}
+            beside = [f for f in beside if f not in meant]
+            self.masks.difference_update(meant)
         if not apart and not beside:
             return found
         others = set(found).difference(apart)

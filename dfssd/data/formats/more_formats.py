@@ -34,8 +34,19 @@ def read_supervisely(tree: Tree, contents: dict[str, Any]) -> Source:
     for path, content in contents.items():
         name = path.rpartition("/")[2].rpartition(".")[0]
         reference = Reference(path, name if "." in name else f"{name}.")  # early exports leave the picture's ending out
-        sheets.append(guarded(reference, path, partial(_supervisely_shapes, content)))
-    return collect(tree, "supervisely", sheets)
+        if content["objects"]:
+            sheets.append(guarded(reference, path, partial(_supervisely_shapes, content)))
+    return _with_untouched(collect(tree, "supervisely", sheets), len(contents) - len(sheets))
+
+
+def _with_untouched(source: Source, untouched: int) -> Source:
+    """Both programs list every picture that was loaded, so one without a shape is clean or was never looked at."""
+    if untouched:
+        source.notes.append(
+            f"{untouched} pictures have no shape in what {source.format} wrote, which may mean that nobody has looked at "
+            "them: they are unlabelled (--missing-labels background says that they are free of defects)"
+        )
+    return source
 
 
 def _supervisely_shapes(content: dict[str, Any]) -> tuple[list[str], Label]:
@@ -105,19 +116,24 @@ def read_via(tree: Tree, contents: dict[str, Any]) -> Source:
     Raises:
         DfssdError: regions have several attributes, and none is called as a class is.
     """
-    sheets = []
+    sheets, untouched = [], 0
     for path, content in contents.items():
         pictures = [p for p in _via_pictures(content) if isinstance(p, dict)]
         key = _class_key(pictures, path)
         for one in pictures:
             name = slashes(str(one.get("filename") or ""))
+            if not one.get("regions"):
+                untouched += 1
+                continue
             sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_via_shapes, one, key)))
-    return collect(tree, "via", sheets)
+    return _with_untouched(collect(tree, "via", sheets), untouched)
 
 
 def _regions(picture: dict[str, Any]) -> list[dict[str, Any]]:
     regions = picture.get("regions") or []
-    return list(regions.values() if isinstance(regions, dict) else regions)  # a dictionary in VIA 1
+    if isinstance(regions, dict):  # VIA 1
+        regions = list(regions.values())
+    return regions if isinstance(regions, list) else [regions]  # `guarded` says what is wrong with it
 
 
 def _class_key(pictures: Sequence[dict[str, Any]], path: str) -> str:

@@ -118,7 +118,7 @@ def assemble(
     Raises:
         DfssdError: a sheet may be about either of two pictures.
     """
-    paths = tree.pictures()
+    paths = tree.pictures(named={s.reference.name.rpartition("/")[2] for s in sheets})
     source = Source(tree.root, fmt, list(names), [], list(declared))
     matched = Pictures(tree.root, paths).match([s.reference for s in sheets])
     source.names = source.names or sorted({c for s in sheets for c in s.classes})

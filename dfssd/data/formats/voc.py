@@ -90,8 +90,8 @@ def _corners(box: Element) -> tuple[float, ...]:
 
 
 def _px(text: str) -> float:
-    """A coordinate; some programs write the comma of their country (`10,5`)."""
-    return float(re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", text) or "nan")
+    """A coordinate; some programs write the comma of their country (`10,5`). `1,234` may be either, and is refused."""
+    return float(re.sub(r"^(-?\d+),(\d{1,2}|\d{4,})$", r"\1.\2", text) or "nan")
 
 
 def _rotated(node: Element) -> tuple[float, ...] | None:
