@@ -14,7 +14,7 @@ from dfssd.data.dataset import decode, shrink
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
 from dfssd.errors import DfssdError
 from dfssd.evaluate.detections import Found, read_detections
-from dfssd.evaluate.measure import thresholds_of
+from dfssd.evaluate.escapes import thresholds_of
 from dfssd.runtime.storage import Storage
 
 SIDE = 240  # px of one picture
