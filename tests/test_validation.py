@@ -343,8 +343,8 @@ def _a_pt_brings_the_point_of_its_run(config, weights, results, folder):
 
     run = Storage(str(weights.parents[1]))
     digest = run.at("label_only").digest("best.pt")
-    data = run.read_json("dataset/stage.json")["digest"]
-    record = {"inputs": {"dataset": data}, "outputs": {"best.pt": digest}, "digest": "1", "summary": {}}
+    run.write_json("dataset/stage.json", {**run.read_json("dataset/stage.json"), "digest": "0"})
+    record = {"inputs": {"dataset": "0"}, "outputs": {"best.pt": digest}, "digest": "1", "summary": {}}
     run.write_json("label_only/stage.json", record)
     run.write_json("report/metrics.json", results)
     run.write_json("report/stage.json", {"inputs": {"label_only": "1"}})

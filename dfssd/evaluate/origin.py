@@ -59,7 +59,7 @@ class Origin:
         """The data set of the run with this digest: the present one, or an earlier one that `--update` has kept."""
         present = self.run.at(str(DATASET))
         for store in (present, *(present.at("versions", number) for number in present.folders("versions"))):
-            if store.exists("stage.json") and store.read_json("stage.json")["digest"] == digest:
+            if store.exists("stage.json") and store.read_json("stage.json").get("digest") == digest:
                 return read_manifest(store)
         return None
 
