@@ -60,6 +60,7 @@ def _stream(
     """Run the Ray Data pipeline over the shards that are missing."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours survives a job's log, and goes on where a resumed job goes on
+    context.raise_original_map_exception = True  # a user error of a task or an actor: inside Ray Data's own it is lost
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     actors, side = actor_resources(config.run, config.pseudo.num_actors), config.train.imgsz
     on = f"{actors.gpus:g} GPU(s)" if actors.gpus else f"{actors.threads} thread(s)"
