@@ -120,7 +120,9 @@ def test_every_row_can_be_run_and_reads_what_comes_before_it(tmp_path):
     for name in plan(config, wanted(config)):
         row = ROWS[name.role]
         assert callable(resolve(row.body)) and (not row.needs or callable(resolve(row.needs)))
-        assert set(row.reads) <= {*KEYS, *Config.model_fields} and set(make_stage(config, run, name).inputs) <= set(seen)
+        assert set(row.reads) <= {*KEYS, *Config.model_fields} and set(make_stage(config, run, name).inputs) <= set(
+            seen
+        )
         seen.append(name)
     assert len(ROWS) == len(STAGES)
 
