@@ -120,7 +120,9 @@ def test_every_row_can_be_run_and_reads_what_comes_before_it(tmp_path):
     for name in plan(config, wanted(config)):
         row = ROWS[name.role]
         assert callable(resolve(row.body)) and (not row.needs or callable(resolve(row.needs)))
-        assert set(row.reads) <= set(KEYS) and set(make_stage(config, run, name).inputs) <= set(seen)
+        assert set(row.reads) <= {*KEYS, *Config.model_fields} and set(make_stage(config, run, name).inputs) <= set(
+            seen
+        )
         seen.append(name)
     assert len(ROWS) == len(STAGES)
 
@@ -188,13 +190,13 @@ def test_overwrite_deletes_nothing_before_what_a_stage_needs_is_there(prepared, 
 def exporting(tmp_path, monkeypatch):
     """A run with a measured student, whose export writes a file a format without a network; and how to ask for it."""
     config = tiny_config(tmp_path)
-    run, made = run_of(config), []
+    run, made, killed = run_of(config), [], []
     for name in (DATASET, STUDENT):
         _finished(run, name)
     run.write_json("report/metrics.json", {"environment": {"imgsz": config.train.imgsz}})
     _finished(run, REPORT)
     for name in ("check_settings", "check_formats"):
-        monkeypatch.setattr(f"dfssd.pipeline.exporting.{name}", lambda asked: None)
+        monkeypatch.setattr(f"dfssd.pipeline.exporting.{name}", lambda *asked: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     registered = []
     monkeypatch.setattr("dfssd.pipeline.exporting.register_finished", lambda c, s: registered.append(c))
@@ -205,9 +207,13 @@ def exporting(tmp_path, monkeypatch):
         made.append(names)
         if "tensorrt" in names:
             raise DfssdError("no parity")
+        stage.store.delete("stage.json")  # as `export_model`: what it says is replaced from here on
         for name in names:
-            stage.store.write(name, b"x")
-        return {"model": "student"}, names
+            stage.store.write(f"student.{name}", b"x")
+            if killed:
+                raise killed.pop()
+        files = [f"student.{name}" for name in names]
+        return {"model": "student"}, exporting_module._outputs(stage.store, {"model": "student", "files": files})[:-1]
 
     from dfssd.pipeline import exporting as exporting_module
 
@@ -219,6 +225,7 @@ def exporting(tmp_path, monkeypatch):
         context.runs.uri, context.log_dataset = "", lambda run_id: None
         return run_stage(context, EXPORT)
 
+    ask.killed = killed  # errors, one of which ends the next attempt after its first file
     return ask, made, run, registered
 
 
@@ -227,9 +234,8 @@ def test_an_export_is_added_to_and_nothing_of_it_is_lost(exporting, capsys):
     ask, made, run, registered = exporting
     with pytest.raises(DfssdError, match="no parity"):
         ask("onnx", "tensorrt")
-    with pytest.raises(DfssdError, match="begun with other settings"):
-        ask("onnx")  # what failed is not asked for again in silence
-    ask("onnx", overwrite=True)
+    ask("onnx")  # what failed is not asked for again in silence, and a first export has nothing to lose
+    assert made == [["onnx", "tensorrt"], ["onnx"]]
     made.clear()
     ask("onnx")
     ask("openvino", int8=True)
@@ -238,14 +244,93 @@ def test_an_export_is_added_to_and_nothing_of_it_is_lost(exporting, capsys):
     assert len(made) == 1 and "skipped" in capsys.readouterr().out and len(registered) == 2
     with pytest.raises(DfssdError, match="no parity"):
         ask("tensorrt")
-    assert {"onnx", "openvino", "int8", "stage.json"} <= set(run.at("export").files()), "a failure loses nothing"
+    assert {"student.onnx", "student.openvino", "student.int8", "stage.json"} <= set(run.at("export").files()), (
+        "a failure loses nothing"
+    )
     assert run.read_json("export/stage.json")["config"]["export"]["formats"] == ["onnx", "openvino"]
     ask("onnx")
     assert len(made) == 2, "and what was there is still finished"
     with pytest.raises(DfssdError, match=r"nms_inside: False -> True(?!.*formats)"):
         ask("onnx", nms_inside=True)
     ask("onnx", overwrite=True)
-    assert made[-1] == ["onnx"] and not run.exists("export/openvino"), "--overwrite makes what is asked for, no more"
+    assert made[-1] == ["onnx"] and not run.exists("export/student.openvino"), (
+        "--overwrite makes what is asked for, no more"
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
+def test_an_addition_that_was_killed_among_its_files_goes_on(exporting, error):
+    """Its `stage.json` is gone then: what was finished before is known from where the addition began."""
+    ask, made, run, _ = exporting
+    ask("onnx", "openvino")
+    for again in (["int8"], []):
+        ask.killed.append(error)
+        with pytest.raises(type(error)):
+            ask("onnx", int8=True)
+        assert not run.exists("export/stage.json"), "files are replaced"
+        run.write("export/student.int8", b"half")
+        ask("onnx", int8=bool(again))  # the same command, and the pipeline's
+        assert made[-1] == ["onnx", "openvino", *again]
+        assert run.exists("export/student.int8") == bool(again), "what an interrupted attempt left is no output"
+        made.clear()
+        ask("openvino", int8=bool(again))
+        assert not made and run.read_json("export/stage.json")["config"]["export"]["formats"] == ["onnx", "openvino"]
+        ask("onnx", "openvino", overwrite=True)
+    ask.killed.append(error)
+    with pytest.raises(type(error)):
+        ask("onnx", nms_inside=True, overwrite=True)
+    with pytest.raises(DfssdError, match=r"nms_inside: True -> False(?!.*formats)"):
+        ask("onnx")
+    assert made[-1] == ["onnx"], "other settings are still refused"
+
+
+def test_export_again_with_overwrite_keeps_the_formats_that_are_there(exporting, monkeypatch, capsys):
+    """As docs/line.md says it after another --max-escape; the export there may have been interrupted, too."""
+    from dfssd.jobs import export, pipeline
+
+    ask, _, run, _ = exporting
+    asked = []
+    monkeypatch.setattr("dfssd.pipeline.run.run_stages", lambda config, names: asked.append(config.export))
+    for module in ("print_export", "print_results"):
+        monkeypatch.setattr(f"dfssd.report.terminal.{module}", lambda config: None)
+
+    def formats(*words, job=export.job):
+        place = Path(run.path())
+        job(["--storage-path", str(place.parent), "--run-name", place.name, *words])
+        return [*asked[-1].formats, *(["int8"] if asked[-1].int8 else [])]
+
+    assert formats("--overwrite") == ["onnx"], "there is none"
+    ask("onnx", "openvino", int8=True)
+    assert formats("--overwrite") == ["onnx", "openvino", "int8"]
+    assert "formats: onnx, openvino, int8, with those of this export" in capsys.readouterr().out
+    assert formats("--overwrite", "--data", "x", job=pipeline.job) == ["onnx", "openvino", "int8"]
+    assert formats("--overwrite", "--no-int8") == ["onnx", "openvino"]
+    assert formats("--overwrite", "--formats", "onnx") == formats() == ["onnx"], "exactly what is named"
+    ask.killed.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        ask("tensor", overwrite=False, nms_inside=False)
+    assert formats("--overwrite") == ["onnx", "openvino", "int8"]
+    run.write("export/stage.json", b"")
+    assert formats("--overwrite") == ["onnx"] and "is lost" in capsys.readouterr().out
+
+
+def test_a_format_that_is_there_is_not_said_to_be_asked_for(exporting, monkeypatch):
+    """`dfssd export --int8` where the export holds OpenVINO, which is not installed here."""
+    from dfssd.export.formats import check_formats
+
+    ask, made, _, _ = exporting
+    ask("onnx", "openvino")
+    there = "dfssd.pipeline.exporting.check_settings"
+    monkeypatch.setattr(there, lambda settings, there=(): check_formats(settings.formats, there))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        DfssdError, match=r"has openvino already.* needs openvino, which is not installed here"
+    ) as error:
+        ask("onnx", int8=True)
+    assert "where openvino is installed" in error.value.todo and "leave" not in error.value.todo
+    with pytest.raises(DfssdError, match="--formats openvino needs openvino") as error:
+        ask("openvino", int8=True)
+    assert "leave openvino out" in error.value.todo and len(made) == 1
 
 
 def test_a_dry_run_sees_an_export_that_is_added_to_and_refuses_nothing(exporting):
@@ -305,9 +390,24 @@ def test_the_dry_run_says_what_will_be_made_again(prepared, capsys, monkeypatch)
     assert run.exists("teacher/stage.json")
 
 
-def test_a_published_label_only_student_is_not_measured_twice(prepared):
+def test_publish_best_exports_the_better_student_by_its_own_name_and_replaces_nothing(tmp_path):
+    """Also after the report has been made again and says the opposite; what was exported is then out of date, and says so."""
+    config = tiny_config(tmp_path)
+    publishing, run = config.model_copy(update={"publish_best": True}), run_of(config)
+    for name in (DATASET, LABEL_ONLY, STUDENT, REPORT):
+        _finished(run, name)
+    weights = {name: run.at(str(name)).listing() for name in (LABEL_ONLY, STUDENT)}
+    for difference, model in ((-0.1, LABEL_ONLY), (0.1, STUDENT), (-0.1, LABEL_ONLY)):
+        run.write_json("report/metrics.json", {"gate": {"map50_95": {"difference": difference}}})
+        stage = stages.make_stage(publishing, run, EXPORT)
+        assert stage.inputs == (DATASET, model, REPORT)
+        assert stages.make_stage(config, run, EXPORT).inputs == (DATASET, STUDENT, REPORT)
+    assert weights == {name: run.at(str(name)).listing() for name in (LABEL_ONLY, STUDENT)}
+    assert stage.config == stages.make_stage(config, run, EXPORT).config
+
+
+def test_where_an_earlier_version_put_the_label_only_student_in_its_place_the_distilled_one_is_measured(prepared):
     from dfssd.config import Evaluate
-    from dfssd.evaluate.gate import publish_best
     from dfssd.evaluate.measure import measure
     from dfssd.models.yolo.detector import build_detector, detector_bytes
 
@@ -317,9 +417,9 @@ def test_a_published_label_only_student_is_not_measured_twice(prepared):
         run.write(f"{name}/best.pt", detector_bytes(build_detector(spec, ["a", "b", "c"], 64), {}))
         _finished(run, name)
     before = measure(config, run.uri, ["label_only", "student"], 1)
-    run.write_json("report/metrics.json", {"gate": {"map50_95": {"difference": -0.1}}})
-    assert "now the label-only student" in publish_best(run)
-    assert run.read("student/best.pt") == run.read("label_only/best.pt")
+    run.write("student/distilled.pt", run.read("student/best.pt"))
+    run.write("student/best.pt", run.read("label_only/best.pt"))
+    run.write_json("student/stage.json", {**run.read_json("student/stage.json"), "published": "label_only"})
     after = measure(config, run.uri, ["label_only", "student"], 1)
     assert after["student"]["params"] == before["student"]["params"] != after["label_only"]["params"]
 
