@@ -56,9 +56,10 @@ def parse(
     """
     words = list(sys.argv[1:] if args is None else args)
     base = base or Config()
-    if file := _value_of("--config", words):
-        base = read_config(file, base)
     keys = expand(shown)
+    if file := _value_of("--config", words):
+        given = {word.partition("=")[0].replace("_", "-") for word in words}
+        base = read_config(file, base, [key for key in keys if _flag(key) not in given])
     model = _model(keys, base, {**extra, **COMMON})
     text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
     parsed = tyro.cli(
@@ -89,6 +90,14 @@ def expand(shown: Sequence[str]) -> tuple[str, ...]:
     found = [key for name in Config.model_fields for key in (section(name) if name in SECTIONS else (name,))]
     assert wanted <= set(found), f"unknown settings: {wanted - set(found)}"
     return tuple(key for key in found if key in wanted)
+
+
+def _flag(key: str) -> str:
+    """What a setting is called on the command line."""
+    name, _, field = key.partition(".")
+    info = SECTIONS[name].model_fields[field] if field else Config.model_fields[name]
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    return f"--{str(extra.get('flag', field or name)).lstrip('-').replace('_', '-')}"
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str:
