@@ -17,6 +17,7 @@ from dfssd.config.choices import (
     POLICIES,
     PRECISIONS,
     Choice,
+    ThresholdPolicy,
     floors,
     in_words,
     temperatures,
@@ -138,6 +139,16 @@ def test_the_help_of_a_threshold_names_the_policies_that_read_it():
         said = Thresholds.model_fields[field].description
         named = {name for name in POLICIES if re.search(rf"\b{name}\b", said.partition("Read by ")[2] or said)}
         assert named == {name for name, row in POLICIES.items() if field in row.uses}, field
+
+
+def test_a_policy_that_no_level_moves_is_swept_as_it_is(monkeypatch):
+    from dfssd.sweep.space import find_space, load_space
+
+    ours = load_space(find_space("thresholds"))
+    assert len(ours.rows) == 5 * len(POLICIES) and all(row.varied in row.uses for row in POLICIES.values())
+    monkeypatch.setitem(POLICIES, "top_k", ThresholdPolicy("the best", frozenset({"tau_max"}), ":"))
+    more = load_space(find_space("thresholds"))
+    assert more.rows == ours.rows | {"top_k": {"thresholds.threshold_policy": "top_k"}} and more.x == ours.x
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -255,6 +255,51 @@ def test_flags_without_effect_on_a_job_are_refused(name, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("evaluate --out n.json", "--out has no effect without --weights"),
+        ("evaluate --on val", "--on has no effect without --weights"),
+        ("evaluate --on=test", "--on has no effect without --weights"),
+        ("evaluate --weights a.pt --overwrite", "--overwrite has no effect with --weights"),
+        ("evaluate --weights a.pt --sample_images 3", "--sample-images has no effect with --weights"),
+        ("suggest --export cvat --label-studio-root /a", "has no effect without --export labelstudio"),
+        ("review --export coco --reviewer dora", "--reviewer has no effect without --corrected"),
+        ("review --export coco --label-studio-root /a", "has no effect without --export labelstudio"),
+        ("review --corrected a.json --which all", "--which has no effect without --export"),
+        ("review --corrected a.json --k 3 ", "--k has no effect without --export"),
+        ("review --corrected a.json --tau 0.3", "--tau has no effect with --corrected"),
+        ("review --corrected a.json --export coco", "--export has no effect with --corrected"),
+        ("sweep --table line3 --resume --lr 0.1", "--lr, --resume has no effect with --table"),
+        ("sweep smoke --table line3", "the space smoke has no effect with --table"),
+    ],
+)
+def test_flags_of_another_mode_are_refused(line, said):
+    name, *words = line.split()
+    with pytest.raises(DfssdError, match=re.escape(said)):
+        importlib.import_module(f"dfssd.jobs.{name}").job(words)
+
+
+def test_a_dry_run_of_files_says_what_it_would_measure_and_measures_nothing(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    from dfssd.evaluate import files
+    from dfssd.jobs.evaluate import job
+
+    for k in range(13):
+        Image.effect_noise((64, 64), 90).save(tmp_path / f"{k}.png")
+        if k:
+            (tmp_path / f"{k}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "classes.txt").write_text("pit\n")
+    (tmp_path / "a.onnx").write_bytes(b"never opened")
+    monkeypatch.setattr(files, "measure_files", lambda *a: pytest.fail("it measures"))
+    words = ["--on", str(tmp_path), "--dry-run", "--storage-path", str(tmp_path / "runs")]
+    job(["--weights", str(tmp_path / "a.onnx"), *words])
+    assert f"a.onnx: would be measured on 12 labelled pictures of {tmp_path}" in capsys.readouterr().out
+    with pytest.raises(DfssdError, match="no such model"):
+        job(["--weights", str(tmp_path / "b.onnx"), *words])
+
+
 def test_a_file_of_settings_is_read_and_flags_win(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("train: {imgsz: 96, lr: 0.01}\ndistill:\n  taps: [4, 15]\nrounds: 2\nthresholds.tau: 0.3\n")

@@ -188,13 +188,13 @@ def test_overwrite_deletes_nothing_before_what_a_stage_needs_is_there(prepared, 
 def exporting(tmp_path, monkeypatch):
     """A run with a measured student, whose export writes a file a format without a network; and how to ask for it."""
     config = tiny_config(tmp_path)
-    run, made = run_of(config), []
+    run, made, killed = run_of(config), [], []
     for name in (DATASET, STUDENT):
         _finished(run, name)
     run.write_json("report/metrics.json", {"environment": {"imgsz": config.train.imgsz}})
     _finished(run, REPORT)
     for name in ("check_settings", "check_formats"):
-        monkeypatch.setattr(f"dfssd.pipeline.exporting.{name}", lambda asked: None)
+        monkeypatch.setattr(f"dfssd.pipeline.exporting.{name}", lambda *asked: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     registered = []
     monkeypatch.setattr("dfssd.pipeline.exporting.register_finished", lambda c, s: registered.append(c))
@@ -205,9 +205,13 @@ def exporting(tmp_path, monkeypatch):
         made.append(names)
         if "tensorrt" in names:
             raise DfssdError("no parity")
+        stage.store.delete("stage.json")  # as `export_model`: what it says is replaced from here on
         for name in names:
-            stage.store.write(name, b"x")
-        return {"model": "student"}, names
+            stage.store.write(f"student.{name}", b"x")
+            if killed:
+                raise killed.pop()
+        files = [f"student.{name}" for name in names]
+        return {"model": "student"}, exporting_module._outputs(stage.store, {"model": "student", "files": files})[:-1]
 
     from dfssd.pipeline import exporting as exporting_module
 
@@ -219,6 +223,7 @@ def exporting(tmp_path, monkeypatch):
         context.runs.uri, context.log_dataset = "", lambda run_id: None
         return run_stage(context, EXPORT)
 
+    ask.killed = killed  # errors, one of which ends the next attempt after its first file
     return ask, made, run, registered
 
 
@@ -227,9 +232,8 @@ def test_an_export_is_added_to_and_nothing_of_it_is_lost(exporting, capsys):
     ask, made, run, registered = exporting
     with pytest.raises(DfssdError, match="no parity"):
         ask("onnx", "tensorrt")
-    with pytest.raises(DfssdError, match="begun with other settings"):
-        ask("onnx")  # what failed is not asked for again in silence
-    ask("onnx", overwrite=True)
+    ask("onnx")  # what failed is not asked for again in silence, and a first export has nothing to lose
+    assert made == [["onnx", "tensorrt"], ["onnx"]]
     made.clear()
     ask("onnx")
     ask("openvino", int8=True)
@@ -238,14 +242,93 @@ def test_an_export_is_added_to_and_nothing_of_it_is_lost(exporting, capsys):
     assert len(made) == 1 and "skipped" in capsys.readouterr().out and len(registered) == 2
     with pytest.raises(DfssdError, match="no parity"):
         ask("tensorrt")
-    assert {"onnx", "openvino", "int8", "stage.json"} <= set(run.at("export").files()), "a failure loses nothing"
+    assert {"student.onnx", "student.openvino", "student.int8", "stage.json"} <= set(run.at("export").files()), (
+        "a failure loses nothing"
+    )
     assert run.read_json("export/stage.json")["config"]["export"]["formats"] == ["onnx", "openvino"]
     ask("onnx")
     assert len(made) == 2, "and what was there is still finished"
     with pytest.raises(DfssdError, match=r"nms_inside: False -> True(?!.*formats)"):
         ask("onnx", nms_inside=True)
     ask("onnx", overwrite=True)
-    assert made[-1] == ["onnx"] and not run.exists("export/openvino"), "--overwrite makes what is asked for, no more"
+    assert made[-1] == ["onnx"] and not run.exists("export/student.openvino"), (
+        "--overwrite makes what is asked for, no more"
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
+def test_an_addition_that_was_killed_among_its_files_goes_on(exporting, error):
+    """Its `stage.json` is gone then: what was finished before is known from where the addition began."""
+    ask, made, run, _ = exporting
+    ask("onnx", "openvino")
+    for again in (["int8"], []):
+        ask.killed.append(error)
+        with pytest.raises(type(error)):
+            ask("onnx", int8=True)
+        assert not run.exists("export/stage.json"), "files are replaced"
+        run.write("export/student.int8", b"half")
+        ask("onnx", int8=bool(again))  # the same command, and the pipeline's
+        assert made[-1] == ["onnx", "openvino", *again]
+        assert run.exists("export/student.int8") == bool(again), "what an interrupted attempt left is no output"
+        made.clear()
+        ask("openvino", int8=bool(again))
+        assert not made and run.read_json("export/stage.json")["config"]["export"]["formats"] == ["onnx", "openvino"]
+        ask("onnx", "openvino", overwrite=True)
+    ask.killed.append(error)
+    with pytest.raises(type(error)):
+        ask("onnx", nms_inside=True, overwrite=True)
+    with pytest.raises(DfssdError, match=r"nms_inside: True -> False(?!.*formats)"):
+        ask("onnx")
+    assert made[-1] == ["onnx"], "other settings are still refused"
+
+
+def test_export_again_with_overwrite_keeps_the_formats_that_are_there(exporting, monkeypatch, capsys):
+    """As docs/line.md says it after another --max-escape; the export there may have been interrupted, too."""
+    from dfssd.jobs import export, pipeline
+
+    ask, _, run, _ = exporting
+    asked = []
+    monkeypatch.setattr("dfssd.pipeline.run.run_stages", lambda config, names: asked.append(config.export))
+    for module in ("print_export", "print_results"):
+        monkeypatch.setattr(f"dfssd.report.terminal.{module}", lambda config: None)
+
+    def formats(*words, job=export.job):
+        place = Path(run.path())
+        job(["--storage-path", str(place.parent), "--run-name", place.name, *words])
+        return [*asked[-1].formats, *(["int8"] if asked[-1].int8 else [])]
+
+    assert formats("--overwrite") == ["onnx"], "there is none"
+    ask("onnx", "openvino", int8=True)
+    assert formats("--overwrite") == ["onnx", "openvino", "int8"]
+    assert "formats: onnx, openvino, int8, with those of this export" in capsys.readouterr().out
+    assert formats("--overwrite", "--data", "x", job=pipeline.job) == ["onnx", "openvino", "int8"]
+    assert formats("--overwrite", "--no-int8") == ["onnx", "openvino"]
+    assert formats("--overwrite", "--formats", "onnx") == formats() == ["onnx"], "exactly what is named"
+    ask.killed.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        ask("tensor", overwrite=False, nms_inside=False)
+    assert formats("--overwrite") == ["onnx", "openvino", "int8"]
+    run.write("export/stage.json", b"")
+    assert formats("--overwrite") == ["onnx"] and "is lost" in capsys.readouterr().out
+
+
+def test_a_format_that_is_there_is_not_said_to_be_asked_for(exporting, monkeypatch):
+    """`dfssd export --int8` where the export holds OpenVINO, which is not installed here."""
+    from dfssd.export.formats import check_formats
+
+    ask, made, _, _ = exporting
+    ask("onnx", "openvino")
+    there = "dfssd.pipeline.exporting.check_settings"
+    monkeypatch.setattr(there, lambda settings, there=(): check_formats(settings.formats, there))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        DfssdError, match=r"has openvino already.* needs openvino, which is not installed here"
+    ) as error:
+        ask("onnx", int8=True)
+    assert "where openvino is installed" in error.value.todo and "leave" not in error.value.todo
+    with pytest.raises(DfssdError, match="--formats openvino needs openvino") as error:
+        ask("openvino", int8=True)
+    assert "leave openvino out" in error.value.todo and len(made) == 1
 
 
 def test_a_dry_run_sees_an_export_that_is_added_to_and_refuses_nothing(exporting):

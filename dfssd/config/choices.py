@@ -57,6 +57,7 @@ class ThresholdPolicy:
         needs: what it takes beside the scores of all candidates and the labelled rate: what those on val are worth.
         moves: does it follow batch after batch? What does so is then made by its entry in `MOVING` of
             `dfssd.pseudo.thresholds`; the report shows where it will end.
+        varied: the field of `uses`, a share (0..1), that a sweep of thresholds varies; '' sweeps it as it is.
     """
 
     says: str
@@ -65,6 +66,7 @@ class ThresholdPolicy:
     floor: float = 0.1
     needs: Literal["", "val"] = ""
     moves: bool = False
+    varied: str = ""
 
     @property
     def in_loop(self) -> bool:
@@ -73,22 +75,29 @@ class ThresholdPolicy:
 
 
 POLICIES = {
-    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":"),
+    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":", varied="tau"),
     "ema": ThresholdPolicy(
         "a moving average of confidences (DFSSD)",
         frozenset({"tau_min", "tau_max", "tau_decay"}),
         "--",
         floor=0.5,
         moves=True,
+        varied="tau_min",
     ),
     "gmm": ThresholdPolicy(
-        "a mixture of two a class, --tau where there is none", frozenset({"tau", "tau_min", "tau_max"}), "-."
+        "a mixture of two a class, --tau where there is none",
+        frozenset({"tau", "tau_min", "tau_max"}),
+        "-.",
+        varied="tau_min",
     ),
     "match": ThresholdPolicy(
-        "as many pseudo-labels an image as labels", frozenset({"tau_min", "tau_max"}), (0, (1, 2, 4, 2))
+        "as many pseudo-labels an image as labels",
+        frozenset({"tau_min", "tau_max"}),
+        (0, (1, 2, 4, 2)),
+        varied="tau_min",
     ),
     "precision": ThresholdPolicy(
-        "right as often as --precision asks, by val", frozenset({"precision"}), "-", needs="val"
+        "right as often as --precision asks, by val", frozenset({"precision"}), "-", needs="val", varied="precision"
     ),
 }
 IN_LOOP_POLICIES = {name: row for name, row in POLICIES.items() if row.in_loop}

@@ -46,6 +46,11 @@ def read_config(path: str, base: Config | None = None, needs: Collection[str] = 
     return checked(tree, where=path)
 
 
+def keys_in(path: str) -> set[str]:
+    """Dotted keys of the settings that a file names; errors as of `read_config`."""
+    return set(_flat(_read(path), path))
+
+
 def checked(tree: dict[str, Any], where: str = "") -> Config:
     """The settings, checked as a whole.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from dfssd.config.choices import Choice
 from dfssd.config.file import checked, read_config, to_yaml
 from dfssd.config.sections import SECTIONS, Config, section
+from dfssd.errors import DfssdError
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 VERSION_HELP = "Print the version, and stop."  # which `cli.run` does, for all commands
@@ -35,6 +36,7 @@ def parse(
     *,
     prog: str | None = None,
     example: str = "",
+    modes: Mapping[str, Sequence[str]] | None = None,
     **extra: Any,
 ) -> tuple[Config, Any]:
     """Read the command line of a job.
@@ -46,13 +48,16 @@ def parse(
         base: what flags that are not given mean; default the defaults.
         prog: how the command is called in its help.
         example: a command line, shown by --help.
-        extra: further flags of the job, name=(type, pydantic's Field(...)).
+        modes: further flags with which the job does something else, and the settings that it then reads. The others have no
+            effect, nor have further flags that belong to none.
+        extra: further flags of the job, name=(type, pydantic's Field(...)). One that has an effect only with another one
+            names it: `json_schema_extra={"of": "weights"}`, or with one value of it, `{"of": "export=labelstudio"}`.
 
     Returns:
         the full config, and the parsed flags with the extra ones as attributes.
 
     Raises:
-        DfssdError: values that cannot be, or an unreadable --config.
+        DfssdError: values that cannot be, flags without an effect, or an unreadable --config.
     """
     words = list(sys.argv[1:] if args is None else args)
     base = base or Config()
@@ -81,7 +86,51 @@ def parse(
     if parsed.print_config:
         print(to_yaml(config, keys), end="")
         sys.exit(0)
+    _refuse_without_effect(words, parsed, keys, modes or {}, extra)
     return config, parsed
+
+
+def _refuse_without_effect(
+    words: Sequence[str], parsed: Any, keys: Sequence[str], modes: Mapping[str, Sequence[str]], extra: Mapping[str, Any]
+) -> None:
+    """Refuse flags that do nothing in the mode that the others ask for."""
+    given = {
+        w.partition("=")[0].replace("_", "-").removeprefix("--no-").removeprefix("--") for w in words if w[:2] == "--"
+    }
+    for name, (_, info) in extra.items():
+        if _word(name) in given and (mode := _of(info)) and not _is_on(parsed, mode):
+            flag = "--" + mode.replace("_", "-").replace("=", " ")
+            raise DfssdError(f"--{_word(name)} has no effect without {flag}", todo=f"leave it out, or give {flag}")
+    for mode in (mode for mode in modes if _is_on(parsed, mode)):
+        read = expand(modes[mode])
+        idle = [_flag_of(key) for key in keys if key not in read and _flag_of(key) in given]
+        idle += [_word(n) for n, (_, info) in extra.items() if n != mode and not _of(info) and _word(n) in given]
+        if idle:
+            flags = ", ".join(f"--{flag}" for flag in idle)
+            raise DfssdError(f"{flags} has no effect with --{_word(mode)}", todo="leave it out")
+
+
+def _is_on(parsed: Any, mode: str) -> bool:
+    name, _, value = mode.partition("=")
+    found = getattr(parsed, name)
+    return found == value if value else bool(found)
+
+
+def _word(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _of(info: FieldInfo) -> str:
+    """The flag that this one belongs to; '' where it is always read."""
+    return str(info.json_schema_extra.get("of", "")) if isinstance(info.json_schema_extra, dict) else ""
+
+
+def _flag_of(key: str) -> str:
+    """How the flag of a setting is written, without its dashes."""
+    name, _, field = key.partition(".")
+    info = SECTIONS[name].model_fields[field] if field else Config.model_fields[name]
+    more = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    return _word(str(more.get("flag", field or name)))
 
 
 def expand(shown: Sequence[str]) -> tuple[str, ...]:
@@ -137,7 +186,8 @@ def _field(name: str, info: FieldInfo, annotation: Any, default: Any) -> tuple[s
         annotation, default = tuple[str, ...], tuple(map(str, default))
     for choice in (m for m in info.metadata if isinstance(m, Choice)):
         annotation = Literal[choice.names]
-    said = f"{info.description or ''}{allowed(info)}"
+    mode = _of(info).replace("_", "-").replace("=", " ")
+    said = f"{info.description or ''}{allowed(info)}" + (f" Only with --{mode}." if mode else "")
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     flag = str(extra["flag"]) if "flag" in extra else None  # where the field's name would say too little
     return name, Annotated[annotation, tyro.conf.arg(help=said, name=flag)], default

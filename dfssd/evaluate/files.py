@@ -76,6 +76,18 @@ def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, An
     return results
 
 
+def plan_files(config: Config, files: Sequence[str], on: str) -> list[str]:
+    """What `measure_files` would measure, a line a file, with nothing measured.
+
+    Raises:
+        DfssdError: a file or folder is not there, or nothing is labelled.
+    """
+    paths = [model_path(file) for file in files]
+    rows = _pictures(config, on)[1]
+    where = f"the split {on}" if on in SPLITS else on
+    return [f"{path}: would be measured on {len(rows)} labelled pictures of {where}" for path in paths]
+
+
 def _pictures(config: Config, on: str) -> tuple[Manifest, list[Row], list[Row]]:
     """Manifest, labelled pictures to measure on, and the val pictures that choose an operating point (or none)."""
     run = Storage(config.run.storage_path).at(config.run.run_name)

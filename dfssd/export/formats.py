@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ NEEDS = {  # modules that a format needs beside ONNX, and what to install for th
 }
 
 
-def check_formats(formats: tuple[str, ...]) -> None:
+def check_formats(formats: Sequence[str], there: Sequence[str] = ()) -> None:
     """Refuse what is not installed before anything runs.
+
+    Args:
+        there: those that nobody asks for: the export has them, and they are made again with what is asked for.
 
     Raises:
         DfssdError: a format's library is missing.
@@ -35,11 +38,19 @@ def check_formats(formats: tuple[str, ...]) -> None:
     for name in formats:
         modules, install = NEEDS.get(name, ((), ""))
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        if missing:
+        if not missing:
+            continue
+        lacks = f"{' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+        if name in there:
             raise DfssdError(
-                f"--formats {name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-                todo=f"{install}; or leave {name} out: dfssd export makes it from the finished run later",
+                f"this export has {name} already, and all of its files are made together: that needs {lacks} here",
+                todo=f"type this command where {name} is installed ({install}); or add --overwrite and --formats without "
+                f"{name}, which removes it",
             )
+        raise DfssdError(
+            f"--formats {name} needs {lacks}",
+            todo=f"{install}; or leave {name} out: dfssd export makes it from the finished run later",
+        )
 
 
 def openvino_files(onnx: bytes, metadata: Mapping[str, Any]) -> dict[str, bytes]:

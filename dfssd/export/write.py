@@ -47,11 +47,12 @@ REFERENCE = 200  # pictures that drift is judged by
 LATENCY_CONF = 0.25
 
 
-def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict[str, Any]:
+def export_model(config: Config, run_uri: str, model: str, threads: int, there: Sequence[str] = ()) -> dict[str, Any]:
     """Export one finished model of the run to `<run>/export`; runs as one Ray task.
 
     Args:
         model: its artefact, e.g. "student"; `report` must have measured it.
+        there: formats that nobody asks for: the export that is added to has them.
 
     Returns:
         model, files (size by name), operating_point, int8_operating_point (None without int8), parity and latency (by
@@ -62,7 +63,7 @@ def export_model(config: Config, run_uri: str, model: str, threads: int) -> dict
     """
     torch.set_num_threads(threads)
     settings, run = config.export, Storage(run_uri)
-    check_formats(settings.formats)
+    check_formats(settings.formats, there)
     manifest, results = read_manifest(run.at("dataset")), run.read_json("report/metrics.json")
     net = _load(run, model, config.train.imgsz)
     measured = run.read_json(f"{model}/stage.json").get("published", model)

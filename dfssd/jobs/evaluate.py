@@ -1,7 +1,7 @@
 """Measure teacher, label-only student and distilled student; leaves <run>/report.
 
-With --weights it measures any model files instead (.pt, .onnx, OpenVINO, TensorRT), on a split or a labelled folder. Without
---imgsz a run is measured at its own input size.
+With --weights it measures any model files instead (.pt, .onnx, OpenVINO, TensorRT), on a split or a labelled folder; then
+--dry-run says which, on how many pictures. Without --imgsz a run is measured at its own input size.
 """
 
 from __future__ import annotations
@@ -29,21 +29,44 @@ FLAGS: dict[str, Any] = {
     ),
     "on": (
         str,
-        Field("test", description="What --weights are measured on: val or test of the run, or a labelled folder."),
+        Field(
+            "test",
+            description="What --weights are measured on: val or test of the run, or a labelled folder.",
+            json_schema_extra={"of": "weights"},
+        ),
     ),
-    "out": (str, Field("", description="JSON file for the numbers of --weights.")),
+    "out": (
+        str,
+        Field("", description="JSON file for the numbers of --weights.", json_schema_extra={"of": "weights"}),
+    ),
 }
+READS_FILES = (  # what counts for files; a run's report needs the rest
+    *("run.storage_path", "run.run_name", "run.cpus_per_worker", "run.dry_run"),
+    *("train.imgsz", "evaluate.max_escape", "evaluate.latency_repeats"),
+)
 
 
 def job(words: Sequence[str]) -> None:
-    config, flags = parse(__doc__ or "", reads(REPORT), words, prog="dfssd evaluate", example=EXAMPLE, **FLAGS)
+    config, flags = parse(
+        __doc__ or "",
+        reads(REPORT),
+        words,
+        prog="dfssd evaluate",
+        example=EXAMPLE,
+        modes={"weights": READS_FILES},
+        **FLAGS,
+    )
     if not flags.weights or flags.on in ("val", "test"):
         config = at_size_of_run(config, words, flags.config)
     if flags.weights:
         import json
         from pathlib import Path
 
-        from dfssd.evaluate.files import measure_files
+        from dfssd.evaluate.files import measure_files, plan_files
+
+        if config.run.dry_run:
+            print(*plan_files(config, flags.weights, flags.on), sep="\n")
+            return
         from dfssd.report.terminal import print_files
 
         results = measure_files(config, flags.weights, flags.on)

@@ -18,6 +18,7 @@ from dfssd.errors import DfssdError
 EXAMPLE = """dfssd review --export labelstudio --storage-path runs --run-name line3
   dfssd review --corrected export.json --storage-path runs --run-name line3"""
 READS = ("run.storage_path", "run.run_name", "run.experiment", "run.seed", "train.imgsz", "thresholds")
+TAKES_BACK = ("run.storage_path", "run.run_name", "run.experiment", "run.seed")  # of these with --corrected
 
 PROGRAMS = ("", *REVIEW_FORMATS)
 
@@ -28,13 +29,31 @@ def job(words: Sequence[str]) -> None:
             Literal[PROGRAMS],
             Field("", description=f"Write proposals for this program ({in_words(REVIEW_FORMATS)})."),
         ),
-        "which": (Literal["doubtful", "all"], Field("doubtful", description="Images to export.")),
-        "k": (int, Field(0, description="Images at most; 0: all of them.")),
-        "label_studio_root": (str, Field("", description="Folder that Label Studio serves local files from.")),
+        "which": (
+            Literal["doubtful", "all"],
+            Field("doubtful", description="Images to export.", json_schema_extra={"of": "export"}),
+        ),
+        "k": (int, Field(0, description="Images at most; 0: all of them.", json_schema_extra={"of": "export"})),
+        "label_studio_root": (
+            str,
+            Field(
+                "",
+                description="Folder that Label Studio serves local files from.",
+                json_schema_extra={"of": "export=labelstudio"},
+            ),
+        ),
         "corrected": (str, Field("", description="File, folder or .zip with corrected labels.")),
-        "reviewer": (str, Field("", description="Who corrected them, where the file does not say; default the user.")),
+        "reviewer": (
+            str,
+            Field(
+                "",
+                description="Who corrected them, where the file does not say; default the user.",
+                json_schema_extra={"of": "corrected"},
+            ),
+        ),
     }
-    config, flags = parse(__doc__ or "", READS, words, prog="dfssd review", example=EXAMPLE, **extra)
+    modes = {"corrected": TAKES_BACK}
+    config, flags = parse(__doc__ or "", READS, words, prog="dfssd review", example=EXAMPLE, modes=modes, **extra)
     if bool(flags.export) == bool(flags.corrected):
         raise DfssdError(
             "give --export PROGRAM or --corrected FILE", todo="one sends labels out, the other takes them back"

@@ -3,16 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dfssd.config import Config
-from dfssd.errors import DfssdError
+from dfssd.config.file import keys_in
+from dfssd.errors import DamagedFile, DfssdError
 from dfssd.pipeline.stages import row_of
-from dfssd.runtime.artefact_names import LABEL_ONLY, REPORT, STUDENT, TEACHER, ArtefactName
+from dfssd.runtime.artefact import Stage
+from dfssd.runtime.artefact_names import EXPORT, LABEL_ONLY, REPORT, STUDENT, TEACHER, ArtefactName
+from dfssd.runtime.storage import Storage
 
 
 def reads(*names: ArtefactName) -> tuple[str, ...]:
     """Settings that these stages read."""
     return tuple(dict.fromkeys(key for name in names for key in row_of(name).reads_in(name.round)))
+
+
+def is_named(key: str, words: Sequence[str], given: str) -> bool:
+    """Does the command line, or its --config, name this setting, be it with the value that it has by default?
+
+    Args:
+        key: dotted. words: of the command line. given: its --config.
+    """
+    flag = "--" + key.rpartition(".")[2].replace("_", "-")
+    named = {word.partition("=")[0].replace("_", "-").replace("--no-", "--", 1) for word in words}
+    return flag in named or (bool(given) and key in keys_in(given))
+
+
+def as_exported(config: Config, words: Sequence[str], given: str) -> Config:
+    """The settings with the formats and int8 that the export of the run holds, where --overwrite makes it again and the
+    command names no formats: to measure at another rate is no reason to lose OpenVINO.
+
+    Args:
+        words: of the command line. given: its --config.
+    """
+    if not config.run.overwrite or is_named("export.formats", words, given):
+        return config
+    run = Storage(config.run.storage_path).at(config.run.run_name)
+    asked: dict[str, Any] = {"formats": list(config.export.formats), "int8": config.export.int8}
+    stage = Stage(run, EXPORT, {"export": dict(asked)}, (), row_of(EXPORT).grows)
+    try:
+        stage.keep()
+    except DamagedFile as error:
+        print(f"WARNING: {error.where}: {error.what}; what else than {', '.join(asked['formats'])} is lost", flush=True)
+    kept = stage.config["export"]
+    if is_named("export.int8", words, given):
+        kept["int8"] = asked["int8"]
+    if kept == asked:
+        return config
+    said = ", ".join([*kept["formats"], *(["int8"] if kept["int8"] else [])])
+    print(f"formats: {said}, with those of this export (--formats makes exactly what it names)", flush=True)
+    export = config.export.model_copy(update={"formats": tuple(kept["formats"]), "int8": kept["int8"]})
+    return config.model_copy(update={"export": export})
 
 
 def at_size_of_run(config: Config, words: Sequence[str], given: str) -> Config:
@@ -21,10 +63,8 @@ def at_size_of_run(config: Config, words: Sequence[str], given: str) -> Config:
     Args:
         words: of the command line. given: its --config, whose size counts.
     """
-    if given or any(word.partition("=")[0] == "--imgsz" for word in words):
+    if is_named("train.imgsz", words, given):
         return config
-    from dfssd.runtime.storage import Storage
-
     run = Storage(config.run.storage_path).at(config.run.run_name)
     for name in (REPORT, STUDENT, LABEL_ONLY, TEACHER):
         if run.exists(f"{name}/stage.json"):

@@ -31,7 +31,14 @@ def job(words: Sequence[str]) -> None:
                 description=f"Program that the suggested images are written for ({in_words(REVIEW_FORMATS)}).",
             ),
         ),
-        "label_studio_root": (str, Field("", description="Folder that Label Studio serves local files from.")),
+        "label_studio_root": (
+            str,
+            Field(
+                "",
+                description="Folder that Label Studio serves local files from.",
+                json_schema_extra={"of": "export=labelstudio"},
+            ),
+        ),
     }
     config, flags = parse(__doc__ or "", READS, words, prog="dfssd suggest", example=EXAMPLE, **extra)
     if flags.k < 1:

@@ -39,7 +39,12 @@ def job(words: Sequence[str]) -> None:
 
         space = load_space(find_space(given))
         base = apply(Config(), space.base)
-    config, flags = parse(__doc__ or "", list(SECTIONS), words, base, prog="dfssd sweep", example=EXAMPLE, **FLAGS)
+    modes = {"table": ("run.storage_path", "run.experiment")}
+    config, flags = parse(
+        __doc__ or "", list(SECTIONS), words, base, prog="dfssd sweep", example=EXAMPLE, modes=modes, **FLAGS
+    )
+    if flags.table and flags.space:
+        raise DfssdError(f"the space {flags.space} has no effect with --table", todo="leave it out")
     if flags.table:
         from dfssd.sweep.job import table_of
 

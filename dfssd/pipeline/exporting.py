@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from dfssd.config import Config, Export
@@ -25,7 +26,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         DfssdError: a format's library is missing, settings exclude each other, or nothing has measured the models.
     """
     settings = _asked(context, stage).export
-    check_settings(settings)
+    check_settings(settings, _there(context, stage))
     if not context.run.exists(f"{REPORT}/stage.json") and REPORT not in planned:
         raise DfssdError(
             "nothing has measured the models, so there is no operating point to export",
@@ -43,14 +44,17 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
     return [f"export: {', '.join(settings.formats)}{' and int8' if settings.int8 else ''}"]
 
 
-def check_settings(settings: Export) -> None:
+def check_settings(settings: Export, there: Sequence[str] = ()) -> None:
     """What is to be written goes together, and what it needs is installed.
+
+    Args:
+        there: formats that nobody asks for: the export has them, and all of its files are made together.
 
     Raises:
         DfssdError: it does not, or is not.
     """
     here = not os.environ.get("RAY_ADDRESS")  # else the task may run where a GPU is, and asks there
-    check_formats(tuple(f for f in settings.formats if here or f != "tensorrt"))
+    check_formats(tuple(f for f in settings.formats if here or f != "tensorrt"), there)
     if settings.nms_inside and (settings.int8 or "tensorrt" in settings.formats):
         raise DfssdError("--nms-inside goes with neither --int8 nor tensorrt", todo="leave one of them out")
 
@@ -67,14 +71,15 @@ def export_stage(context: Context, stage: Stage, run_id: str) -> Result:
     run = config.run
     resources = task_resources(run, "require" if "tensorrt" in config.export.formats else "never")
     task = ray.remote(export_model).options(num_cpus=resources.cpus, num_gpus=int(resources.gpu), max_retries=1)
-    ref = task.remote(config, context.run.uri, model, resources.threads)
+    ref = task.remote(config, context.run.uri, model, resources.threads, _there(context, stage))
     done = result(ref, str(stage.name), run, f"{resources.each()} on one node")
     stage.store.write_json("export.json", done)
     context.runs.artefact(run_id, "export.json", stage.store.read("export.json"))
     context.runs.metrics(run_id, tracked(done))
+    outputs = _outputs(stage.store, done)
     logged = _logged(config, context.runs, run_id, context.run, model, done)
     summary = {"model": model, "speedup": done["speedup"], "mlflow_model": logged, **_short(done)}
-    return summary, [f for f in stage.store.files() if f != "started.json"]
+    return summary, outputs
 
 
 def _asked(context: Context, stage: Stage) -> Config:
@@ -82,6 +87,20 @@ def _asked(context: Context, stage: Stage) -> Config:
     held = stage.config["export"]
     export = context.config.export.model_copy(update={"formats": tuple(held["formats"]), "int8": held["int8"]})
     return context.config.model_copy(update={"export": export})
+
+
+def _outputs(store: Storage, done: dict[str, Any]) -> list[str]:
+    """Names of the files that an export has left; removes those of an interrupted attempt that asked for more formats."""
+    outputs = [*done["files"], "export.json"]
+    for name in set(store.files()) - set(outputs):
+        if name.startswith((f"{done['model']}_", f"{done['model']}.")):
+            store.delete(name)
+    return outputs
+
+
+def _there(context: Context, stage: Stage) -> tuple[str, ...]:
+    """Formats that are made again although nobody asks for them, since the export has them."""
+    return tuple(name for name in stage.config["export"]["formats"] if name not in context.config.export.formats)
 
 
 def register_finished(context: Context, stage: Stage) -> None:

@@ -19,6 +19,7 @@ from dfssd.runtime.outputs import damaged_outputs, digest_of
 from dfssd.runtime.storage import Storage
 
 REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
+ADDED_TO = "added_to"  # in started.json: what was finished when an addition to it began
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
 
 
@@ -98,26 +99,33 @@ class Stage:
         return {"config": self.config, "inputs": self.input_digests()}
 
     def keep(self) -> None:
-        """Ask for what is there as well, in the settings that grow: what was finished before is not lost.
+        """Ask for what is there as well, in the settings that grow: what was finished before is not lost, not even where
+        adding to it was interrupted.
 
         Raises:
             DamagedFile: the record is empty, cut, or of another shape.
         """
-        if not self.store.exists("stage.json"):
-            return
-        recorded = self.record_of(self.name)
-        for key in self.grows:
+        if self.store.exists("stage.json"):
+            before = self._growing(self.record_of(self.name)["config"])
+        else:
+            before = self._started().get(ADDED_TO, {})
+        for key, there in before.items():
             section, _, field = key.partition(".")
-            asked, there = self.config[section][field], recorded["config"].get(section, {}).get(field)
+            asked = self.config[section][field]
             if isinstance(asked, list):
                 self.config[section][field] = list(dict.fromkeys([*(there or []), *asked]))
             else:
                 self.config[section][field] = asked or bool(there)
 
-    def _is_growth(self, state: str, changed: list[str]) -> bool:
-        """Is something asked for beside what is there, and nothing else changed?"""
+    def _growing(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What these settings say of those that grow, by dotted key."""
+        parts = ((key, *key.split(".")) for key in self.grows)
+        return {key: config.get(section, {}).get(field) for key, section, field in parts}
+
+    def _only_grown(self, changed: list[str]) -> bool:
+        """Do only settings differ that grow? Beside what is finished more is asked for, or what was begun is not finished."""
         mine = tuple(f"config.{key}: " for key in self.grows)
-        return state == "finished" and bool(changed and mine) and all(line.startswith(mine) for line in changed)
+        return bool(changed and mine) and all(line.startswith(mine) for line in changed)
 
     def state(self) -> str:
         """'finished', 'added to', 'interrupted' or 'new'; compares what was recorded with what is asked for.
@@ -127,8 +135,8 @@ class Stage:
                 missing.
         """
         state, changed = self._compared(self.key())
-        if self._is_growth(state, changed):
-            return "added to"
+        if self._only_grown(changed):
+            return "added to" if state == "finished" else state
         if changed:
             raise self._refusal(state, changed)
         return self._mended(remove=False) if state == "finished" else state
@@ -224,10 +232,14 @@ class Stage:
             if not overwrite:
                 raise
             state, changed = "damaged", ["its files"]
-        if not overwrite and self._is_growth(state, changed):  # what is there counts until the new files are written
+        if not overwrite and self._only_grown(changed):  # what is there counts until the new files are written
             self.check_inputs()
-            self.store.write_json("started.json", {**key, "mlflow_run_id": None})
-            return "added to"
+            finished = state == "finished"
+            before = (
+                self._growing(self.record_of(self.name)["config"]) if finished else self._started().get(ADDED_TO, {})
+            )
+            self.store.write_json("started.json", {**key, ADDED_TO: before, "mlflow_run_id": None})
+            return "added to" if finished else state
         if changed and not overwrite:
             raise self._refusal(state, changed)
         if state == "finished" and not changed:
