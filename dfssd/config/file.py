@@ -48,7 +48,7 @@ def read_config(path: str, base: Config | None = None, needs: Collection[str] = 
 
 def keys_in(path: str) -> set[str]:
     """Dotted keys of the settings that a file names; errors as of `read_config`."""
-    return set(_flat(_read(path), path))
+    return set(_flat(_read(path)[0], path))
 
 
 def checked(tree: dict[str, Any], where: str = "") -> Config:
