@@ -63,8 +63,8 @@ def parse(
     base = base or Config()
     keys = expand(shown)
     if file := _value_of("--config", words):
-        given = {word.partition("=")[0].replace("_", "-") for word in words}
-        base = read_config(file, base, [key for key in keys if _flag(key) not in given])
+        named = _named(words)
+        base = read_config(file, base, [key for key in keys if _flag_of(key) not in named])
     model = _model(keys, base, {**extra, **COMMON})
     text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
     parsed = tyro.cli(
@@ -94,9 +94,7 @@ def _refuse_without_effect(
     words: Sequence[str], parsed: Any, keys: Sequence[str], modes: Mapping[str, Sequence[str]], extra: Mapping[str, Any]
 ) -> None:
     """Refuse flags that do nothing in the mode that the others ask for."""
-    given = {
-        w.partition("=")[0].replace("_", "-").removeprefix("--no-").removeprefix("--") for w in words if w[:2] == "--"
-    }
+    given = _named(words)
     for name, (_, info) in extra.items():
         if _word(name) in given and (mode := _of(info)) and not _is_on(parsed, mode):
             flag = "--" + mode.replace("_", "-").replace("=", " ")
@@ -125,6 +123,13 @@ def _of(info: FieldInfo) -> str:
     return str(info.json_schema_extra.get("of", "")) if isinstance(info.json_schema_extra, dict) else ""
 
 
+def _named(words: Sequence[str]) -> set[str]:
+    """Flags of a command line, without dashes before and values after."""
+    return {
+        w.partition("=")[0].replace("_", "-").removeprefix("--no-").removeprefix("--") for w in words if w[:2] == "--"
+    }
+
+
 def _flag_of(key: str) -> str:
     """How the flag of a setting is written, without its dashes."""
     name, _, field = key.partition(".")
@@ -139,14 +144,6 @@ def expand(shown: Sequence[str]) -> tuple[str, ...]:
     found = [key for name in Config.model_fields for key in (section(name) if name in SECTIONS else (name,))]
     assert wanted <= set(found), f"unknown settings: {wanted - set(found)}"
     return tuple(key for key in found if key in wanted)
-
-
-def _flag(key: str) -> str:
-    """What a setting is called on the command line."""
-    name, _, field = key.partition(".")
-    info = SECTIONS[name].model_fields[field] if field else Config.model_fields[name]
-    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-    return f"--{str(extra.get('flag', field or name)).lstrip('-').replace('_', '-')}"
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str:
