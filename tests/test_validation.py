@@ -251,7 +251,8 @@ addEventListener("load", async () => {
   const bad = window.axe ? (await axe.run()).violations.filter(v => ["serious", "critical"].includes(v.impact)) : [];
   const broken = [...document.images].filter(i => i.complete && !i.naturalWidth).length;
   const box = document.querySelector(".scroll"), heads = [...box.querySelectorAll("thead th")];
-  const seen = heads.filter(h => h.getBoundingClientRect().right <= box.getBoundingClientRect().right).map(h => h.textContent);
+  const edge = box.getBoundingClientRect().right;
+  const seen = heads.filter(h => h.getBoundingClientRect().right <= edge).map(h => h.textContent);
   box.scrollLeft = 9999;
   const first = heads[0].getBoundingClientRect(), stays = Math.abs(first.left - box.getBoundingClientRect().left) < 2;
   const table = {seen, stays, first: first.width, edge: getComputedStyle(box).backgroundImage.includes("gradient"),
