@@ -505,3 +505,16 @@ def test_evaluate_and_export_work_at_the_size_of_the_run(tmp_path, capsys):
 def test_ranges_that_the_help_names_are_kept(words, said):
     with pytest.raises(DfssdError, match=said):
         parse("", ["run", "data", "train"], words)
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_leaves_is_no_error(flush):
+    """`dfssd predict ... | head`: no traceback, while lines are printed or at the end."""
+    code = f"from dfssd.cli import main\nmain(lambda: [print('line', k, flush={flush}) for k in range(20000)])"
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job.stdout.readline()
+    job.stdout.close()
+    assert job.stderr.read() == "" and job.wait(timeout=60) == 1
+    code = "from dfssd.cli import main\ndef job(): raise BrokenPipeError('a socket')\nmain(job)"  # stdout is read
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "a socket" in done.stderr and done.returncode == 1
