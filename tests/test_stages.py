@@ -120,7 +120,9 @@ def test_every_row_can_be_run_and_reads_what_comes_before_it(tmp_path):
     for name in plan(config, wanted(config)):
         row = ROWS[name.role]
         assert callable(resolve(row.body)) and (not row.needs or callable(resolve(row.needs)))
-        assert set(row.reads) <= set(KEYS) and set(make_stage(config, run, name).inputs) <= set(seen)
+        assert set(row.reads) <= {*KEYS, *Config.model_fields} and set(make_stage(config, run, name).inputs) <= set(
+            seen
+        )
         seen.append(name)
     assert len(ROWS) == len(STAGES)
 
@@ -393,9 +395,24 @@ def test_the_dry_run_says_what_will_be_made_again(prepared, capsys, monkeypatch)
     assert run.exists("teacher/stage.json")
 
 
-def test_a_published_label_only_student_is_not_measured_twice(prepared):
+def test_publish_best_exports_the_better_student_by_its_own_name_and_replaces_nothing(tmp_path):
+    """Also after the report has been made again and says the opposite; what was exported is then out of date, and says so."""
+    config = tiny_config(tmp_path)
+    publishing, run = config.model_copy(update={"publish_best": True}), run_of(config)
+    for name in (DATASET, LABEL_ONLY, STUDENT, REPORT):
+        _finished(run, name)
+    weights = {name: run.at(str(name)).listing() for name in (LABEL_ONLY, STUDENT)}
+    for difference, model in ((-0.1, LABEL_ONLY), (0.1, STUDENT), (-0.1, LABEL_ONLY)):
+        run.write_json("report/metrics.json", {"gate": {"map50_95": {"difference": difference}}})
+        stage = stages.make_stage(publishing, run, EXPORT)
+        assert stage.inputs == (DATASET, model, REPORT)
+        assert stages.make_stage(config, run, EXPORT).inputs == (DATASET, STUDENT, REPORT)
+    assert weights == {name: run.at(str(name)).listing() for name in (LABEL_ONLY, STUDENT)}
+    assert stage.config == stages.make_stage(config, run, EXPORT).config
+
+
+def test_where_an_earlier_version_put_the_label_only_student_in_its_place_the_distilled_one_is_measured(prepared):
     from dfssd.config import Evaluate
-    from dfssd.evaluate.gate import publish_best
     from dfssd.evaluate.measure import measure
     from dfssd.models.yolo.detector import build_detector, detector_bytes
 
@@ -405,8 +422,8 @@ def test_a_published_label_only_student_is_not_measured_twice(prepared):
         run.write(f"{name}/best.pt", detector_bytes(build_detector(spec, ["a", "b", "c"], 64), {}))
         _finished(run, name)
     before = measure(config, run.uri, ["label_only", "student"], 1)
-    run.write_json("report/metrics.json", {"gate": {"map50_95": {"difference": -0.1}}})
-    assert "now the label-only student" in publish_best(run)
-    assert run.read("student/best.pt") == run.read("label_only/best.pt")
+    run.write("student/distilled.pt", run.read("student/best.pt"))
+    run.write("student/best.pt", run.read("label_only/best.pt"))
+    run.write_json("student/stage.json", {**run.read_json("student/stage.json"), "published": "label_only"})
     after = measure(config, run.uri, ["label_only", "student"], 1)
     assert after["student"]["params"] == before["student"]["params"] != after["label_only"]["params"]

@@ -44,6 +44,8 @@ def settings_without_effect(config: Config, policies: Mapping[str, str] | None =
         notes.append("--agreement-min has no effect with --tta none and one teacher: every agreement is 1")
     if config.publish_best and not config.baseline:
         notes.append("--publish-best has no effect with --no-baseline: there is nothing to compare with")
+    if config.publish_best and not config.export.formats:
+        notes.append("--publish-best has no effect without --formats: it chooses what is exported")
     if config.data.labels_per_class and config.data.label_fraction != Data().label_fraction:
         notes.append("--label-fraction has no effect with --labels-per-class")
     if config.train.steps and config.train.epochs_unlabelled:

@@ -454,7 +454,7 @@ class Config(Section):
     export: Export = Export()
     baseline: bool = Field(True, description="Also train the label-only student for as many steps, as a gate.")
     publish_best: bool = Field(
-        False, description="Where the label-only student is better on val, publish it as student/best.pt."
+        False, description="Where the label-only student is better on val, export it and not the distilled one."
     )
     rounds: int = Field(
         1,

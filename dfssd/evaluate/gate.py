@@ -16,7 +16,6 @@ import numpy as np
 from ultralytics.utils.metrics import compute_ap
 
 from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
-from dfssd.runtime.storage import Storage
 
 RESAMPLES = 300
 LEVEL = 95  # percent
@@ -117,27 +116,15 @@ def verdict(gate: dict[str, Any], unlabelled: bool = True) -> str:
     text = f"The {what} {said}: val {numbers}; 95 % intervals over {gate['images']} images{apart}."
     if said == "did NOT pay":
         look = ", and look at quality/quality.png and doubtful.png" if unlabelled else ""
-        text += f" Use label_only/best.pt (or --publish-best){look}."
+        text += f" Use label_only/best.pt (dfssd export --publish-best --overwrite puts it in the export){look}."
     elif said == "may have paid":
         text += " The interval holds zero: more val images or more seeds would tell."
     return text
 
 
-def publish_best(run: Storage) -> str:
-    """Make `student/best.pt` the better of student and label-only student; return what was done, in one line.
-
-    The distilled weights stay as `student/distilled.pt`. Typed again, nothing more happens.
-    """
-    gate = run.read_json("report/metrics.json").get("gate")
-    if gate is None:
-        return "publish: there is no label-only student to compare with; student/best.pt is the distilled one"
-    if better(gate) == "student":
-        return "publish: student/best.pt is the distilled student, which is the better one on val"
-    if not run.exists("student/distilled.pt"):
-        run.write("student/distilled.pt", run.read("student/best.pt"))
-    run.write("student/best.pt", run.read("label_only/best.pt"))
-    record = run.read_json("student/stage.json")
-    record["outputs"] |= {name: run.at("student").digest(name) for name in ("best.pt", "distilled.pt")}
-    # The digest stays: it names what the stage made, and later stages were made from that.
-    run.write_json("student/stage.json", {**record, "published": "label_only"})
-    return "publish: student/best.pt is now the label-only student, the better one on val (the other: student/distilled.pt)"
+def published(results: dict[str, Any]) -> str:
+    """What `--publish-best` exports, of the report's results, in one line."""
+    if "gate" not in results:
+        return "publish: there is no label-only student to compare with, so the student is what is exported"
+    name = "distilled" if better(results["gate"]) == STUDENT.role else "label-only"
+    return f"publish: the {name} student is the better one on val, and is what is exported"

@@ -26,9 +26,8 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         DfssdError: one of them is not so.
     """
     config = context.config
-    if is_finished(context.run, DATASET) and not unlabelled_images(
-        context.run.read_json(f"{DATASET}/stage.json")["summary"]
-    ):
+    summary = context.run.read_json(f"{DATASET}/stage.json")["summary"] if is_finished(context.run, DATASET) else {}
+    if "splits" in summary and not unlabelled_images(summary):
         raise DfssdError(
             "every image that may train is labelled: there is nothing to pseudo-label",
             where=context.run.path(str(DATASET)),

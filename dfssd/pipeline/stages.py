@@ -207,8 +207,16 @@ STAGES = (
     StageRow(
         role=EXPORT.role,
         does="write the student for the line (ONNX, OpenVINO, int8), prove that it finds the same, log it to MLflow",
-        reads=(*section("run", "seed", "num_workers"), *section("export"), "evaluate.latency_repeats", "train.imgsz"),
-        free=("export.register_as", "evaluate.latency_repeats"),
+        reads=(
+            *section("run", "seed", "num_workers"),
+            *section("export"),
+            *("evaluate.latency_repeats", "train.imgsz", "publish_best"),
+        ),
+        free=(
+            "export.register_as",
+            "evaluate.latency_repeats",
+            "publish_best",
+        ),  # the last as far as the model is another
         inputs=lambda config, run, number: (DATASET, exported_model(config, run), REPORT),
         body="dfssd.pipeline.exporting:export_stage",
         needs="dfssd.pipeline.exporting:needs",
@@ -272,7 +280,16 @@ def finished_models(run: Storage) -> list[ArtefactName]:
 
 
 def exported_model(config: Config, run: Storage) -> ArtefactName:
-    """What goes to the line: the distilled student, without one the label-only student, without any the best teacher."""
+    """What goes to the line: the distilled student, without one the label-only student, without any the best teacher.
+
+    With `publish_best` it is the better on val of both students, as the report's gate has it.
+    """
+    if config.publish_best and is_finished(run, REPORT) and is_finished(run, LABEL_ONLY):
+        from dfssd.evaluate.gate import better
+
+        gate = run.read_json(f"{REPORT}/metrics.json").get("gate")
+        if gate and better(gate) == LABEL_ONLY.role:
+            return LABEL_ONLY
     return next(
         (n for n in (STUDENT, LABEL_ONLY, best_teacher(run, newest_round(run))) if is_finished(run, n)), STUDENT
     )

@@ -35,8 +35,9 @@ def point_text(point: dict[str, Any], title: str, escape: dict[str, Any]) -> str
     reached = "" if point["reachable"] else " It cannot be reached: the lowest usable score stands instead."
     return (
         f"Asked for: at most {point['max_escape']:.1%} of the defective pictures pass (--max-escape). For {title} val "
-        f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which let no more pass "
-        f"and spare clean pictures.{reached} Test, which had no part in the choice: "
+        f"chose the score {point['score']:.3f} for all classes, and the thresholds by class below, which differ from it "
+        "where val lets no more pass with them and makes fewer false boxes, in cross-validation too."
+        f"{reached} Test, which had no part in the choice: "
         f"{_on_test(escape, point['max_escape'])} Pictures are counted as the line sees them: "
         "letterboxed to a square, as an exported model takes them. The counts, cards and pictures of this page are those of "
         f"the thresholds by class, as dfssd predict and the exported model apply them; yolo predict takes one score, conf="

@@ -11,7 +11,7 @@ from dfssd.data.formats.listing import IMAGE_SUFFIXES
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import mask
 from dfssd.evaluate.escapes import doubts
-from dfssd.evaluate.gate import publish_best, verdict
+from dfssd.evaluate.gate import published, verdict
 from dfssd.evaluate.verdict import common_point, disagreement, equal_footing, escapes_in_words, labels_in_words, on_test
 from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.storage import Storage
@@ -28,7 +28,7 @@ def print_results(config: Config) -> None:
     print()
     print("\n".join(said(results)))
     if config.publish_best:
-        print(publish_best(run))
+        print(published(results))
     print()
     for label, name in (("report", "report/report.html"), ("numbers", "report/metrics.json")):
         print(f"{label:9} {run.path(name)}")
@@ -96,7 +96,9 @@ def next_commands(config: Config, run: Storage) -> list[str]:
         commands.append(f"dfssd export {place} --imgsz {config.train.imgsz}")
     results = run.read_json("report/metrics.json")
     best = next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
-    if best:
+    if run.exists("export/stage.json"):
+        best = run.read_json("export/export.json")["model"]
+    if best in results:
         score, model = results[best]["operating_point"]["score"], run.path(best, "best.pt")
         commands.append(
             f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"
