@@ -462,7 +462,8 @@ def test_evaluate_and_export_work_at_the_size_of_the_run(tmp_path, capsys):
     assert at_size_of_run(config, [], "").train.imgsz == 640
     Storage(str(tmp_path)).at("r").write_json("student/stage.json", {"config": {"train": {"imgsz": 128}}})
     assert at_size_of_run(config, [], "").train.imgsz == 128 and "128 px" in capsys.readouterr().out
-    for words, given in ((["--imgsz", "640"], ""), (["--imgsz=640"], ""), ([], "run.yaml")):
+    (tmp_path / "run.yaml").write_text("train: {imgsz: 640}")
+    for words, given in ((["--imgsz", "640"], ""), (["--imgsz=640"], ""), ([], str(tmp_path / "run.yaml"))):
         assert at_size_of_run(config, words, given).train.imgsz == 640
 
 

@@ -10,9 +10,7 @@ from dfssd.config.file import keys_in
 from dfssd.config.flags import parse
 from dfssd.errors import DamagedFile, DfssdError
 from dfssd.pipeline.stages import row_of, rows_of
-from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import EXPORT, LABEL_ONLY, REPORT, STUDENT, TEACHER, ArtefactName
-from dfssd.runtime.storage import Storage
 
 
 def reads(*names: ArtefactName) -> tuple[str, ...]:
@@ -54,6 +52,9 @@ def as_exported(config: Config, words: Sequence[str], given: str) -> Config:
     """
     if not config.run.overwrite or is_named("export.formats", words, given):
         return config
+    from dfssd.runtime.artefact import Stage  # which --help does without
+    from dfssd.runtime.storage import Storage
+
     run = Storage(config.run.storage_path).at(config.run.run_name)
     asked: dict[str, Any] = {"formats": list(config.export.formats), "int8": config.export.int8}
     stage = Stage(run, EXPORT, {"export": dict(asked)}, (), row_of(EXPORT).grows)
@@ -80,6 +81,8 @@ def at_size_of_run(config: Config, words: Sequence[str], given: str) -> Config:
     """
     if is_named("train.imgsz", words, given):
         return config
+    from dfssd.runtime.storage import Storage
+
     run = Storage(config.run.storage_path).at(config.run.run_name)
     for name in (REPORT, STUDENT, LABEL_ONLY, TEACHER):
         if run.exists(f"{name}/stage.json"):
