@@ -250,7 +250,14 @@ addEventListener("load", async () => {
   const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   const bad = window.axe ? (await axe.run()).violations.filter(v => ["serious", "critical"].includes(v.impact)) : [];
   const broken = [...document.images].filter(i => i.complete && !i.naturalWidth).length;
-  const said = {wide, broken, dark: matchMedia("(prefers-color-scheme: dark)").matches, axe: !!window.axe,
+  const box = document.querySelector(".scroll"), heads = [...box.querySelectorAll("thead th")];
+  const edge = box.getBoundingClientRect().right;
+  const seen = heads.filter(h => h.getBoundingClientRect().right <= edge).map(h => h.textContent);
+  box.scrollLeft = 9999;
+  const first = heads[0].getBoundingClientRect(), stays = Math.abs(first.left - box.getBoundingClientRect().left) < 2;
+  const table = {seen, stays, first: first.width, edge: getComputedStyle(box).backgroundImage.includes("gradient"),
+                 lines: heads[0].parentNode.clientHeight / 24};
+  const said = {wide, broken, table, dark: matchMedia("(prefers-color-scheme: dark)").matches, axe: !!window.axe,
                 bad: bad.map(v => v.id + ": " + v.nodes.slice(0, 2).map(n => n.html.slice(0, 90)).join(" | "))};
   out.textContent = JSON.stringify(said); document.body.append(out);
 });
@@ -309,6 +316,9 @@ def test_the_report_in_a_browser(page, tmp_path, dark):
         said = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
         assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         assert said["dark"] == dark and said["wide"] <= 0 and said["broken"] == 0 and not said["bad"], said
+        table = said["table"]  # scrolls under its first column, and shows that; what the line asks for comes first
+        assert table["seen"][:3] == ["model", "escapes", "rejects"] and table["edge"] and table["stays"], table
+        assert table["first"] > 80 and table["lines"] < 5, table
 
 
 def _the_point_is_that_of_the_line(file, manifest, measured):

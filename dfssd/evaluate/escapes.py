@@ -252,7 +252,7 @@ def operating_point(val: Pictures, names: Sequence[str], max_escape: float) -> d
     elif not reachable:
         escaped = int((~val.rejected(tau_c))[val.defective].sum())
         notes.append(
-            f"an escape rate of {max_escape:.1%} cannot be reached: at the lowest usable score of {FLOOR} "
+            f"an escape rate of {max_escape:.1%} cannot be reached: at the lowest usable score of {FLOOR}, "
             f"{escaped} of {defective} defective val pictures still pass"
         )
     if not by_class and len(names) > 1 and defective:
