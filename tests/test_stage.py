@@ -54,6 +54,17 @@ def test_a_changed_input_counts_as_a_change(tmp_path):
         _stage(tmp_path, "b", ("a",)).state()
 
 
+def test_an_input_that_was_made_again_is_named_in_words(tmp_path):
+    _finish(_stage(tmp_path, "a"))
+    _finish(_stage(tmp_path, "b", ("a",)))
+    record = Storage(str(tmp_path)).read_json("a/stage.json")
+    Storage(str(tmp_path)).write_json("a/stage.json", {**record, "digest": "another"})
+    with pytest.raises(
+        DfssdError, match=r"made with other inputs:\n    its input 'a' is another one now, or was made again"
+    ):
+        _stage(tmp_path, "b", ("a",)).state()
+
+
 def test_a_missing_input_says_which(tmp_path):
     with pytest.raises(DfssdError, match="needs the artefact 'a'"):
         _stage(tmp_path, "b", ("a",)).begin(False)
