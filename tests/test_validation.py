@@ -224,7 +224,7 @@ def test_what_a_user_sees_last(measured, capsys, tmp_path):
     run.write_json("report/stage.json", {"digest": "of now"})
     print_results(config)
     text = capsys.readouterr().out
-    assert "carries the scores of an earlier report" in text and "dfssd predict" not in text
+    assert "carries the scores of an earlier report" in text and "  dfssd predict" not in text
     assert re.search(r"dfssd export --storage-path \S+ --run-name r --imgsz 64 --overwrite", text)
     run.at("export").delete()
     run.at("report").delete("stage.json")
