@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -11,28 +13,32 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dfssd.errors import find_user_error, nearest
+from dfssd.pipeline.stages import STAGES
 from dfssd.version import __version__
 
 HALF_STARTED_S = 8.0  # that an interrupted job waits for a Ray that is being started; who asks it to end waits for 30 s
 
 
 class Command(NamedTuple):
-    """One command: what it does, in one line, and the "module:function" that takes the words after its name."""
+    """One command: what it does, in one line, and the "module:function" that takes the words after its name; '' where it runs
+    the stages that name it, and no more."""
 
     does: str
     job: str
 
 
+def _of_stages() -> dict[str, Command]:
+    """The commands of single stages, from their table; where several share one, the first describes it."""
+    found = dict[str, Command]()
+    for row in STAGES:
+        found.setdefault(row.command_name, Command(row.command.does or row.does, row.command.job))
+    return found
+
+
 COMMANDS = {
     "pipeline": Command("all stages in order: from images to a measured student", "dfssd.jobs.pipeline:job"),
-    "prepare": Command("check images and labels, split, choose the labelled subset", "dfssd.jobs.prepare:job"),
-    "teacher": Command("train on labels alone: the teacher, or the label-only student", "dfssd.jobs.teacher:job"),
-    "mean_teacher": Command("let the teacher go on with the unlabelled images too", "dfssd.jobs.mean_teacher:job"),
-    "pseudo_label": Command("label the unlabelled images, and measure the labels", "dfssd.jobs.pseudo_label:job"),
-    "distill": Command("train the student on labels, pseudo-labels and its teacher", "dfssd.jobs.distill:job"),
-    "evaluate": Command("measure all finished models, write the report", "dfssd.jobs.evaluate:job"),
+    **_of_stages(),
     "track": Command("deliver to MLflow what it missed while it was down", "dfssd.jobs.track:job"),
-    "export": Command("write the student for the line, and prove that it finds the same", "dfssd.jobs.export:job"),
     "suggest": Command("the unlabelled images most worth a label", "dfssd.jobs.suggest:job"),
     "review": Command("labels out to Label Studio, CVAT, COCO or YOLO, and back", "dfssd.jobs.review:job"),
     "predict": Command("label pictures with an exported model, or a folder as they arrive", "dfssd.jobs.predict:job"),
@@ -76,12 +82,18 @@ def run(name: str, words: Sequence[str] | None = None) -> None:
     Args:
         words: what follows its name; default the words of the process.
     """
-    module, _, function = COMMANDS[name].job.partition(":")
     words = sys.argv[1:] if words is None else words
     if "--version" in words:
         print(f"dfssd {__version__}")
         return
-    main(lambda: getattr(importlib.import_module(module), function)(words))
+    main(lambda: job_of(name)(words))
+
+
+def job_of(name: str) -> Callable[[Sequence[str]], None]:
+    """What takes the words after a command's name."""
+    module, _, function = (COMMANDS[name].job or "dfssd.jobs.stages:run_rows").partition(":")
+    found: Callable[..., None] = getattr(importlib.import_module(module), function)
+    return found if COMMANDS[name].job else functools.partial(found, name)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -90,12 +102,28 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _reader_is_gone() -> bool:
+    """Does nobody read what is printed, as after `dfssd ... | head`? Then it goes nowhere from now on: the interpreter's own
+    flush at its end would complain (Python's documentation, "Note on SIGPIPE")."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not pipe.poll(0):  # POLLERR: the other end is closed
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def main(job: Callable[[], None]) -> None:
     """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C and SIGTERM with 130 and how to go on."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
         job()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as error:
         if (
             isinstance(error, SystemExit) and error.code != signal.SIGTERM

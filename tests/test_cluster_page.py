@@ -1,6 +1,5 @@
 """docs/cluster.md: its commands are read by those who would run them."""
 
-import importlib
 import re
 import shlex
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray.scripts.scripts import cli as ray_cli
 
-from dfssd.cli import COMMANDS
+from dfssd.cli import job_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
@@ -49,8 +48,7 @@ def test_flags_exist(words, monkeypatch):
     seen = []
     monkeypatch.setattr("dfssd.pipeline.run.run_stages", lambda config, names: seen.append(config))
     monkeypatch.setattr("dfssd.report.terminal.print_results", lambda *rest: None)
-    module, _, function = COMMANDS[Path(words[0]).stem].job.partition(":")
-    getattr(importlib.import_module(module), function)(words[1:])
+    job_of(Path(words[0]).stem)(words[1:])
     assert seen
 
 

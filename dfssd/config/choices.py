@@ -57,6 +57,7 @@ class ThresholdPolicy:
         needs: what it takes beside the scores of all candidates and the labelled rate: what those on val are worth.
         moves: does it follow batch after batch? What does so is then made by its entry in `MOVING` of
             `dfssd.pseudo.thresholds`; the report shows where it will end.
+        explained: the same at more length, for docs/pseudo_labels.md.
         varied: the field of `uses`, a share (0..1), that a sweep of thresholds varies; '' sweeps it as it is.
     """
 
@@ -67,6 +68,7 @@ class ThresholdPolicy:
     needs: Literal["", "val"] = ""
     moves: bool = False
     varied: str = ""
+    explained: str = ""
 
     @property
     def in_loop(self) -> bool:
@@ -75,7 +77,13 @@ class ThresholdPolicy:
 
 
 POLICIES = {
-    "fixed": ThresholdPolicy("--tau for all classes", frozenset({"tau"}), ":", varied="tau"),
+    "fixed": ThresholdPolicy(
+        "--tau for all classes",
+        frozenset({"tau"}),
+        ":",
+        varied="tau",
+        explained="those from `--tau`, the same for every class",
+    ),
     "ema": ThresholdPolicy(
         "a moving average of confidences (DFSSD)",
         frozenset({"tau_min", "tau_max", "tau_decay"}),
@@ -83,21 +91,29 @@ POLICIES = {
         floor=0.5,
         moves=True,
         varied="tau_min",
+        explained="those from the moving average of the teacher's scores for their class, 0.5 at least",
     ),
     "gmm": ThresholdPolicy(
         "a mixture of two a class, --tau where there is none",
         frozenset({"tau", "tau_min", "tau_max"}),
         "-.",
         varied="tau_min",
+        explained="those for which the upper of two Gaussians, fitted to the scores of their class, is the likelier one",
     ),
     "match": ThresholdPolicy(
         "as many pseudo-labels an image as labels",
         frozenset({"tau_min", "tau_max"}),
         (0, (1, 2, 4, 2)),
         varied="tau_min",
+        explained="as many of the best an image as there are labelled boxes of the class",
     ),
     "precision": ThresholdPolicy(
-        "right as often as --precision asks, by val", frozenset({"precision"}), "-", needs="val", varied="precision"
+        "right as often as --precision asks, by val",
+        frozenset({"precision"}),
+        "-",
+        needs="val",
+        varied="precision",
+        explained="those of classes right as often as `--precision` asks, as a lower bound from scores calibrated on val",
     ),
 }
 IN_LOOP_POLICIES = {name: row for name, row in POLICIES.items() if row.in_loop}
@@ -226,11 +242,6 @@ def in_words(table: Mapping[Any, Divergence | ThresholdPolicy | Option | DataFor
 def readers(field: str) -> str:
     """Policies that read a field of section `thresholds`, for its help."""
     return ", ".join(name for name, row in POLICIES.items() if field in row.uses)
-
-
-def steers(policy: str) -> str:
-    """Flags that are lowered for more pseudo-labels of a policy and raised for fewer; '' where it has none."""
-    return " or ".join(f"--{k.replace('_', '-')}" for k in sorted(POLICIES[policy].uses - {"tau_max", "tau_decay"}))
 
 
 def floors() -> str:

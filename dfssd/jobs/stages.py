@@ -1,4 +1,4 @@
-"""What the jobs of single stages share: their flags are the settings that their rows of the table read."""
+"""The commands of single stages: their flags are the settings that their rows of the table read."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from typing import Any
 
 from dfssd.config import Config
 from dfssd.config.file import keys_in
+from dfssd.config.flags import parse
 from dfssd.errors import DamagedFile, DfssdError
-from dfssd.pipeline.stages import row_of
-from dfssd.runtime.artefact import Stage
+from dfssd.pipeline.stages import row_of, rows_of
 from dfssd.runtime.artefact_names import EXPORT, LABEL_ONLY, REPORT, STUDENT, TEACHER, ArtefactName
-from dfssd.runtime.storage import Storage
 
 
 def reads(*names: ArtefactName) -> tuple[str, ...]:
     """Settings that these stages read."""
     return tuple(dict.fromkeys(key for name in names for key in row_of(name).reads_in(name.round)))
+
+
+def run_rows(command: str, words: Sequence[str]) -> None:
+    """Run the stages of a command; its help is what their rows say."""
+    rows = rows_of(command)
+    names = [ArtefactName(row.role) for row in rows]
+    said = [f"{row.does[0].upper()}{row.does[1:]}; leaves <run>/{row.role}." for row in rows]
+    said += [row.command.more for row in rows if row.command.more]
+    more = " ".join(row.command.example for row in rows)
+    example = f"dfssd {command} --storage-path runs --run-name line3 {more}".rstrip()
+    config, _ = parse("\n".join(said), reads(*names), words, prog=f"dfssd {command}", example=example)
+    from dfssd.pipeline.run import run_stages
+
+    run_stages(config, names)
 
 
 def is_named(key: str, words: Sequence[str], given: str) -> bool:
@@ -39,6 +52,9 @@ def as_exported(config: Config, words: Sequence[str], given: str) -> Config:
     """
     if not config.run.overwrite or is_named("export.formats", words, given):
         return config
+    from dfssd.runtime.artefact import Stage  # which --help does without
+    from dfssd.runtime.storage import Storage
+
     run = Storage(config.run.storage_path).at(config.run.run_name)
     asked: dict[str, Any] = {"formats": list(config.export.formats), "int8": config.export.int8}
     stage = Stage(run, EXPORT, {"export": dict(asked)}, (), row_of(EXPORT).grows)
@@ -65,6 +81,8 @@ def at_size_of_run(config: Config, words: Sequence[str], given: str) -> Config:
     """
     if is_named("train.imgsz", words, given):
         return config
+    from dfssd.runtime.storage import Storage
+
     run = Storage(config.run.storage_path).at(config.run.run_name)
     for name in (REPORT, STUDENT, LABEL_ONLY, TEACHER):
         if run.exists(f"{name}/stage.json"):

@@ -17,6 +17,25 @@ Inputs = Callable[[Config, "Storage", int], tuple[ArtefactName, ...]]
 
 
 @dataclass(frozen=True)
+class StageCommand:
+    """The command that runs a stage; several stages may name the same one, which then runs them in order.
+
+    Args:
+        name: `dfssd NAME`; '' the stage's role.
+        does: one line for the list of commands; '' that of the stage.
+        more: what its help says beside what its stages do.
+        example: what its help shows after `dfssd NAME --storage-path runs --run-name line3`.
+        job: "module:function" that takes the words after its name, where it does more than to run its stages.
+    """
+
+    name: str = ""
+    does: str = ""
+    more: str = ""
+    example: str = ""
+    job: str = ""
+
+
+@dataclass(frozen=True)
 class StageRow:
     """One stage.
 
@@ -41,6 +60,7 @@ class StageRow:
         wanted: is it part of a pipeline with these settings?
         in_rounds: does a later round (`--rounds`) do it again?
         ends_rounds: after it, of (run, round): is there no further stage of this round, nor a further round?
+        command: how it is run alone.
         teaches: does it leave a teacher, which labels and teaches where it is the best one on val?
     """
 
@@ -59,7 +79,12 @@ class StageRow:
     wanted: Callable[[Config], bool] = lambda config: True
     in_rounds: bool = False
     ends_rounds: Callable[[Storage, int], bool] = lambda run, number: False
+    command: StageCommand = StageCommand()
     teaches: bool = False
+
+    @property
+    def command_name(self) -> str:
+        return self.command.name or self.role
 
     def reads_in(self, number: int) -> tuple[str, ...]:
         """Settings that it reads in a round."""

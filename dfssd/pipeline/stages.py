@@ -1,19 +1,19 @@
 """The table of stages: a row says what a stage leaves, what it reads, what must be there, and what does the work.
 
 Order, skipping, resuming, refusing, the dry run, the flags of the jobs and the list in docs/design.md follow from it. To add
-a stage, add a row, a body (a function in a file of this folder) and a job; docs/extending.md shows how.
+a stage, add a row, a body (a function in a file of this folder) and a script of jobs/; docs/extending.md shows how.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config, section
 from dfssd.config.choices import IN_LOOP_POLICIES
 from dfssd.pipeline.settings import counted
-from dfssd.pipeline.stage_row import StageRow
+from dfssd.pipeline.stage_row import StageCommand, StageRow
 from dfssd.runtime.artefact_names import (
     DATASET,
     EXPORT,
@@ -100,6 +100,12 @@ STAGES = (
         body="dfssd.pipeline.data:prepare_stage",
         needs="dfssd.pipeline.data:needs",
         renew="dfssd.pipeline.data:renew",
+        command=StageCommand(
+            "prepare",
+            "check images and labels, split, choose the labelled subset",
+            "",
+            "--data my_images --label-fraction 0.1",
+        ),
     ),
     StageRow(
         role=TEACHER.role,
@@ -113,6 +119,9 @@ STAGES = (
         needs="dfssd.pipeline.training:needs",
         in_rounds=True,
         ends_rounds=_no_better,
+        command=StageCommand(
+            "teacher", "train on labels alone: the teacher, or the label-only student", job="dfssd.jobs.teacher:job"
+        ),
         teaches=True,
     ),
     StageRow(
@@ -126,6 +135,11 @@ STAGES = (
         training=Training("teacher", labels_itself=True),
         needs="dfssd.pipeline.training:needs",
         wanted=lambda config: config.mean_teacher.mean_teacher and _has_unlabelled(config),
+        command=StageCommand(
+            does="let the teacher go on with the unlabelled images too",
+            more="Where it is better on val than <run>/teacher, it labels and teaches from then on.",
+            example="--teacher yolov8s.pt --mean-teacher-steps 2000",
+        ),
         teaches=True,
     ),
     StageRow(
@@ -137,6 +151,7 @@ STAGES = (
         training=Training("student"),
         needs="dfssd.pipeline.training:needs",
         wanted=lambda config: config.baseline,
+        command=StageCommand("teacher"),
     ),
     StageRow(
         role=PSEUDO.role,
@@ -145,6 +160,12 @@ STAGES = (
         inputs=_labelling_inputs,
         body="dfssd.pipeline.labelling:label_stage",
         needs="dfssd.pipeline.labelling:needs",
+        command=StageCommand(
+            "pseudo_label",
+            "label the unlabelled images, and measure the labels",
+            "Interrupt it anywhere and type the same command again: what is labelled stays.",
+            "--tta flips --threshold-policy gmm",
+        ),
         wanted=_has_unlabelled,
         in_rounds=True,
     ),
@@ -154,6 +175,7 @@ STAGES = (
         reads=(*PLACE, *section("thresholds"), "train.steps"),
         inputs=lambda config, run, number: (DATASET, PSEUDO.of_round(number)),
         body="dfssd.pipeline.labelling:quality_stage",
+        command=StageCommand("pseudo_label"),
         wanted=_has_unlabelled,
         in_rounds=True,
     ),
@@ -164,6 +186,11 @@ STAGES = (
         inputs=_student_inputs,
         body="dfssd.pipeline.training:train_stage",
         training=Training("student", distils=True),
+        command=StageCommand(
+            "distill",
+            "train the student on labels, pseudo-labels and its teacher",
+            example="--student yolov8n.pt --steps 3000 --num-workers auto",
+        ),
         needs="dfssd.pipeline.training:needs",
     ),
     StageRow(
@@ -173,6 +200,9 @@ STAGES = (
         inputs=_report_inputs,
         body="dfssd.pipeline.evaluation:report_stage",
         needs="dfssd.pipeline.evaluation:needs",
+        command=StageCommand(
+            "evaluate", "measure all finished models, write the report", job="dfssd.jobs.evaluate:job"
+        ),
     ),
     StageRow(
         role=EXPORT.role,
@@ -192,6 +222,11 @@ STAGES = (
         needs="dfssd.pipeline.exporting:needs",
         grows=("export.formats", "export.int8"),
         again="dfssd.pipeline.exporting:register_finished",
+        command=StageCommand(
+            "export",
+            "write the student for the line, and prove that it finds the same",
+            job="dfssd.jobs.export:job",
+        ),
         wanted=lambda config: bool(config.export.formats),
     ),
 )
@@ -200,6 +235,11 @@ ROWS = {row.role: row for row in STAGES}
 
 def row_of(name: ArtefactName) -> StageRow:
     return ROWS[name.role]
+
+
+def rows_of(command: str) -> list[StageRow]:
+    """The stages that a command runs, in order."""
+    return [row for row in STAGES if row.command_name == command]
 
 
 def wanted(config: Config) -> list[ArtefactName]:
@@ -290,9 +330,3 @@ def resolve(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
-
-
-def markdown(rows: Iterable[StageRow] = STAGES) -> str:
-    """The list of stages for the documentation."""
-    lines = ["| stage | what it does | in every round |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{r.role}` | {r.does} | {'yes' if r.in_rounds else ''} |" for r in rows)])
