@@ -415,7 +415,7 @@ def test_worst_cases_show_what_their_captions_say(tmp_path):
     assert said == [
         "clean picture, pit 0.90",
         "wrong class, labelled pit, dent 0.80",
-        "a second box on a defect that has one, pit 0.70",
+        "a second box on one defect, pit 0.70",
         "too far off its label (IoU 0.24), pit 0.60",
         "beside labelled defects, pit 0.50",
     ]

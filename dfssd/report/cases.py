@@ -95,7 +95,7 @@ def _fault(box: np.ndarray, row: Row, names: list[str]) -> str:
     overlap = iou(corners(box[None]) * scale, corners(row.boxes) * scale)[0]
     own = row.boxes[:, CLS] == box[CLS]
     if overlap[own].max(initial=0.0) >= HIT_IOU:
-        return "a second box on a defect that has one"
+        return "a second box on one defect"
     if overlap.max() >= HIT_IOU:
         return f"wrong class, labelled {names[int(row.boxes[overlap.argmax(), CLS])]}"
     if overlap[own].max(initial=0.0) >= TOUCH_IOU:
