@@ -35,10 +35,11 @@ def settings(file: str | Path = "", **values: Any) -> Config:
     """
     from dfssd.config.file import checked, read_config
 
-    tree = (read_config(str(file)) if file else Config()).model_dump()
     sections = {
         key.rpartition(".")[2]: key.rpartition(".")[0] for key in all_keys()
     }  # by field; "" of the pipeline's own
+    needs = [key for key in all_keys() if key.rpartition(".")[2] not in values]
+    tree = (read_config(str(file), needs=needs) if file else Config()).model_dump()
     for name, value in values.items():
         if name not in sections:
             raise DfssdError(f"{name!r} is not a setting{nearest(name, sections)}")

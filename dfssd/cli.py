@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -101,12 +102,28 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _reader_is_gone() -> bool:
+    """Does nobody read what is printed, as after `dfssd ... | head`? Then it goes nowhere from now on: the interpreter's own
+    flush at its end would complain (Python's documentation, "Note on SIGPIPE")."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not pipe.poll(0):  # POLLERR: the other end is closed
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def main(job: Callable[[], None]) -> None:
     """Run a job; user errors end as text on stderr with exit code 2, Ctrl-C and SIGTERM with 130 and how to go on."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
         job()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as error:
         if (
             isinstance(error, SystemExit) and error.code != signal.SIGTERM

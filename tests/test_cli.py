@@ -13,6 +13,7 @@ from dfssd.cli import COMMANDS, job_of, run
 from dfssd.config import SECTIONS, Config, Data, Distill, Pseudo, Run, Thresholds, Train, all_keys
 from dfssd.config.checks import refuse_relative_paths_in_a_job, settings_without_effect
 from dfssd.config.flags import parse
+from dfssd.config.free import UNRECORDED
 from dfssd.errors import DfssdError
 from dfssd.pipeline.stages import STAGES
 
@@ -316,6 +317,7 @@ def test_a_file_of_settings_is_read_and_flags_win(tmp_path, capsys):
 
 def test_what_runs_record_can_be_given_back(tmp_path, monkeypatch, capsys):
     """Settings of a stage's record, and all settings as the report has them."""
+    from dfssd.jobs.stages import reads
     from dfssd.pipeline.stages import settings_of
     from dfssd.runtime.artefact_names import STUDENT
 
@@ -326,9 +328,38 @@ def test_what_runs_record_can_be_given_back(tmp_path, monkeypatch, capsys):
     other = config.model_copy(update={"distill": config.distill.model_copy(update={"distill_teacher": "a.pt"})})
     record = {"config": settings_of(other, STUDENT), "inputs": {}, "outputs": {}}
     (tmp_path / "stage.json").write_text(json.dumps(record))
-    back, _ = parse("", ["train"], ["--config", str(tmp_path / "stage.json")])
+    back, _ = parse("", reads(STUDENT), ["--config", str(tmp_path / "stage.json")])
     assert settings_of(back, STUDENT) == settings_of(config, STUDENT)
     assert "give --distill-teacher" in capsys.readouterr().out
+
+
+def test_a_record_of_one_stage_is_no_whole_run(tmp_path):
+    """Given to a job that reads more, what is not in it would be the default: all labels instead of 8 % of them."""
+    from dfssd import api
+    from dfssd.jobs.stages import reads
+    from dfssd.pipeline.stages import ROWS, settings_of
+    from dfssd.runtime.artefact_names import EXPORT, MEAN_TEACHER, STUDENT, TEACHER
+
+    config = Config(data=Data(label_fraction=0.08), train=Train(imgsz=96, teacher_steps=450))
+    for name in (STUDENT, TEACHER, MEAN_TEACHER, EXPORT):
+        file = tmp_path / str(name) / "stage.json"
+        file.parent.mkdir()
+        file.write_text(json.dumps({"config": settings_of(config, name), "inputs": {}}))
+        back, _ = parse("", reads(name), ["--config", str(file)])  # the job of that stage
+        assert settings_of(back, name) == settings_of(config, name)
+    words = ["--config", str(tmp_path / "student" / "stage.json")]
+    with pytest.raises(DfssdError, match=r"data\.label_fraction, models\.teacher and \d+ more") as caught:
+        parse("", all_keys(), words)
+    assert "report.html" in caught.value.todo
+    with pytest.raises(DfssdError, match="label_fraction"):
+        api.settings(words[1])
+    (tmp_path / "settings.json").write_text(json.dumps(config.model_dump(mode="json")))
+    with pytest.raises(DfssdError) as caught:
+        parse("", all_keys(), [*words, "--label-fraction", "0.08"])
+    assert "label_fraction" not in caught.value.what and str(tmp_path / "settings.json") in caught.value.todo
+    whole, _ = parse("", all_keys(), ["--config", str(tmp_path / "settings.json")])
+    assert whole == config
+    assert set().union(*(row.free for row in ROWS.values())) <= UNRECORDED
 
 
 @pytest.mark.parametrize(
@@ -475,3 +506,16 @@ def test_evaluate_and_export_work_at_the_size_of_the_run(tmp_path, capsys):
 def test_ranges_that_the_help_names_are_kept(words, said):
     with pytest.raises(DfssdError, match=said):
         parse("", ["run", "data", "train"], words)
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_leaves_is_no_error(flush):
+    """`dfssd predict ... | head`: no traceback, while lines are printed or at the end."""
+    code = f"from dfssd.cli import main\nmain(lambda: [print('line', k, flush={flush}) for k in range(20000)])"
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job.stdout.readline()
+    job.stdout.close()
+    assert job.stderr.read() == "" and job.wait(timeout=60) == 1
+    code = "from dfssd.cli import main\ndef job(): raise BrokenPipeError('a socket')\nmain(job)"  # stdout is read
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "a socket" in done.stderr and done.returncode == 1

@@ -384,3 +384,47 @@ def test_small_pictures_of_a_report_are_enlarged(tmp_path):
     assert picture.size == (420, 210)
     ys, xs = np.nonzero(np.ptp(np.asarray(picture).astype(int), 2) > 80)
     assert abs(xs.min() - 420 * 0.375) < 3 and abs(ys.max() - 210 * 0.625) < 3
+
+
+def test_worst_cases_show_what_their_captions_say(tmp_path):
+    """The surest box's name lies on top; a wrong class is called one; a miss names class and threshold, or no guess."""
+    import cv2
+
+    from dfssd.data.manifest import Manifest, Row
+    from dfssd.report.cases import worst_alarms, worst_misses
+    from dfssd.report.pictures import draw
+
+    cv2.imwrite(str(tmp_path / "x.png"), np.full((200, 200, 3), 90, np.uint8))
+
+    def row(key, *boxes):
+        return Row(key * 16, str(tmp_path / "x.png"), 200, 200, "test", True, 0, np.array(boxes).reshape(-1, 5))
+
+    pit = [0, 0.5, 0.5, 0.2, 0.2]  # 80 to 120 px
+    rows = [row("0"), *(row(k, pit) for k in "12345")]
+    on, near, off = [80, 80, 120, 120], [95, 95, 135, 135], [0, 0, 20, 20]
+    found = {
+        "0" * 16: [[*off, 0.9, 0, 0]],
+        "1" * 16: [[*on, 0.3, 0, 0], [*on, 0.8, 1, 0]],
+        "2" * 16: [[*on, 0.95, 0, 1], [*on, 0.7, 0, 0]],
+        "3" * 16: [[*near, 0.6, 0, 0]],
+        "4" * 16: [[*off, 0.5, 0, 0], [*off, 0.2, 1, 0]],
+    }
+    found = {k: np.array(v, np.float32) for k, v in found.items()}
+    manifest, tau = Manifest(rows, ["pit", "dent"], {}), np.array([0.25, 0.25])
+    said = [one["caption"].partition(": ")[2] for one in worst_alarms(manifest, found, tau)]
+    assert said == [
+        "clean picture, pit 0.90",
+        "wrong class, labelled pit, dent 0.80",
+        "a second box on a defect that has one, pit 0.70",
+        "too far off its label (IoU 0.24), pit 0.60",
+        "beside labelled defects, pit 0.50",
+    ]
+    assert "no guess" in worst_misses(manifest, found, tau)[0]["caption"]
+    misses = worst_misses(manifest, {"1" * 16: found["1" * 16]}, np.array([0.9, 0.9]))
+    assert "pit; best guess dent 0.800, threshold 0.900" in misses[-1]["caption"]
+    strong, weak = [0, 0.5, 0.5, 0.4, 0.4, 0.9], [1, 0.5, 0.5, 0.4, 0.4, 0.3]
+    alone = draw(rows[0], np.array([strong]), ["pit", "dent"])
+    for boxes in ([strong, weak], [weak, strong]):
+        both = draw(rows[0], np.array(boxes), ["pit", "dent"])
+        name = np.asarray(alone)[40:72, 72:100]  # the beginning of the name, over the box's left upper corner
+        assert (np.asarray(both)[40:72, 72:100] == name).all()

@@ -457,5 +457,8 @@ def test_masks_and_folders_of_classes_are_named_where_there_is_no_box(tmp_path):
             pictures(tmp_path / "classes" / split / c, range(2))
     with pytest.raises(DfssdError, match=r"a set for classification .*'pit', 'scratch'"):
         read_source(str(tmp_path / "classes"), "auto", ())
+    with pytest.raises(DfssdError, match=r"there are no labels: all \d+ files are pictures"):
+        read_source(str(tmp_path / "split"), "auto", ())
+    put(tmp_path / "split" / "notes.dat", "1 2 3")
     with pytest.raises(DfssdError, match="was not recognised"):
         read_source(str(tmp_path / "split"), "auto", ())

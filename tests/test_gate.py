@@ -124,6 +124,23 @@ def test_the_words_follow_the_numbers(numbers, said, model):
     assert ("--publish-best" in line) == (model == "label_only")
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("width", [0.001, 0.1])
+def test_a_headline_does_not_point_against_the_other_measure(sign, width):
+    def one(gain):
+        return {"label_only": 0.3, "student": 0.3 + gain, "difference": gain, "low": gain - width, "high": gain + width}
+
+    result = {"map50": one(-0.013 * sign), "map50_95": one(0.004 * sign), "images": 40, "resamples": 300}
+    line, alone = gate.verdict(result), gate.verdict(result, unlabelled=False)
+    up, down = ("mAP50-95", "mAP50") if sign > 0 else ("mAP50", "mAP50-95")
+    assert line.startswith(
+        f"Whether the unlabelled images paid is undecided, {up} up, {down} down: val mAP50 {-1.3 * sign:+.1f} points"
+    )
+    assert alone.startswith(f"Whether the teacher paid is undecided, {up} up")
+    chosen = "student" if sign > 0 else "label_only"
+    assert gate.better(result) == chosen and f"{chosen}/best.pt is ahead" in line
+
+
 def test_what_is_published_is_said():
     assert "the distilled student is the better one" in gate.published({"gate": _result(0.02, 0.01, 0.03)})
     assert "the label-only student is the better one" in gate.published({"gate": _result(-0.02, -0.04, 0.0)})

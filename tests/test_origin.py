@@ -5,7 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from dfssd.data.manifest import Row
+from dfssd.data.manifest import Row, read_manifest, write_manifest
+from dfssd.data.preparation.versions import keep_version
 from dfssd.evaluate import origin
 from dfssd.evaluate.origin import in_words, origin_of
 from dfssd.runtime.storage import Storage
@@ -110,6 +111,50 @@ def test_files_without_a_point_are_asked_for_the_rate_of_those_that_bring_one():
         return Opened(lambda images: [], ["pit"], 64, point, lambda image: None, None)
 
     own, asked = Config(), Config(evaluate=Evaluate(max_escape=0.1))
-    assert _rate(own, [opened(0.05), opened(None)]) == 0.05
-    assert _rate(own, [opened(0.05), opened(0.01), opened(None)]) == _rate(own, [opened(None)]) == 0.02
-    assert _rate(asked, [opened(0.05), opened(None)]) == 0.1
+    assert _rate(own, [opened(0.05), opened(None)], False) == 0.05
+    assert _rate(own, [opened(0.05), opened(0.01), opened(None)], False) == _rate(own, [opened(None)], False) == 0.02
+    assert _rate(asked, [opened(0.05), opened(None)], True) == 0.1
+    assert _rate(own, [opened(0.05), opened(None)], True) == 0.02, "the default, typed, is asked for"
+
+
+def test_a_pt_is_measured_at_the_size_of_its_run_unless_another_is_typed(run, monkeypatch):
+    """Also where the pictures are those of a run of another size, and where what is typed is the default."""
+    from dfssd.evaluate import files
+    from dfssd.jobs import evaluate
+
+    known, calls = origin_of(origin.Path(run.path("student", "best.pt"))), []
+    monkeypatch.setattr(files, "measure_files", lambda *args: calls.append(args) or {})
+    monkeypatch.setattr("dfssd.report.terminal.print_files", lambda *args: None)
+    run.write_json("report/stage.json", {**run.read_json("report/stage.json"), "config": {"train": {"imgsz": 512}}})
+    folder = origin.Path(run.path())
+    place = ["--storage-path", str(folder.parent), "--run-name", folder.name, "--weights", "b.pt"]
+    for words, side, other in (
+        (["--on", "test"], 64, 512),
+        (["--on", "test", "--imgsz", "640"], 640, 640),
+        (["--on", "folder"], 64, 640),
+        (["--on", "folder", "--imgsz=640", "--max_escape", "0.02"], 640, 640),
+    ):
+        evaluate.job([*place, *words])
+        config, _, _, named = calls.pop()
+        assert files.side_of(config.train.imgsz, known, files.SIDE in named) == side
+        assert files.side_of(config.train.imgsz, None, files.SIDE in named) == other
+        assert (files.RATE in named) == ("--max_escape" in words)
+
+
+def test_pictures_that_were_labelled_since_did_not_train_it(run):
+    """`dfssd review --corrected` and `--update` after the training: the version that trained it tells, or nothing does."""
+    file = origin.Path(run.path("label_only", "best.pt"))
+    before = origin_of(file)
+    rows, first = before.manifest.rows, before.seen(before.manifest.rows)
+    keep_version(run.at("dataset"))
+    later = read_manifest(run.at("dataset"))
+    for row in later.rows:
+        row.labelled = row.split == "train"
+    write_manifest(run.at("dataset"), later)
+    run.write_json("dataset/stage.json", {"digest": "later", "summary": {}})
+    now = origin_of(file)
+    assert len(later.labelled_rows()) > first["labels"] and now.seen(rows) == first
+    run.at("dataset").delete("versions")
+    lost = origin_of(file)
+    assert lost.seen(rows) is None and lost.manifest.rows
+    assert "the data set that trained it was replaced" in in_words("m.pt", None, 9, found=True)

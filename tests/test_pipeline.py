@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from small import narrow_layout
 
+from dfssd.config.file import read_config
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -85,6 +87,8 @@ def test_finished_stages_are_skipped_and_the_interrupted_one_goes_on(finished):
 
 def test_every_stage_leaves_its_artefact(finished):
     storage, _ = finished
+    whole = read_config(str(storage / "p" / "settings.json"))  # which --config takes for another run
+    assert (whole.run.run_name, whole.data.label_fraction, whole.train.batch) == ("p", 0.4, 4)
     run = storage / "p"
     for stage in STAGES:
         record = json.loads((run / stage / "stage.json").read_text())

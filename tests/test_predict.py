@@ -2,6 +2,7 @@
 
 import csv
 import json
+import threading
 
 import cv2
 import numpy as np
@@ -54,7 +55,7 @@ def test_files_of_a_labelling(tmp_path):
     found = json.loads((tmp_path / "out" / "coco.json").read_text())
     assert found["annotations"][0]["bbox"] == [30, 10, 15, 10] and found["annotations"][0]["category_id"] == 2
     assert len(found["images"]) == 2 and json.loads((tmp_path / "out" / "boxes.json").read_text())[1]["boxes"] == []
-    assert (tmp_path / "out" / "drawn" / "in_bad.jpg").exists()
+    assert len(list((tmp_path / "out" / "drawn").glob("in_bad_*.jpg"))) == 1
     assert (
         any("cut.png" in s for s in said)
         and "2 pictures, 1 rejected, 1 unreadable" in said[-1]
@@ -117,6 +118,40 @@ def test_small_pictures_are_drawn_so_large_that_one_can_read_them(tmp_path):
     assert drawn(np.zeros((700, 20, 3), np.uint8), np.zeros((0, 6)), []).shape == (700, 20, 3)
     wide = drawn(np.zeros((20, 20, 3), np.uint8), np.array([[18, 0, 20, 20, 0.5, 0]]), ["a_class_of_a_long_name"])
     assert (wide[:, 450:570].min(2) > 200).any(), "a label that begins at the right edge is moved into the picture"
+
+
+def test_every_picture_has_a_drawing_of_its_own_and_the_same_again(tmp_path):
+    """Two runs, and a restart, know nothing of each other's pictures: a name follows from the path alone."""
+    for place in ("m/pics/x.png", "t/pics/x.png", "m/pics/x.jpg"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        _picture(tmp_path / place)
+        for _ in range(2):
+            assert line.Labelling(Bright(), tmp_path / "out", say=lambda text: None).label(tmp_path / place)
+    drawings = [p.name for p in (tmp_path / "out" / "drawn").iterdir()]
+    assert len(drawings) == 3 and all(name.startswith("pics_x_") for name in drawings)
+
+
+def test_a_second_run_into_the_folder_of_a_watcher_loses_no_line(tmp_path, monkeypatch):
+    """It takes out a line that a newer one has replaced, while the watcher appends the next picture's."""
+    watcher, boxes, waiting = Results(tmp_path, ["a"]), np.zeros((0, 6)), []
+    for stamp in "12":
+        watcher.add(tmp_path / "0.png", stamp, (1, 1), boxes)
+    read = Results._newest
+
+    def read_and_then(own):
+        found = read(own)
+        if not waiting:
+            waiting.append(threading.Thread(target=watcher.add, args=(tmp_path / "new.png", "1", (1, 1), boxes)))
+            waiting[0].start()
+            waiting[0].join(0.2)
+        return found
+
+    monkeypatch.setattr(Results, "_newest", read_and_then)
+    other = Results(tmp_path, ["a"])
+    waiting[0].join()
+    lines = [json.loads(text) for text in (tmp_path / LINES).read_text().splitlines()]
+    assert [(one["file"][-5:], one["stamp"]) for one in lines] == [("0.png", "2"), ("w.png", "1")]
+    assert len(list(other.lines())) == 2
 
 
 def test_coco_output_opens_in_a_coco_reader(tmp_path):

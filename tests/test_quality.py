@@ -88,9 +88,10 @@ def test_warnings_in_plain_words():
     assert any("'pit' gets far too many pseudo-labels (2.000 pseudo-labels an image" in n for n in notes)
     assert any("'dent' gets almost no pseudo-labels (0.000" in n for n in notes)
     assert any("'oil' has no labelled box" in n for n in notes)
-    assert any(n.endswith("; raise --tau-min") for n in notes) and not any(
+    assert any(n.endswith("; give a --tau-min above 0.50") for n in notes) and not any(
         "--tau " in n for n in notes
     )  # what ema reads
+    assert any("'dent'" in n and n.endswith("; give a --tau-min below 0.5") for n in notes)  # 0 is its floor of 0.5
     assert not [n for n in warnings(_quality(rate=(0.5, 0.5, 0.5))) if "almost" in n or "too many" in n]
 
 
@@ -114,3 +115,33 @@ def test_doubt_is_highest_near_the_threshold_and_where_flips_disagree():
     moved = _candidates((0, 0.5, 0.5, 0.2, 0.9))
     moved[:, 6] = 0.4
     assert doubt(moved, tau) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "tau", "advice"),
+    [
+        ("gmm", {}, 0.1, "; give a --tau-min below 0.1"),
+        ("gmm", {"tau_min": 0.05}, 0.05, ""),  # no candidate lies below
+        ("gmm", {}, 0.5, "; lower --tau, which is 0.5"),
+        ("gmm", {}, 0.63, "; give a --tau-max below 0.63, or another --threshold-policy"),
+        ("fixed", {}, 0.5, "; lower --tau, which is 0.5"),
+        ("precision", {}, 0.8, "; lower --precision, which is 0.7"),
+    ],
+)
+def test_advice_names_the_flag_that_holds_the_threshold(policy, settings, tau, advice):
+    from dataclasses import replace
+
+    from dfssd.config import Thresholds
+
+    own = Thresholds(threshold_policy=policy, **settings)
+    quality = replace(_quality(rate=(9e9,) * 3), chosen=policy, tau={policy: np.full(3, tau)}, thresholds=own)
+    notes = [n for n in warnings(quality) if "almost no pseudo-labels" in n]
+    assert len(notes) == 3 and all(n.partition(" have 9000000000.000)")[2] == advice for n in notes), notes
+
+
+def test_a_class_without_a_threshold_has_none_in_the_table():
+    from dfssd.pseudo.scores import NEVER
+    from dfssd.report.quality import rows
+
+    numbers = _quality(tau=(NEVER, 0.5, 0.5)).numbers()
+    assert [r[2] for r in rows(numbers, ["ema"], ["pit", "dent", "oil"])[1]] == ["none", "0.500", "0.500", "-"]

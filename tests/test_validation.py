@@ -1,5 +1,6 @@
 """Our numbers must be those of stock Ultralytics on the same weights and images."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -219,6 +220,14 @@ def test_what_a_user_sees_last(measured, capsys, tmp_path):
     assert "label_only/best.pt" in text and "student/best.pt" not in text
     folder = str(Path(read_manifest(run.at("dataset")).of_split("test")[0].uri).parent)
     assert f"source={folder} " in text and "PICTURES" not in text  # the pictures' own folder: yolo looks no deeper
+    run.write_json("export/stage.json", {"inputs": {"report": "of before"}})
+    run.write_json("report/stage.json", {"digest": "of now"})
+    print_results(config)
+    text = capsys.readouterr().out
+    assert "carries the scores of an earlier report" in text and "  dfssd predict" not in text
+    assert re.search(r"dfssd export --storage-path \S+ --run-name r --imgsz 64 --overwrite", text)
+    run.at("export").delete()
+    run.at("report").delete("stage.json")
 
 
 def test_the_row_of_labels_stands_under_its_classes():
@@ -250,7 +259,14 @@ addEventListener("load", async () => {
   const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   const bad = window.axe ? (await axe.run()).violations.filter(v => ["serious", "critical"].includes(v.impact)) : [];
   const broken = [...document.images].filter(i => i.complete && !i.naturalWidth).length;
-  const said = {wide, broken, dark: matchMedia("(prefers-color-scheme: dark)").matches, axe: !!window.axe,
+  const box = document.querySelector(".scroll"), heads = [...box.querySelectorAll("thead th")];
+  const edge = box.getBoundingClientRect().right;
+  const seen = heads.filter(h => h.getBoundingClientRect().right <= edge).map(h => h.textContent);
+  box.scrollLeft = 9999;
+  const first = heads[0].getBoundingClientRect(), stays = Math.abs(first.left - box.getBoundingClientRect().left) < 2;
+  const table = {seen, stays, first: first.width, edge: getComputedStyle(box).backgroundImage.includes("gradient"),
+                 lines: heads[0].parentNode.clientHeight / 24};
+  const said = {wide, broken, table, dark: matchMedia("(prefers-color-scheme: dark)").matches, axe: !!window.axe,
                 bad: bad.map(v => v.id + ": " + v.nodes.slice(0, 2).map(n => n.html.slice(0, 90)).join(" | "))};
   out.textContent = JSON.stringify(said); document.body.append(out);
 });
@@ -309,6 +325,9 @@ def test_the_report_in_a_browser(page, tmp_path, dark):
         said = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
         assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         assert said["dark"] == dark and said["wide"] <= 0 and said["broken"] == 0 and not said["bad"], said
+        table = said["table"]  # scrolls under its first column, and shows that; what the line asks for comes first
+        assert table["seen"][:3] == ["model", "escapes", "rejects"] and table["edge"] and table["stays"], table
+        assert table["first"] > 80 and table["lines"] < 5, table
 
 
 def _the_point_is_that_of_the_line(file, manifest, measured):
@@ -343,6 +362,7 @@ def _a_pt_brings_the_point_of_its_run(config, weights, results, folder):
 
     run = Storage(str(weights.parents[1]))
     digest = run.at("label_only").digest("best.pt")
+    run.write_json("dataset/stage.json", {**run.read_json("dataset/stage.json"), "digest": "0"})
     record = {"inputs": {"dataset": "0"}, "outputs": {"best.pt": digest}, "digest": "1", "summary": {}}
     run.write_json("label_only/stage.json", record)
     run.write_json("report/metrics.json", results)

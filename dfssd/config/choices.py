@@ -244,11 +244,6 @@ def readers(field: str) -> str:
     return ", ".join(name for name, row in POLICIES.items() if field in row.uses)
 
 
-def steers(policy: str) -> str:
-    """Flags that are lowered for more pseudo-labels of a policy and raised for fewer; '' where it has none."""
-    return " or ".join(f"--{k.replace('_', '-')}" for k in sorted(POLICIES[policy].uses - {"tau_max", "tau_decay"}))
-
-
 def floors() -> str:
     """Lowest thresholds of the policies that have one, for help."""
     return ", ".join(f"{name} {row.floor:g}" for name, row in POLICIES.items() if "tau_min" in row.uses)

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from dfssd.config.free import UNRECORDED
 from dfssd.config.sections import SECTIONS, Config, all_keys
 from dfssd.errors import DfssdError, nearest
 
+WHOLE = "settings.json"  # of a run's folder: all settings of its pipeline
+
 # A stage's record knows these by their content: what they were called says nothing about its result.
 _BY_CONTENT = ("data.data", "data.unlabelled", "pseudo.label_teachers", "distill.distill_teacher")
+# Named first where a record lacks them: with the default they make the most different run.
+MATTER_MOST = ("data.label_fraction", "models.teacher", "models.student", "train.imgsz")
 
 
-def read_config(path: str, base: Config | None = None) -> Config:
+def read_config(path: str, base: Config | None = None, needs: Collection[str] = ()) -> Config:
     """Settings from a file: sections with fields, dotted keys, or a record (`stage.json`) with them under `config`.
 
     Args:
         base: what the file does not say; default the defaults.
+        needs: dotted keys that a record has to hold, for it says nothing of those that its stage does not read.
 
     Raises:
-        DfssdError: no such file, neither YAML nor JSON, an unknown key (with the nearest) or a value that cannot be.
+        DfssdError: no such file, neither YAML nor JSON, an unknown key (with the nearest), a value that cannot be, or the
+            record of a stage that reads less than is needed.
     """
     tree = (base or Config()).model_dump()
-    for key, value in _flat(_read(path), path).items():
+    found, is_record = _read(path)
+    flat = _flat(found, path)
+    if is_record:
+        _refuse_half_a_run(path, flat, needs)
+    for key, value in flat.items():
         name, _, field = key.partition(".")
         if field:
             tree[name][field] = value
@@ -36,7 +48,7 @@ def read_config(path: str, base: Config | None = None) -> Config:
 
 def keys_in(path: str) -> set[str]:
     """Dotted keys of the settings that a file names; errors as of `read_config`."""
-    return set(_flat(_read(path), path))
+    return set(_flat(_read(path)[0], path))
 
 
 def checked(tree: dict[str, Any], where: str = "") -> Config:
@@ -77,7 +89,34 @@ def to_yaml(config: Config, keys: tuple[str, ...]) -> str:
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
-def _read(path: str) -> dict[str, Any]:
+def _refuse_half_a_run(path: str, held: Collection[str], needs: Collection[str]) -> None:
+    """What a stage does not read is not in its record; as defaults it would silently make another run.
+
+    Raises:
+        DfssdError: naming what is missing, and the file that holds everything.
+    """
+    by_content = {key for key in _BY_CONTENT if key in needs}  # asked for by a warning of its own
+    missing = [key for key in needs if key not in held and key not in UNRECORDED and key not in by_content]
+    if not missing:
+        return
+    stage = Path(path).expanduser().absolute().parent
+    first = [key for key in MATTER_MOST if key in missing] or missing[:4]
+    more = f" and {len(missing) - len(first)} more" if len(missing) > len(first) else ""
+    whole = stage.parent / WHOLE
+    if whole.exists():
+        todo = f"--config {whole} holds all settings of that run"
+    else:
+        todo = f"save the JSON at the end of {stage.parent / 'report' / 'report.html'} as a file: it holds all settings"
+    raise DfssdError(
+        f"a stage's record holds only what that stage reads ({stage.name}): {', '.join(first)}{more} are missing, and "
+        "would be the defaults",
+        where=path,
+        todo=f"{todo}; or give the missing ones as flags",
+    )
+
+
+def _read(path: str) -> tuple[dict[str, Any], bool]:
+    """What a file says, and whether it is the record of a stage."""
     import yaml
 
     try:
@@ -91,13 +130,13 @@ def _read(path: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise DfssdError(f"the file is neither YAML nor JSON: {error}", where=path) from error
     if found is None:
-        return {}
+        return {}, False
     if not isinstance(found, dict):
         raise DfssdError(
             "the file holds no settings", where=path, todo="write sections with fields, see --print-config"
         )
     if not {"config", "inputs"} <= set(found):
-        return {str(k): v for k, v in found.items()}
+        return {str(k): v for k, v in found.items()}, False
     record = {name: dict(v) if isinstance(v, dict) else v for name, v in found["config"].items()}
     for name, _, field in (key.partition(".") for key in _BY_CONTENT):
         if record.get(name, {}).pop(field, None):
@@ -105,7 +144,7 @@ def _read(path: str) -> dict[str, Any]:
                 f"WARNING: {path} knows {name}.{field} by its content alone: give --{field.replace('_', '-')}",
                 flush=True,
             )
-    return record
+    return record, True
 
 
 def _flat(tree: dict[str, Any], path: str) -> dict[str, Any]:

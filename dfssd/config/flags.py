@@ -61,9 +61,10 @@ def parse(
     """
     words = list(sys.argv[1:] if args is None else args)
     base = base or Config()
-    if file := _value_of("--config", words):
-        base = read_config(file, base)
     keys = expand(shown)
+    if file := _value_of("--config", words):
+        named = _named(words)
+        base = read_config(file, base, [key for key in keys if _flag_of(key) not in named])
     model = _model(keys, base, {**extra, **COMMON})
     text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
     parsed = tyro.cli(
@@ -93,9 +94,7 @@ def _refuse_without_effect(
     words: Sequence[str], parsed: Any, keys: Sequence[str], modes: Mapping[str, Sequence[str]], extra: Mapping[str, Any]
 ) -> None:
     """Refuse flags that do nothing in the mode that the others ask for."""
-    given = {
-        w.partition("=")[0].replace("_", "-").removeprefix("--no-").removeprefix("--") for w in words if w[:2] == "--"
-    }
+    given = _named(words)
     for name, (_, info) in extra.items():
         if _word(name) in given and (mode := _of(info)) and not _is_on(parsed, mode):
             flag = "--" + mode.replace("_", "-").replace("=", " ")
@@ -122,6 +121,13 @@ def _word(name: str) -> str:
 def _of(info: FieldInfo) -> str:
     """The flag that this one belongs to; '' where it is always read."""
     return str(info.json_schema_extra.get("of", "")) if isinstance(info.json_schema_extra, dict) else ""
+
+
+def _named(words: Sequence[str]) -> set[str]:
+    """Flags of a command line, without dashes before and values after."""
+    return {
+        w.partition("=")[0].replace("_", "-").removeprefix("--no-").removeprefix("--") for w in words if w[:2] == "--"
+    }
 
 
 def _flag_of(key: str) -> str:

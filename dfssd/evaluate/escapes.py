@@ -8,7 +8,7 @@ Legend: P pictures, C classes. Records are those of `dfssd.evaluate.validation.c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,7 +252,7 @@ def operating_point(val: Pictures, names: Sequence[str], max_escape: float) -> d
     elif not reachable:
         escaped = int((~val.rejected(tau_c))[val.defective].sum())
         notes.append(
-            f"an escape rate of {max_escape:.1%} cannot be reached: at the lowest usable score of {FLOOR} "
+            f"an escape rate of {max_escape:.1%} cannot be reached: at the lowest usable score of {FLOOR}, "
             f"{escaped} of {defective} defective val pictures still pass"
         )
     if not by_class and len(names) > 1 and defective:
@@ -280,3 +280,8 @@ def doubts(measured: dict[str, Any], max_escape: float, split: str) -> list[str]
             f"confirm an escape rate of {max_escape:.1%}: that takes {needed} without an escape."
         )
     return notes
+
+
+def thresholds_of(point: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """(C,) thresholds of an operating point in the order of `names`; the common score for a class it does not know."""
+    return np.array([point["thresholds"].get(name, point["score"]) for name in names], np.float64)

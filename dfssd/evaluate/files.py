@@ -6,20 +6,20 @@ All of them see the same square letterbox, as at a line, whatever `yolo val` wou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dfssd.config import Config, Evaluate, Train
+from dfssd.config import Config
 from dfssd.data.manifest import TEST, VAL, Manifest, Row, read_manifest
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError, nearest
-from dfssd.evaluate.escapes import Pictures, operating_point
+from dfssd.evaluate.escapes import Pictures, operating_point, thresholds_of
 from dfssd.evaluate.latency import measure_latency
-from dfssd.evaluate.measure import LATENCY_CONF, measure_split, thresholds_of
+from dfssd.evaluate.measure import LATENCY_CONF, measure_split
 from dfssd.evaluate.open_model import model_path, open_exported
 from dfssd.evaluate.origin import Origin, in_words, origin_of
 from dfssd.evaluate.squares import SquareDetect, collect_squares, exported, network
@@ -28,15 +28,17 @@ from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.storage import Storage
 
 SPLITS = (VAL, TEST)
+SIDE, RATE = "train.imgsz", "evaluate.max_escape"  # settings that files bring, unless the user names them
 
 
-def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, Any]:
+def measure_files(config: Config, files: Sequence[str], on: str, named: Collection[str] = ()) -> dict[str, Any]:
     """Numbers of each file, by its path: those of `measure.measure_split`; operating_point (the file's own, else that of its
     run, else chosen here); imgsz; seen (see `Origin.seen`; None where its run was not found); remarks (sentences);
     latency_ms, latency_p95_ms.
 
     Args:
         on: "val" or "test" of the run in `config`, or a folder with labels in any format that `prepare` reads.
+        named: of "train.imgsz" and "evaluate.max_escape", those that the user has named: of others the files' own count.
 
     Raises:
         DfssdError: a file or folder is not there, no class of a model is among the labels, or nothing is labelled.
@@ -44,9 +46,9 @@ def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, An
     manifest, rows, val = _pictures(config, on)
     torch.set_num_threads(max(1, config.run.cpus_per_worker))
     results: dict[str, Any] = {}
-    models = {file: _open(file, config) for file in files}
+    models = {file: _open(file, config, named) for file in files}
     networks = {file: opened.timed for file, opened in models.items()}
-    rate = _rate(config, list(models.values()))
+    rate = _rate(config, list(models.values()), RATE in named)
     for file, opened in models.items():
         known = _known(opened.names, manifest.names, file)
         records = collect_squares(opened.detect, rows, opened.imgsz, known)
@@ -58,7 +60,7 @@ def measure_files(config: Config, files: Sequence[str], on: str) -> dict[str, An
             point = {**point, "chosen_on": where}
         numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
         seen = opened.origin.seen(rows) if opened.origin else None
-        notes = _notes(file, opened, seen, config, on, len(rows))
+        notes = _notes(file, opened, seen, config, on, len(rows), RATE in named)
         results[file] = {
             **numbers, "operating_point": point, "imgsz": opened.imgsz, "seen": seen, "remarks": notes
         }  # fmt: skip
@@ -130,11 +132,11 @@ class Opened(NamedTuple):
     origin: Origin | None
 
 
-def _open(file: str, config: Config) -> Opened:
+def _open(file: str, config: Config, named: Collection[str]) -> Opened:
     path, runs = model_path(file), Storage(config.run.storage_path)
     if path.suffix == ".pt":
         origin = origin_of(path)
-        imgsz = side_of(config.train.imgsz, origin)
+        imgsz = side_of(config.train.imgsz, origin, SIDE in named)
         model, names = ready_model(path.read_bytes(), file, imgsz)
         return Opened(
             network(model),
@@ -157,26 +159,29 @@ def _open(file: str, config: Config) -> Opened:
     )
 
 
-def _rate(config: Config, models: Sequence[Opened]) -> float:
-    """Escape rate that scores are chosen for where a file brings none: --max-escape; where that is the default, the rate of
-    the files that bring theirs, so that all mean the same.
+def _rate(config: Config, models: Sequence[Opened], named: bool) -> float:
+    """Escape rate that scores are chosen for where a file brings none: --max-escape; where nobody names it, the rate of the
+    files that bring theirs, so that all mean the same.
     """
-    asked = config.evaluate.max_escape
     brought = {float(one.point["max_escape"]) for one in models if one.point}
-    return brought.pop() if asked == Evaluate.model_fields["max_escape"].default and len(brought) == 1 else asked
+    return brought.pop() if not named and len(brought) == 1 else config.evaluate.max_escape
 
 
-def side_of(asked: int, origin: Origin | None) -> int:
-    """Side of the input (px) of a .pt: what is asked for; where that is the default, that of its run's operating point."""
-    default = Train.model_fields["imgsz"].default
-    return origin.imgsz if asked == default and origin and origin.imgsz else asked
+def side_of(asked: int, origin: Origin | None, named: bool) -> int:
+    """Side of the input (px) of a .pt: the --imgsz that is named; where none is, that of its run's operating point, and for a
+    .pt without one `asked`, which is that of the run whose pictures are measured.
+    """
+    return origin.imgsz if not named and origin and origin.imgsz else asked
 
 
-def _notes(file: str, opened: Opened, seen: dict[str, int] | None, config: Config, on: str, pictures: int) -> list[str]:
+def _notes(
+    file: str, opened: Opened, seen: dict[str, int] | None, config: Config, on: str, pictures: int, rate_named: bool
+) -> list[str]:
     """What has to be known beside the numbers of a file."""
-    notes = [] if seen is None and on in SPLITS else [in_words(file, seen, pictures)]
+    unknown = opened.origin is None and on in SPLITS
+    notes = [] if unknown else [in_words(file, seen, pictures, opened.origin is not None)]
     asked, own = config.evaluate.max_escape, (opened.point or {}).get("max_escape")
-    if own is not None and own != asked != Evaluate.model_fields["max_escape"].default:
+    if rate_named and own is not None and own != asked:
         notes.append(
             f"{file} brings scores chosen for at most {own:.1%} escapes: --max-escape {asked:g} has no effect on it."
         )

@@ -103,9 +103,15 @@ def better(gate: dict[str, Any]) -> str:
 
 
 def verdict(gate: dict[str, Any], unlabelled: bool = True) -> str:
-    """One line: did the unlabelled images pay? Without any (`unlabelled` False): did the teacher?"""
+    """One line: did the unlabelled images pay? Without any (`unlabelled` False): did the teacher?
+
+    mAP50-95 decides (`better`); where mAP50 points the other way, the line says that instead of an answer.
+    """
     one = gate["map50_95"]
     said = "paid" if one["low"] > 0 else "did NOT pay" if one["difference"] <= 0 else "may have paid"
+    if one["difference"] * gate["map50"]["difference"] < 0:
+        up, down = ("mAP50-95", "mAP50") if one["difference"] > 0 else ("mAP50", "mAP50-95")
+        said = f"undecided, {up} up, {down} down"
     numbers = ", ".join(
         f"{label} {100 * g['difference']:+.1f} points ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})"
         for label, g in (("mAP50", gate["map50"]), ("mAP50-95", one))
@@ -113,10 +119,14 @@ def verdict(gate: dict[str, Any], unlabelled: bool = True) -> str:
     groups = gate.get("groups", gate["images"])
     apart = "" if groups == gate["images"] else f" in {groups} groups of near-duplicates"
     what = "unlabelled images" if unlabelled else "teacher"
-    text = f"The {what} {said}: val {numbers}; 95 % intervals over {gate['images']} images{apart}."
+    asked = f"Whether the {what} paid is" if "undecided" in said else f"The {what}"
+    text = f"{asked} {said}: val {numbers}; 95 % intervals over {gate['images']} images{apart}."
     if said == "did NOT pay":
         look = ", and look at quality/quality.png and doubtful.png" if unlabelled else ""
         text += f" Use label_only/best.pt (dfssd export --publish-best --overwrite puts it in the export){look}."
+    elif "undecided" in said:
+        chosen = "student/best.pt" if better(gate) == STUDENT.role else "label_only/best.pt"
+        text += f" By mAP50-95, which --publish-best goes by, {chosen} is ahead: look at escapes and rejects before choosing."
     elif said == "may have paid":
         text += " The interval holds zero: more val images or more seeds would tell."
     return text

@@ -21,7 +21,7 @@ from dfssd.data.manifest import TEST, VAL, Manifest, read_manifest
 from dfssd.evaluate import curves
 from dfssd.evaluate.coco import coco_numbers
 from dfssd.evaluate.detections import write_detections
-from dfssd.evaluate.escapes import Pictures, curve, operating_point
+from dfssd.evaluate.escapes import Pictures, curve, operating_point, thresholds_of
 from dfssd.evaluate.escapes import measure as measure_line
 from dfssd.evaluate.gate import MEASURES, compare
 from dfssd.evaluate.latency import measure_latency
@@ -166,11 +166,6 @@ def measure_detector(records: Mapping[str, Both], names: Sequence[str], max_esca
     tau_c = thresholds_of(point, names)
     numbers = {split: measure_split(*both, names, tau_c) for split, both in records.items()}
     return {**numbers, "operating_point": point}
-
-
-def thresholds_of(point: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
-    """(C,) thresholds of an operating point in the order of `names`; the common score for a class it does not know."""
-    return np.array([point["thresholds"].get(name, point["score"]) for name in names], np.float64)
 
 
 def measure_split(as_yolo_val: Records, as_line: Records, names: Sequence[str], tau_c: np.ndarray) -> dict[str, Any]:

@@ -81,7 +81,9 @@ class _Network:
 
     def thresholds(self, score: float | None = None) -> np.ndarray:
         if score is None and self.point:
-            return np.array([self.point["thresholds"].get(n, self.point["score"]) for n in self.names], np.float32)
+            from dfssd.evaluate.escapes import thresholds_of
+
+            return thresholds_of(self.point, self.names).astype(np.float32)
         if score is None:
             print(
                 f"WARNING: no operating point was chosen for this .pt at {self.imgsz} px: score 0.25 is taken. --score and "

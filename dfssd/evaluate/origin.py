@@ -55,21 +55,46 @@ class Origin:
         """Side of the input (px) at which the operating point was chosen."""
         return int(self._measured[1]["environment"]["imgsz"]) if self._measured else None
 
+    def _version(self, digest: str) -> Manifest | None:
+        """The data set of the run with this digest: the present one, or an earlier one that `--update` has kept."""
+        present = self.run.at(str(DATASET))
+        for store in (present, *(present.at("versions", number) for number in present.folders("versions"))):
+            if store.exists("stage.json") and store.read_json("stage.json").get("digest") == digest:
+                return read_manifest(store)
+        return None
+
+    @cached_property
+    def _weights(self) -> Mapping[str, Any]:
+        """`stage.json` of the training that made these very weights."""
+        if self.file == "best.pt" and "published" in self.record:
+            published: dict[str, Any] = self.run.read_json(f"{self.record['published']}/stage.json")
+            return published
+        return self.record
+
+    @cached_property
+    def _trained_on(self) -> Manifest | None:
+        return self._version(self._weights["inputs"].get(str(DATASET), ""))
+
     @cached_property
     def manifest(self) -> Manifest:
-        return read_manifest(self.run.at(str(DATASET)))
+        """The data set that trained it; where that was not kept, the run's present one."""
+        return self._trained_on or read_manifest(self.run.at(str(DATASET)))
 
-    def seen(self, rows: Sequence[Row]) -> dict[str, int]:
+    def seen(self, rows: Sequence[Row]) -> dict[str, int] | None:
         """How many of these pictures it was trained on (`trained`), of those with their labels (`labels`), and how many chose
-        its weights and scores (`chose`); pictures are the same where their bytes are.
+        its weights and scores (`chose`); pictures are the same where their bytes are. None: the data set that trained it was
+        replaced since, and nothing tells what was labelled then.
         """
-        record = self.record
-        if self.file == "best.pt" and "published" in record:
-            record = self.run.read_json(f"{record['published']}/stage.json")
-        unlabelled = any(name.startswith(("pseudo", "mean_teacher")) for name in (self.model, *record["inputs"]))
-        labels = {r.image_id for r in self.manifest.labelled_rows()}
-        trained = labels | {r.image_id for r in self.manifest.unlabelled_rows() if unlabelled}
-        chose = {r.image_id for r in self.manifest.of_split(VAL)}
+        manifest, inputs = self._trained_on, self._weights["inputs"]
+        if manifest is None:
+            return None
+        unlabelled = any(name.startswith(("pseudo", "mean_teacher")) for name in (self.model, *inputs))
+        labels = {r.image_id for r in manifest.labelled_rows()}
+        trained = labels | {r.image_id for r in manifest.unlabelled_rows() if unlabelled}
+        chose = {r.image_id for r in manifest.of_split(VAL)}
+        if self._measured:  # scores may have been chosen on a later version than the weights
+            later = self._version(self.run.read_json(f"{REPORT}/stage.json")["inputs"].get(str(DATASET), ""))
+            chose |= {r.image_id for r in later.of_split(VAL)} if later else set()
         ids = {row.image_id for row in rows}
         return {"trained": len(ids & trained), "labels": len(ids & labels), "chose": len(ids & chose)}
 
@@ -103,14 +128,15 @@ def _found(places: Iterable[Storage], models: Sequence[str], sha256: str) -> Ori
     return None
 
 
-def in_words(file: str, seen: Mapping[str, int] | None, pictures: int) -> str:
+def in_words(file: str, seen: Mapping[str, int] | None, pictures: int, found: bool = False) -> str:
     """One sentence on pictures that a model knows already; '' where it knows none.
 
     Args:
-        seen: see `Origin.seen`; none: its run was not found. pictures: how many are measured.
+        seen: see `Origin.seen`; none: not known. pictures: how many are measured. found: was the run it comes from?
     """
     if seen is None:
-        return f"{file}: the run it comes from was not found, so nobody knows whether its training pictures are among these."
+        why = "the data set that trained it was replaced in its run" if found else "the run it comes from was not found"
+        return f"{file}: {why}, so nobody knows whether its training pictures are among these."
     said = []
     if seen["trained"]:
         labels = f" ({seen['labels']} with their labels)" if seen["labels"] < seen["trained"] else ""

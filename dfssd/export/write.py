@@ -22,9 +22,8 @@ from dfssd.config import Config
 from dfssd.data.boxes import detections_above
 from dfssd.data.dataset import decode
 from dfssd.data.manifest import Manifest, Row, read_manifest
-from dfssd.evaluate.escapes import Pictures, operating_point
+from dfssd.evaluate.escapes import Pictures, operating_point, thresholds_of
 from dfssd.evaluate.latency import measure_latency
-from dfssd.evaluate.measure import thresholds_of
 from dfssd.evaluate.squares import collect_squares, exported, network
 from dfssd.export.formats import (
     check_formats,

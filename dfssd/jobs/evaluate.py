@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from dfssd.config.flags import parse
-from dfssd.jobs.stages import at_size_of_run, reads
+from dfssd.jobs.stages import at_size_of_run, is_named, reads
 from dfssd.runtime.artefact_names import REPORT
 
 EXAMPLE = """dfssd evaluate --storage-path runs --run-name line3 --max-escape 0.01 --overwrite
@@ -62,14 +62,15 @@ def job(words: Sequence[str]) -> None:
         import json
         from pathlib import Path
 
-        from dfssd.evaluate.files import measure_files, plan_files
+        from dfssd.evaluate.files import RATE, SIDE, measure_files, plan_files
 
         if config.run.dry_run:
             print(*plan_files(config, flags.weights, flags.on), sep="\n")
             return
         from dfssd.report.terminal import print_files
 
-        results = measure_files(config, flags.weights, flags.on)
+        named = [key for key in (SIDE, RATE) if is_named(key, words, flags.config)]
+        results = measure_files(config, flags.weights, flags.on, named)
         print_files(results, flags.on)
         if flags.out:
             Path(flags.out).write_text(json.dumps(results, indent=1))

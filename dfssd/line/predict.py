@@ -81,7 +81,6 @@ class Labelling:
         self.pictures = self.rejected = self.bad = 0
         self.busy_s = 0.0
         self._warned: set[str] = set()
-        self._drawn: dict[Path, Path] = {}
 
     def label(self, file: Path) -> bool:
         """Label one picture; False where it cannot be read."""
@@ -104,10 +103,10 @@ class Labelling:
         return True
 
     def _place(self, file: Path) -> Path:
-        """Where a drawn picture lies; a second one of the same folder's and own name gets a number of its path's own."""
-        place = self.results.out / "drawn" / f"{file.absolute().parent.name}_{file.stem}.jpg"
-        if self._drawn.setdefault(place, file) != file:
-            place = place.with_stem(f"{place.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}")
+        """Where a drawn picture lies: its folder's and own name, and a number of its path's own, the same after a restart."""
+        path = file.absolute()
+        own = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+        place = self.results.out / "drawn" / f"{path.parent.name}_{path.stem}_{own}.jpg"
         place.parent.mkdir(exist_ok=True)
         return place
 

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 MEASURE = "map50_95"
 REQUIREMENTS = ("mlflow", "onnxruntime", "opencv-python-headless", "numpy", "pandas")
 CHAMPION = "champion"
+COMPARED = "compared_with"  # tag of a version: that of the champion when it came
 PATIENCE_S = 60.0  # that a person who asked for a registered model waits for it
 
 
@@ -34,7 +35,7 @@ def log_model(
     store: Storage,
     model: str,
     done: Mapping[str, Any],
-    measured: Mapping[str, Any],
+    numbers: Mapping[str, Any],
     dataset_digest: str,
     register: str = "",
     logged: str = "",
@@ -43,7 +44,7 @@ def log_model(
 
     Args:
         store: folder that holds `<model>.onnx`.
-        done: summary of the export. measured: numbers of all models (`report/metrics.json`).
+        done: summary of the export. numbers: what the report measured of these weights ("val", "test").
         dataset_digest: of the split that the numbers were measured on.
         register: name in the registry; '' registers nothing. A version with the same file and numbers stays the only one.
         logged: URI of the model, where it was logged before.
@@ -53,32 +54,48 @@ def log_model(
     """
     if not run_id:
         return ""
-    numbers = measured[model]
     metrics = {f"{split}/{k}": float(numbers[split][k]) for split in ("val", "test") for k in ("map50", MEASURE)}
-    tags = {"dataset": dataset_digest, "model": model, "score": str(done["operating_point"]["score"])}
-    name = model.replace("/", "_")
     onnx = store.read(f"{model}.onnx")
-    uri = logged or runs.attempt(lambda client: _log(runs.uri, run_id, name, onnx, done, metrics, tags), "", PATIENCE_S)
     known = {
         "dataset": dataset_digest,
         f"val.{MEASURE}": repr(metrics[f"val/{MEASURE}"]),
         "onnx_sha256": hashlib.sha256(onnx).hexdigest(),
     }
+    tags = {"model": model, "score": str(done["operating_point"]["score"])}
+    name = model.replace("/", "_")
+
+    def log(client: Any) -> str:
+        before = _logged_before(client, run_id, known)
+        uri = before.model_uri if before else _log(runs.uri, run_id, name, onnx, done, tags | known)
+        if not (before and before.metrics):
+            _log_metrics(client, run_id, uri, metrics)
+        return str(uri)
+
+    uri = logged or runs.attempt(log, "", PATIENCE_S)
     if uri and register:
         said = runs.attempt(lambda client: _register(client, runs.uri, uri, register, metrics, known), "", PATIENCE_S)
         print(said or f"WARNING: {register} was not registered", flush=True)
     return uri
 
 
-def _log(
-    uri: str,
-    run_id: str,
-    name: str,
-    onnx: bytes,
-    done: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    tags: dict[str, str],
-) -> str:
+def _logged_before(client: Any, run_id: str, known: Mapping[str, str]) -> Any:
+    """The whole model of the run that has these tags, or None: an answer of MLflow that came too late has left one."""
+    outputs = client.get_run(run_id).outputs
+    for one in outputs.model_outputs if outputs else ():
+        model = client.get_logged_model(one.model_id)
+        if str(model.status) == "READY" and all(model.tags.get(key) == value for key, value in known.items()):
+            return model
+    return None
+
+
+def _log_metrics(client: Any, run_id: str, uri: str, metrics: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric
+
+    now, model_id = int(time.time() * 1000), uri.rsplit("/", 1)[-1]
+    client.log_batch(run_id, metrics=[Metric(f"model/{k}", v, now, 0, model_id=model_id) for k, v in metrics.items()])
+
+
+def _log(uri: str, run_id: str, name: str, onnx: bytes, done: Mapping[str, Any], tags: dict[str, str]) -> str:
     """Log one model with signature, input example and requirements; returns models:/m-..."""
     import mlflow
     from mlflow.models import ModelSignature
@@ -114,15 +131,8 @@ def _log(
                     "operating_point": done["operating_point"],
                     "names": list(done["operating_point"]["thresholds"]),
                 },
+                tags=tags,
             )
-            client = mlflow.MlflowClient(uri)
-            for key, value in tags.items():
-                client.set_logged_model_tags(info.model_id, {key: value})
-            from mlflow.entities import Metric
-
-            now = int(time.time() * 1000)
-            rows = [Metric(f"model/{k}", v, now, 0, model_id=info.model_id) for k, v in metrics.items()]
-            client.log_batch(run_id, metrics=rows)
         return str(info.model_uri)
 
 
@@ -137,7 +147,7 @@ def _tracking(uri: str) -> Iterator[None]:
     try:
         yield
     finally:
-        mlflow.end_run(status="RUNNING")  # where one was opened; its stage ends it
+        mlflow.end_run(status="RUNNING")  # where one was opened; who asked for it ends it
         mlflow.set_tracking_uri(given or None)
 
 
@@ -166,32 +176,39 @@ def _register(
     client: Any, store: str, model_uri: str, name: str, metrics: Mapping[str, float], known: Mapping[str, str]
 ) -> str:
     """A new version, unless there is one with the same tags `known` (file, data set, val mAP50-95); `champion` where none is,
-    or where it is better on val of the same data set. Says what was done."""
+    or where it is better on val of the same data set. Says what was done.
+
+    A version is compared once: who gives the alias to another one by hand is not overruled by the same command.
+    """
     import mlflow
 
-    for one in client.search_model_versions(f"name = '{name}'"):
-        if all(one.tags.get(key) == value for key, value in known.items()):
-            return f"registered {name} before: it is version {one.version}"
+    versions = client.search_model_versions(f"name = '{name}'")
+    found = next((v for v in versions if all(v.tags.get(key) == value for key, value in known.items())), None)
     present = _champion(client, name)
-    with _tracking(store):
-        version = str(mlflow.register_model(model_uri, name).version)
-    own = float(metrics[f"val/{MEASURE}"])
-    for key, value in known.items():
-        client.set_model_version_tag(name, version, key, value)
+    if found and present and (COMPARED in found.tags or str(found.version) == str(present.version)):
+        return f"registered {name} before: it is version {found.version}"
+    if found is None:
+        with _tracking(store):
+            found = mlflow.register_model(model_uri, name, tags=dict(known))
+    wins, said = _against(present, float(metrics[f"val/{MEASURE}"]), known["dataset"])
+    version = str(found.version)
+    if wins:
+        client.set_registered_model_alias(name, CHAMPION, version)
+    client.set_model_version_tag(name, version, COMPARED, str(present.version) if present else "none")
+    return f"registered {name}, version {version}{said}"
+
+
+def _against(present: Any, own: float, dataset: str) -> tuple[bool, str]:
+    """Does a version with this val mAP50-95 become champion instead of the present one, and why?"""
     if present is None:
-        client.set_registered_model_alias(name, CHAMPION, version)
-        return f"registered {name}, version {version}: the first one, so it is {CHAMPION}"
-    if present.tags.get("dataset") != known["dataset"]:
-        return (
-            f"registered {name}, version {version}; {CHAMPION} stays version {present.version}, which was measured "
-            f"on another data set (to change it: mlflow's client.set_registered_model_alias)"
-        )
+        return True, f": the first one, so it is {CHAMPION}"
+    stays = f"; {CHAMPION} stays version {present.version}"
+    if present.tags.get("dataset") != dataset:
+        how = "to change it: mlflow's client.set_registered_model_alias"
+        return False, f"{stays}, which was measured on another data set ({how})"
     best = float(present.tags[f"val.{MEASURE}"])
-    numbers = f"val mAP50-95 {own:.4f}, that of version {present.version} {best:.4f}"
-    if own > best:
-        client.set_registered_model_alias(name, CHAMPION, version)
-        return f"registered {name}, version {version}: it is {CHAMPION} now ({numbers})"
-    return f"registered {name}, version {version}; {CHAMPION} stays version {present.version} ({numbers})"
+    numbers = f"(val mAP50-95 {own:.4f}, that of version {present.version} {best:.4f})"
+    return (True, f": it is {CHAMPION} now {numbers}") if own > best else (False, f"{stays} {numbers}")
 
 
 def _champion(client: Any, name: str) -> Any:

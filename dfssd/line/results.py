@@ -7,9 +7,10 @@ picture that is labelled again has one line, the newest: an older one is taken o
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY
 
 LINES = "pictures.jsonl"
+LOCK = ".lock"  # who holds it alone writes lines
 
 
 class Results:
@@ -34,30 +36,40 @@ class Results:
         self.file = out / LINES
         self.done: dict[str, str] = {}
         if self.file.exists():
-            data = self.file.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                self.file.write_bytes(whole)
-            self._tidy()
+            with self._alone():
+                data = self.file.read_bytes()
+                whole = data[: data.rfind(b"\n") + 1]
+                if len(whole) < len(data):
+                    self.file.write_bytes(whole)
+                self._tidy()
             self.done = {one["file"]: one["stamp"] for one in self.lines()}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process appends to the lines or replaces their file: another `dfssd predict` may write here, too."""
+        with (self.out / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, or its process is killed
+            yield
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All pictures so far; a picture that was labelled again counts once, as it was last."""
-        newest = {}
-        with self.file.open(encoding="utf-8") if self.file.exists() else open(os.devnull, encoding="utf-8") as stream:  # noqa: PTH123
-            for text in stream:
-                one = json.loads(text)
-                newest[one["file"]] = one
-        yield from newest.values()
+        if self.file.exists():
+            with self._alone():
+                newest = self._newest()
+            yield from newest.values()
+
+    def _newest(self) -> dict[str, dict[str, Any]]:
+        with self.file.open(encoding="utf-8") as stream:
+            return {one["file"]: one for one in map(json.loads, stream)}
 
     def _tidy(self) -> None:
         """Take out lines that a newer one of the same picture has replaced; a kill leaves the old file or the new one."""
-        newest = list(self.lines())
+        newest = self._newest()
         with self.file.open("rb") as stream:
             if sum(1 for _ in stream) == len(newest):
                 return
         other = self.file.with_suffix(".new")
-        other.write_text("".join(json.dumps(one) + "\n" for one in newest), encoding="utf-8")
+        other.write_text("".join(json.dumps(one) + "\n" for one in newest.values()), encoding="utf-8")
         other.replace(self.file)
 
     def known(self, file: Path, stamp: str) -> bool:
@@ -83,7 +95,7 @@ class Results:
             "verdict": "reject" if found else "pass",
             "boxes": found,
         }
-        with self.file.open("a", encoding="utf-8") as stream:
+        with self._alone(), self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(one) + "\n")
         self.done[str(file)] = stamp
         return one
@@ -91,7 +103,8 @@ class Results:
     def finish(self) -> list[Path]:
         """Write boxes.csv, boxes.json and coco.json from the lines."""
         if self.file.exists():
-            self._tidy()
+            with self._alone():
+                self._tidy()
         pictures = list(self.lines())
         places = [self.out / name for name in ("boxes.csv", "boxes.json", "coco.json")]
         with places[0].open("w", newline="", encoding="utf-8") as stream:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import calendar
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,15 +114,14 @@ def register_finished(context: Context, stage: Stage) -> None:
     if not run_id:
         print(f"WARNING: {name} was not registered: this export has no run in MLflow", flush=True)
         return
-    _logged(
-        context.config,
-        context.runs,
-        run_id,
-        context.run,
-        done["model"],
-        done,
-        record["summary"].get("mlflow_model", ""),
-    )
+    summary = record["summary"]
+    before = summary.get("mlflow_model", "")
+    uri = _logged(context.config, context.runs, run_id, context.run, done["model"], done, before)
+    if not before:
+        ended = calendar.timegm(time.strptime(record["finished_utc"], "%Y-%m-%dT%H:%M:%SZ")) * 1000
+        context.runs.end(run_id, "FINISHED", ended)  # logging a model opens its run again
+    if uri != before:
+        stage.store.write_json("stage.json", {**record, "summary": {**summary, "mlflow_model": uri}})
 
 
 def export_and_register(config: Config, runs: Runs, run_id: str, run: Storage, model: str) -> None:
@@ -139,9 +140,10 @@ def _logged(
         logged: its URI, where it was logged before.
     """
     digest, measured = run.read_json(f"{DATASET}/stage.json")["digest"], run.read_json(f"{REPORT}/metrics.json")
-    return log_model(
-        runs, run_id, run.at(str(EXPORT)), model, done, measured, digest, config.export.register_as, logged
-    )
+    numbers = measured[
+        run.read_json(f"{model}/stage.json").get("published", model)
+    ]  # of the weights that were exported
+    return log_model(runs, run_id, run.at(str(EXPORT)), model, done, numbers, digest, config.export.register_as, logged)
 
 
 def tracked(done: dict[str, Any]) -> dict[str, float]:

@@ -7,20 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dfssd.config import Config, section
+from dfssd.config import Config
+from dfssd.config.free import FREE
 from dfssd.errors import DfssdError
-
-# Read by stages, but no part of a result: they change speed, resources, what is said, or what is tolerated.
-FREE = frozenset(
-    (
-        *section("run", "seed"),
-        *("data.bad_limit", "data.max_side", "data.update"),
-        *("train.log_every", "train.compile", "train.loader_workers", "train.checkpoint_min", "train.profile_steps"),
-        *("train.cache_gib", "train.decoded_dir", "train.cache_dir", "train.cache_dir_gib"),
-        "train.epochs_unlabelled",  # what it comes to counts: the steps
-        *("pseudo.label_batch", "pseudo.num_actors", "pseudo.unreadable_limit"),
-    )
-)
 
 
 def counted(config: Config, reads: Iterable[str], free: Iterable[str] = ()) -> dict[str, Any]:

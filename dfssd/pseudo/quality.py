@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dfssd.config import Config
-from dfssd.config.choices import POLICIES, steers
+from dfssd.config import Config, Pseudo, Thresholds
+from dfssd.config.choices import POLICIES
 from dfssd.data.boxes import AGREEMENT, CLS, SCORE
 from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_withheld
 from dfssd.pseudo.evidence import Evidence
@@ -25,6 +25,7 @@ from dfssd.pseudo.thresholds import ScoreCounts, labelled_rates, policy_threshol
 from dfssd.runtime.storage import Storage
 
 DOUBTFUL = 24  # images drawn
+NEAR = 0.005  # distance (score) at which a threshold is said to be that of a flag
 DOUBT_WIDTH = 0.2  # distance to the threshold (score) at which a candidate is no longer doubtful
 FEW, MANY = 0.1, 3.0  # share of the labelled rate below or above which a class is warned about
 
@@ -40,6 +41,7 @@ class Quality:
         tau: by policy (C,) thresholds.
         evidence: by source ('val', 'withheld') what the candidates are worth.
         doubtful: (image_id, candidates) of the most doubtful unlabelled images, worst first.
+        thresholds: the settings behind `tau[chosen]`. floor: score below which no candidate is kept.
     """
 
     names: list[str]
@@ -49,6 +51,8 @@ class Quality:
     tau: dict[str, np.ndarray]
     evidence: dict[str, Evidence]
     doubtful: list[tuple[str, Boxes]] = field(default_factory=list)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    floor: float = Pseudo().floor
 
     def numbers(self) -> dict[str, Any]:
         """JSON-ready: by policy and class threshold, pseudo-labels an image, precision, recall, mean IoU; warnings."""
@@ -107,6 +111,7 @@ def measure(config: Config, run: Storage, folder: str) -> Quality:
     rate = labelled_rates(manifest.labelled_rows(), classes)
     tau = {p: policy_thresholds(config.thresholds, p, scores, rate, config.train.steps) for p in POLICIES}
     quality = Quality(manifest.names, scores, rate, config.thresholds.threshold_policy, tau, evidence)
+    quality.thresholds, quality.floor = config.thresholds, config.pseudo.floor
     quality.doubtful = _most_doubtful(store, tau[quality.chosen])
     return quality
 
@@ -131,7 +136,6 @@ def _most_doubtful(store: Storage, tau_c: np.ndarray) -> list[tuple[str, Boxes]]
 def warnings(quality: Quality) -> list[str]:
     """What is likely to go wrong with the chosen thresholds, in plain words."""
     tau, notes = quality.tau[quality.chosen], []
-    flags = steers(quality.chosen)
     rate = quality.scores.per_image(tau)
     precision = quality.evidence["val"].at(tau)["precision"]
     for c, name in enumerate(quality.names):
@@ -146,9 +150,32 @@ def warnings(quality: Quality) -> list[str]:
         elif usual == 0:
             notes.append(f"class '{name}' has no labelled box: its pseudo-labels cannot be trusted")
         elif own < FEW * usual:
-            notes.append(f"class '{name}' gets almost no pseudo-labels ({numbers}){flags and f'; lower {flags}'}")
+            notes.append(f"class '{name}' gets almost no pseudo-labels ({numbers}){_lower(quality, tau[c])}")
         elif own > MANY * usual:
-            notes.append(f"class '{name}' gets far too many pseudo-labels ({numbers}){flags and f'; raise {flags}'}")
+            notes.append(f"class '{name}' gets far too many pseudo-labels ({numbers}){_raise(quality, tau[c])}")
         if precision[c] < 0.5:
             notes.append(f"class '{name}': {1 - precision[c]:.0%} of its pseudo-labels on the val split are wrong")
     return notes
+
+
+def _lower(quality: Quality, tau: float) -> str:
+    """'; lower ...': the flag that holds a class's threshold where it is, and its value; '' where none can lower it."""
+    uses, own = POLICIES[quality.chosen].uses, quality.thresholds
+    least = own.lowest(quality.chosen)
+    if "tau_min" in uses and tau <= least + NEAR:
+        return f"; give a --tau-min below {least:g}" if least > quality.floor else ""
+    if "tau" in uses and abs(tau - own.tau) < NEAR:
+        return f"; lower --tau, which is {own.tau:g}"
+    if "tau_max" in uses:
+        return f"; give a --tau-max below {tau:.2f}, or another --threshold-policy"
+    return f"; lower --precision, which is {own.precision:g}" if "precision" in uses else ""
+
+
+def _raise(quality: Quality, tau: float) -> str:
+    """'; raise ...': the flag that makes the policy stricter than this threshold."""
+    uses, own = POLICIES[quality.chosen].uses, quality.thresholds
+    if "tau_min" in uses:
+        return f"; give a --tau-min above {tau:.2f}"
+    if "tau" in uses:
+        return f"; raise --tau, which is {own.tau:g}"
+    return f"; raise --precision, which is {own.precision:g}" if "precision" in uses else ""

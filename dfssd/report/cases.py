@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dfssd.data.boxes import CLS, DET_SCORE, HIT, detections_above
+from dfssd.data.boxes import CLS, DET_CLS, DET_SCORE, HIT, SCORE, corners, detections_above, iou
 from dfssd.data.manifest import Manifest, Row
 from dfssd.evaluate.detections import Found
 from dfssd.report.pictures import LARGE, as_candidates, draw, jpeg, sample_rows
 
 MISSES, ALARMS = 6, 6
+HIT_IOU = 0.5  # from which a box of the right class is a hit
+TOUCH_IOU = 0.1  # below it a box does not mean the defect (TIDE's background threshold)
 Case = dict[str, str]
 Detections = Mapping[tuple[str, str], Found]
 
@@ -47,10 +49,15 @@ def worst_misses(manifest: Manifest, found: Found, tau_c: np.ndarray) -> list[Ca
             escaped.append((float(boxes[:, DET_SCORE].max()) if len(boxes) else 0.0, row.image_id, row, boxes))
     cases = []
     for score, _, row, boxes in sorted(escaped, key=lambda e: e[:2])[:MISSES]:
-        guess = as_candidates(boxes[np.argsort(-boxes[:, DET_SCORE])][:1], row)
+        best = boxes[np.argsort(-boxes[:, DET_SCORE])][:1]
+        guess = as_candidates(best, row)
         labels = row.boxes if row.boxes is not None else np.zeros((0, 5))
         what = ", ".join(sorted({manifest.names[int(c)] for c in labels[:, CLS]}))
-        caption = f"{name_of(row)}: {what}; best guess {score:.3f}"
+        said = "no guess"
+        if len(best):
+            c = int(best[0, DET_CLS])
+            said = f"best guess {manifest.names[c]} {score:.3f}, threshold {tau_c[c]:.3f}"
+        caption = f"{name_of(row)}: {what}; {said}"
         cases.append(case(row, guess, manifest, caption, truth=row.boxes, uncertain_below=np.full(len(tau_c), 2.0)))
     return cases
 
@@ -66,18 +73,34 @@ def worst_alarms(manifest: Manifest, found: Found, tau_c: np.ndarray) -> list[Ca
             clean = row.boxes is None or not len(row.boxes)
             wrong.append((not clean, -float(false[:, DET_SCORE].max()), row.image_id, row, false))
     cases = []
-    for dirty, score, _, row, false in sorted(wrong, key=lambda e: e[:3])[:ALARMS]:
-        where = "beside labelled defects" if dirty else "clean picture"
-        cases.append(
-            case(
-                row,
-                as_candidates(false, row),
-                manifest,
-                f"{name_of(row)}: {where}, score {-score:.2f}",
-                truth=row.boxes,
-            )
+    for _, score, _, row, false in sorted(wrong, key=lambda e: e[:3])[:ALARMS]:
+        drawn = as_candidates(false, row)
+        surest = drawn[drawn[:, SCORE].argmax()]
+        caption = (
+            f"{name_of(row)}: {_fault(surest, row, manifest.names)}, {manifest.names[int(surest[CLS])]} {-score:.2f}"
         )
+        cases.append(case(row, drawn, manifest, caption, truth=row.boxes))
     return cases
+
+
+def _fault(box: np.ndarray, row: Row, names: list[str]) -> str:
+    """What is wrong with a box that counts as no hit, in words (the kinds of Bolya et al., TIDE, 2020, section 2.2).
+
+    Args:
+        box: (7,) [cls, cx, cy, w, h (0..1), score, hit].
+    """
+    if row.boxes is None or not len(row.boxes):
+        return "clean picture"
+    scale = np.tile([row.width, row.height], 2)
+    overlap = iou(corners(box[None]) * scale, corners(row.boxes) * scale)[0]
+    own = row.boxes[:, CLS] == box[CLS]
+    if overlap[own].max(initial=0.0) >= HIT_IOU:
+        return "a second box on a defect that has one"
+    if overlap.max() >= HIT_IOU:
+        return f"wrong class, labelled {names[int(row.boxes[overlap.argmax(), CLS])]}"
+    if overlap[own].max(initial=0.0) >= TOUCH_IOU:
+        return f"too far off its label (IoU {overlap[own].max():.2f})"
+    return "beside labelled defects"
 
 
 def side_by_side(

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dfssd.config import Config
 from dfssd.data.manifest import read_manifest
 from dfssd.evaluate.detections import read_detections
-from dfssd.evaluate.measure import thresholds_of
+from dfssd.evaluate.escapes import thresholds_of
 from dfssd.evaluate.verdict import share
 from dfssd.report import cases, charts, pictures, tables
 from dfssd.report.plots import ahead

@@ -14,7 +14,7 @@ from dfssd.data.dataset import decode, shrink
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
 from dfssd.errors import DfssdError
 from dfssd.evaluate.detections import Found, read_detections
-from dfssd.evaluate.measure import thresholds_of
+from dfssd.evaluate.escapes import thresholds_of
 from dfssd.runtime.storage import Storage
 
 SIDE = 240  # px of one picture
@@ -71,7 +71,11 @@ def draw(
         x1, y1, x2, y2 = _edges(box, picture.size)
         pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=TRUTH, width=1)
         write(names[int(box[CLS])], (x1, y2 + 3), TRUTH, "black")
-    for box in np.zeros((0, 7)) if boxes is None else boxes:
+    boxes = np.zeros((0, 7)) if boxes is None else boxes
+    if boxes.shape[1] > SCORE:
+        boxes = boxes[np.argsort(boxes[:, SCORE], kind="stable")]  # the strongest lies on top, with its name
+    names_last = []
+    for box in boxes:
         c = int(box[CLS])
         x1, y1, x2, y2 = _edges(box, picture.size)
         score = float(box[SCORE]) if len(box) > SCORE else None
@@ -80,7 +84,9 @@ def draw(
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=1 if faint else 2)
         if not faint:
             text = names[c] if score is None else f"{names[c]} {score:.2f}"
-            write(text, (x1, y1 - max(13, side // 24)), colour, "white")
+            names_last.append((text, (x1, y1 - max(13, side // 24)), colour))
+    for text, place, colour in names_last:
+        write(text, place, colour, "white")
     return picture
 
 

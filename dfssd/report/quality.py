@@ -37,6 +37,8 @@ def rows(numbers: dict[str, Any], policies: list[str], names: Sequence[str] = ()
         for name in [*(n for n in names or found if n in found and n != "all"), "all"]:
             one = found[name]
             cells = ["-" if one[k] is None else f"{one[k]:.3f}" for k in keys]
+            if one["tau"] is not None and one["tau"] > 1:  # `NEVER`
+                cells[0] = "none"
             table.append([policy, name, *cells[:2], f"{usual[name]:.3f}", *cells[2:]])
     return header, table
 

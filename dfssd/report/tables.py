@@ -89,12 +89,12 @@ def model_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     its operating point, on test."""
     header = [
         "model",
-        "val mAP50",
-        "test mAP50",
-        "test mAP50-95",
-        "last weights: test mAP50, mAP50-95",
         "escapes",
         "rejects",
+        "test mAP50",
+        "test mAP50-95",
+        "val mAP50",
+        "last weights: test mAP50, mAP50-95",
         "parameters",
         "latency p50, p95 (ms)",
     ]
@@ -105,11 +105,11 @@ def model_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 label,
-                f"{one['val']['map50']:.3f}",
+                *(f"{r['count']} of {r['pictures']}" for r in (line["escape"], line["overkill"])),
                 f"{one['test']['map50']:.3f}",
                 f"{one['test']['map50_95']:.3f}",
+                f"{one['val']['map50']:.3f}",
                 ", ".join(f"{one['last']['test'][k]:.3f}" for k in ("map50", "map50_95")) if "last" in one else "-",
-                *(f"{r['count']} of {r['pictures']}" for r in (line["escape"], line["overkill"])),
                 f"{one['params'] / 1e6:.2f} M",
                 f"{one['latency_ms']:.1f}, {one['latency_p95_ms']:.1f}",
             ]

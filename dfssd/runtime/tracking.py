@@ -188,10 +188,10 @@ class Runs:
         """End the pipeline's run, if this process has opened it."""
         self.post(lambda c: c.set_terminated(self._parent, status) if self._parent else None)
 
-    def end(self, run_id: str, status: str) -> None:
-        """Mark a run FINISHED, FAILED or KILLED."""
+    def end(self, run_id: str, status: str, ended_ms: int | None = None) -> None:
+        """Mark a run FINISHED, FAILED or KILLED, now or since a time (ms)."""
         if run_id:
-            self.post(lambda c: c.set_terminated(run_id, status))
+            self.post(lambda c: c.set_terminated(run_id, status, ended_ms))
 
     def metrics(self, run_id: str, values: dict[str, float], step: int = 0) -> None:
         rows = metric_rows(values, step, int(time.time() * 1000))

@@ -117,6 +117,13 @@ class _Detector:
                 todo=foreign.todo,
             )
         first = f": {self.broken[0][0]!r}: {self.broken[0][1].detail}" if self.broken else ""
+        bare = [f for f in self.files if is_image(f)]
+        if bare and len(bare) == len(self.files):
+            raise DfssdError(
+                f"there are no labels: all {len(bare)} files are pictures",
+                where=repr(self.tree.root),
+                todo=self._hint(),
+            )
         asked = "" if self.fmt == "auto" else f" as {self.fmt}"
         raise DfssdError(
             f"the layout of the data was not recognised{asked}{first}",
