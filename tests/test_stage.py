@@ -50,7 +50,9 @@ def test_a_changed_input_counts_as_a_change(tmp_path):
     assert _stage(tmp_path, "b", ("a",)).state() == "finished"
     Storage(str(tmp_path)).delete("a")
     _finish(_stage(tmp_path, "a"), b"other")
-    with pytest.raises(DfssdError, match=r"inputs\.a"):
+    with pytest.raises(
+        DfssdError, match=r"made with other inputs:\n    its input 'a' is another one now, or was made again"
+    ):
         _stage(tmp_path, "b", ("a",)).state()
 
 

@@ -1,5 +1,6 @@
 """Our numbers must be those of stock Ultralytics on the same weights and images."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -219,6 +220,14 @@ def test_what_a_user_sees_last(measured, capsys, tmp_path):
     assert "label_only/best.pt" in text and "student/best.pt" not in text
     folder = str(Path(read_manifest(run.at("dataset")).of_split("test")[0].uri).parent)
     assert f"source={folder} " in text and "PICTURES" not in text  # the pictures' own folder: yolo looks no deeper
+    run.write_json("export/stage.json", {"inputs": {"report": "of before"}})
+    run.write_json("report/stage.json", {"digest": "of now"})
+    print_results(config)
+    text = capsys.readouterr().out
+    assert "carries the scores of an earlier report" in text and "  dfssd predict" not in text
+    assert re.search(r"dfssd export --storage-path \S+ --run-name r --imgsz 64 --overwrite", text)
+    run.at("export").delete()
+    run.at("report").delete("stage.json")
 
 
 def test_the_row_of_labels_stands_under_its_classes():

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from dfssd.data.boxes import CLS, LABEL_COLUMNS, WH, XY
 from dfssd.data.scratch import Scratch
 
 GREY = 114  # what lies outside of all images
@@ -197,12 +198,13 @@ def move_boxes(
     """
     counts = [len(own) for own in boxes]
     own = np.concatenate(boxes)
+    rest = own[:, [CLS, *range(LABEL_COLUMNS, own.shape[1])]]
     if not len(own):
-        return np.zeros((0, 4), np.float32), own[:, 4:]
+        return np.zeros((0, 4), np.float32), rest
     sizes = np.array([tile.size for tile in placed], np.float32).repeat(counts, 0)
     offsets = np.array([tile.offset for tile in placed], np.float32).repeat(counts, 0)
-    half, rest = own[:, 3:5] / 2, own[:, [0, *range(5, own.shape[1])]]
-    before = np.concatenate([(own[:, 1:3] - half) * sizes + offsets, (own[:, 1:3] + half) * sizes + offsets], 1)
+    half = own[:, WH] / 2
+    before = np.concatenate([(own[:, XY] - half) * sizes + offsets, (own[:, XY] + half) * sizes + offsets], 1)
     if len(placed) > 1:
         before = before.clip(0, canvas_wh[0])
         real = ((before[:, 2:] - before[:, :2]) > 0).all(1)

@@ -19,7 +19,8 @@ XY, WH, XYWH = slice(X, Y + 1), slice(W, H + 1), slice(X, H + 1)
 LABEL_COLUMNS, CANDIDATE_COLUMNS = 5, 7
 # Columns of detections; `line/detector.py`, which stands alone, has them once more.
 X1, Y1, X2, Y2, DET_SCORE, DET_CLS, HIT = range(7)
-XYXY = slice(X1, Y2 + 1)
+XYXY, DETECTION = slice(X1, Y2 + 1), slice(X1, HIT)
+CLASS_SCORES = slice(4, None)  # channels of a network's (B,4+C,A) output, after its four coordinates
 
 
 def unflip(boxes: Boxes, left_right: bool, up_down: bool) -> Boxes:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dfssd.data import images
+from dfssd.data.boxes import CLS, LABEL_COLUMNS, WH, XY, XYWH
 from dfssd.data.manifest import Boxes
 
 REASONS = {
@@ -134,7 +135,7 @@ def check_label(label: Label, width: int, height: int, classes: int) -> Boxes | 
     """Return normalised, clipped boxes (n,5) float32 without repeated rows, or what is wrong with them."""
     if label.problem:
         return label.problem
-    boxes = np.array(label.boxes, np.float64).reshape(-1, 5)  # a copy: it is scaled below
+    boxes = np.array(label.boxes, np.float64).reshape(-1, LABEL_COLUMNS)  # a copy: it is scaled below
     if not len(boxes):
         return boxes.astype(np.float32)
     if not np.isfinite(boxes).all():
@@ -143,13 +144,14 @@ def check_label(label: Label, width: int, height: int, classes: int) -> Boxes | 
         w, h = label.size if label.size and min(label.size) > 0 else (width, height)
         if abs(w / h - width / height) > 0.02 * width / height:
             return Problem("label_size_mismatch", f"label says {w} x {h}, image is {width} x {height}")
-        boxes[:, 1:] /= [w, h, w, h]
-    known = (boxes[:, 0] >= 0) & (boxes[:, 0] < classes) & (boxes[:, 0] == np.round(boxes[:, 0]))
+        boxes[:, XYWH] /= [w, h, w, h]
+    ids = boxes[:, CLS]
+    known = (ids >= 0) & (ids < classes) & (ids == np.round(ids))
     if not known.all():
-        return Problem("class_out_of_range", f"class {boxes[~known][0, 0]:g}, there are {classes} (from 0)")
-    if (boxes[:, 3:] <= 0).any():
-        return Problem("box_empty", f"box {int(np.flatnonzero((boxes[:, 3:] <= 0).any(1))[0])}")
-    low, high = boxes[:, 1:3] - boxes[:, 3:] / 2, boxes[:, 1:3] + boxes[:, 3:] / 2
+        return Problem("class_out_of_range", f"class {ids[~known][0]:g}, there are {classes} (from 0)")
+    if (boxes[:, WH] <= 0).any():
+        return Problem("box_empty", f"box {int(np.flatnonzero((boxes[:, WH] <= 0).any(1))[0])}")
+    low, high = boxes[:, XY] - boxes[:, WH] / 2, boxes[:, XY] + boxes[:, WH] / 2
     over = np.maximum(-low, high - 1)
     if (over > np.maximum(0.01, 2 / np.array([width, height]))).any():
         in_px = (
@@ -157,5 +159,5 @@ def check_label(label: Label, width: int, height: int, classes: int) -> Boxes | 
         )
         return Problem("box_outside_image", f"box {int(over.max(1).argmax())} by {over.max():.3f} of the side{in_px}")
     low, high = low.clip(0, 1), high.clip(0, 1)
-    clipped = np.concatenate([boxes[:, :1], (low + high) / 2, high - low], 1).astype(np.float32)
+    clipped = np.concatenate([ids[:, None], (low + high) / 2, high - low], 1).astype(np.float32)
     return np.unique(clipped, axis=0)

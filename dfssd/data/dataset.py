@@ -218,12 +218,12 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """
     columns = [s["cls"] for s in samples]
     index = [torch.full((len(c),), float(i)) for i, c in enumerate(columns)]
-    attributes = torch.cat(columns).float()
+    cls, score, agreement = torch.cat(columns).float().unbind(1)
     batch: dict[str, Any] = {
         "img": stack([s["img"] for s in samples]),
-        "cls": attributes[:, 0],
-        "score": attributes[:, 1],
-        "agreement": attributes[:, 2],
+        "cls": cls,
+        "score": score,
+        "agreement": agreement,
         "bboxes": torch.cat([s["bboxes"] for s in samples]).float(),
         "batch_idx": torch.cat(index),
         "im_file": [s["im_file"] for s in samples],

@@ -17,6 +17,7 @@ import torchvision
 from torch import Tensor, nn
 from ultralytics.utils.ops import xywh2xyxy
 
+from dfssd.data.boxes import CLASS_SCORES
 from dfssd.models.families import class_names, family_of
 from dfssd.models.nms import NMS_IOU
 
@@ -41,7 +42,7 @@ class Inside(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.decoder(images)
-        scores_bac = output[:, 4:].transpose(1, 2)
+        scores_bac = output[:, CLASS_SCORES].transpose(1, 2)
         picture, anchor, cls = (scores_bac > INSIDE_CONF).nonzero(as_tuple=True)
         xyxy = xywh2xyxy(output.transpose(1, 2)[picture, anchor, :4])
         score = scores_bac[picture, anchor, cls]

@@ -12,6 +12,8 @@ from torch import Tensor
 from ultralytics.utils import nms
 from ultralytics.utils.ops import xywh2xyxy
 
+from dfssd.data.boxes import CLASS_SCORES, DETECTION
+
 CONF, NMS_IOU, MAX_BOXES = 0.001, 0.7, 300  # the defaults of `yolo val`
 ONE_NMS = 30_000  # boxes: their overlaps take 113 MB as bits; Ultralytics' limit for one image too
 APART = 7680.0  # px between boxes of different classes or images, which then do not overlap; as in Ultralytics
@@ -33,7 +35,7 @@ def suppress(boxes_bca: Tensor, conf: float, iou: float, most: int, end2end: boo
     found = nms.non_max_suppression(
         boxes_bca.float(), conf, iou, multi_label=True, max_det=most, max_time_img=60.0, end2end=end2end
     )
-    return [f[:, :6] for f in found]
+    return [f[:, DETECTION] for f in found]
 
 
 def suppress_together(boxes_bca: Tensor, conf: float, iou: float, most: int) -> list[Tensor] | None:
@@ -45,7 +47,7 @@ def suppress_together(boxes_bca: Tensor, conf: float, iou: float, most: int) -> 
     import torchvision
 
     count, classes = len(boxes_bca), boxes_bca.shape[1] - 4
-    scores_bac = boxes_bca[:, 4:].float().transpose(1, 2)
+    scores_bac = boxes_bca[:, CLASS_SCORES].float().transpose(1, 2)
     image, anchor, cls = (scores_bac > conf).nonzero(as_tuple=True)
     if len(image) > ONE_NMS:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dfssd.data.boxes import corners
+from dfssd.data.boxes import CANDIDATE_COLUMNS, CLS, SCORE, corners
 from dfssd.data.manifest import Boxes
 
 FLIPS = ((False, False), (True, False), (False, True), (True, True))  # left-right, up-down
@@ -31,19 +31,19 @@ def fuse(views: Sequence[Boxes], iou_limit: float, floor: float, most: int) -> B
         mean IoU of a view's box with the fused one, a view without it counting 0; so 1 where there is one view.
     """
     if len(views) == 1:
-        kept = views[0][views[0][:, 5] >= floor]
-        return kept[np.argsort(-kept[:, 5], kind="stable")][:most]
+        kept = views[0][views[0][:, SCORE] >= floor]
+        return kept[np.argsort(-kept[:, SCORE], kind="stable")][:most]
     every = np.concatenate(views)
     source = np.repeat(np.arange(len(views)), [len(v) for v in views])
     fused = []
-    for c in np.unique(every[:, 0]):
-        mine = every[:, 0] == c
+    for c in np.unique(every[:, CLS]):
+        mine = every[:, CLS] == c
         boxes = corners(every[mine].astype(np.float64)).tolist()
-        for cluster in _clusters(boxes, every[mine, 5].tolist(), source[mine].tolist(), iou_limit):
+        for cluster in _clusters(boxes, every[mine, SCORE].tolist(), source[mine].tolist(), iou_limit):
             fused.append([float(c), *cluster.candidate(len(views))])
-    result = np.asarray(fused, np.float32).reshape(-1, 7)
-    result = result[result[:, 5] >= floor]
-    return result[np.argsort(-result[:, 5], kind="stable")][:most]
+    result = np.asarray(fused, np.float32).reshape(-1, CANDIDATE_COLUMNS)
+    result = result[result[:, SCORE] >= floor]
+    return result[np.argsort(-result[:, SCORE], kind="stable")][:most]
 
 
 Corners = list[

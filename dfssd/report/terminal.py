@@ -40,7 +40,9 @@ def print_results(config: Config) -> None:
 def print_export(config: Config) -> None:
     """What was exported, with its parity and latency; then what to type next."""
     run = Storage(config.run.storage_path).at(config.run.run_name)
-    if run.exists("export/stage.json"):
+    if run.exists("export/stage.json") and not _is_current(run):
+        print(f"export    {run.path('export')} carries the scores of an earlier report: export again (below)")
+    elif run.exists("export/stage.json"):
         done = run.read_json("export/export.json")
         for name, size in done["files"].items():
             print(f"exported  {run.path('export', name)}  ({size / 2**20:.1f} MB)")
@@ -88,15 +90,16 @@ def next_commands(config: Config, run: Storage) -> list[str]:
     uri, source = tracking_uri(storage), shlex.quote(_pictures(config, run))
     if uri.startswith("sqlite"):
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
-    if run.exists("export/stage.json"):
+    if _is_current(run):
         first = next(iter(run.read_json("export/export.json")["files"]))
         commands.append(f"dfssd predict {shlex.quote(run.path('export', first))} {source}")
     else:
         place = f"--storage-path {shlex.quote(config.run.storage_path)} --run-name {shlex.quote(config.run.run_name)}"
-        commands.append(f"dfssd export {place} --imgsz {config.train.imgsz}")
+        again = " --overwrite" if run.exists("export/stage.json") else ""
+        commands.append(f"dfssd export {place} --imgsz {config.train.imgsz}{again}")
     results = run.read_json("report/metrics.json")
     best = next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
-    if run.exists("export/stage.json"):
+    if _is_current(run):
         best = run.read_json("export/export.json")["model"]
     if best in results:
         score, model = results[best]["operating_point"]["score"], run.path(best, "best.pt")
@@ -104,6 +107,14 @@ def next_commands(config: Config, run: Storage) -> list[str]:
             f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"
         )
     return commands
+
+
+def _is_current(run: Storage) -> bool:
+    """Is there an export, made from the report that is there?"""
+    if not run.exists("export/stage.json"):
+        return False
+    made_from = run.read_json("export/stage.json")["inputs"].get("report")
+    return bool(made_from == run.read_json("report/stage.json")["digest"])
 
 
 def _pictures(config: Config, run: Storage) -> str:

@@ -208,9 +208,13 @@ class Stage:
             )
 
     def _refusal(self, state: str, changed: list[str]) -> DfssdError:
+        renewed = [line.removeprefix("inputs.").partition(":")[0] for line in changed if line.startswith("inputs.")]
+        settings = [line for line in changed if not line.startswith("inputs.")]
+        what = "settings" if settings or not renewed else "inputs"
+        lines = [*settings, *(f"its input '{name}' is another one now, or was made again" for name in renewed)]
         return DfssdError(
-            f"stage '{self.name}' was {'made' if state == 'finished' else 'begun'} with other settings:\n    "
-            + "\n    ".join(changed),
+            f"stage '{self.name}' was {'made' if state == 'finished' else 'begun'} with other {what}:\n    "
+            + "\n    ".join(lines),
             where=self.store.uri,
             todo="take a new --run-name, or add --overwrite to replace it and what was made from it",
         )
