@@ -142,7 +142,10 @@ def test_a_policy_that_no_level_moves_is_swept_as_it_is(monkeypatch):
     from dfssd.sweep.space import find_space, load_space
 
     ours = load_space(find_space("thresholds"))
-    assert len(ours.rows) == 5 * len(POLICIES) and all(row.varied in row.uses for row in POLICIES.values())
+    assert len(ours.rows) == sum(5 if row.varied else 1 for row in POLICIES.values())
+    assert {row.varied for row in POLICIES.values()} - {""} and all(
+        r.varied in {"", *r.uses} for r in POLICIES.values()
+    )
     monkeypatch.setitem(POLICIES, "top_k", ThresholdPolicy("the best", frozenset({"tau_max"}), ":"))
     more = load_space(find_space("thresholds"))
     assert more.rows == ours.rows | {"top_k": {"thresholds.threshold_policy": "top_k"}} and more.x == ours.x

@@ -132,7 +132,7 @@ class Opened(NamedTuple):
     origin: Origin | None
 
 
-def _open(file: str, config: Config, named: Collection[str]) -> Opened:
+def _open(file: str, config: Config, named: Collection[str] = ()) -> Opened:
     path, runs = model_path(file), Storage(config.run.storage_path)
     if path.suffix == ".pt":
         origin = origin_of(path)
