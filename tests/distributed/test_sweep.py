@@ -130,7 +130,8 @@ def test_the_table_is_rebuilt_from_mlflow_alone(swept, tmp_path):
     storage = swept[0]
     wanted = (storage / "s" / "table.csv").read_bytes()
     env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db"}
-    args = command(tmp_path, "--table", "s")  # another storage path: nothing of the sweep's is there
+    # Another storage path: nothing of the sweep's is there.
+    args = [sys.executable, str(ROOT / "jobs" / "sweep.py"), "--storage-path", str(tmp_path), "--table", "s"]
     done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "s" / "table.csv").read_bytes() == wanted
