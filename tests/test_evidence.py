@@ -218,6 +218,8 @@ def test_nothing_is_cut_out_of_a_table_and_words_stay_whole(width):
     assert max(map(len, text.splitlines())) <= width and "…" not in text
     for word in {w for cells in (header, *rows) for cell in cells for w in cell.split()}:
         assert word in text, word
+    title = "plan (time from steps measured on vm (2 thread(s)))"
+    assert render(title, ["a", "b"], [["1", "2"]], width).splitlines()[0] == title
 
 
 def test_axes_have_round_numbers():

@@ -64,7 +64,7 @@ def _longest_word(cells: Sequence[str]) -> int:
 def _drawn(title: str, header: list[str], rows: list[list[str]], width: int) -> str:
     narrow = width < WIDE
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)} if narrow else {}
-    table = Table(title=title, title_justify="left", **look)
+    table = Table(**look)
     least = [_longest_word(column) for column in zip(header, *rows, strict=True)]
     room = narrow and sum(least) + 2 * len(least) <= width  # else words are broken: rich would not choose where
     for k, name in enumerate(header):
@@ -73,7 +73,9 @@ def _drawn(title: str, header: list[str], rows: list[list[str]], width: int) -> 
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=width).print(table)
+    console = Console(file=buffer, width=width, highlight=False)
+    console.print(title, markup=False)  # not as the title of the table, in whose width it would be broken
+    console.print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
 
 
