@@ -12,6 +12,7 @@ import pytest
 from dfssd.cli import COMMANDS, job_of, run
 from dfssd.config import SECTIONS, Config, Data, Distill, Pseudo, Run, Thresholds, Train, all_keys
 from dfssd.config.checks import refuse_relative_paths_in_a_job, settings_without_effect
+from dfssd.config.file import whole as whole_settings
 from dfssd.config.flags import parse
 from dfssd.config.free import UNRECORDED
 from dfssd.errors import DfssdError
@@ -353,7 +354,8 @@ def test_a_record_of_one_stage_is_no_whole_run(tmp_path):
     assert "report.html" in caught.value.todo
     with pytest.raises(DfssdError, match="label_fraction"):
         api.settings(words[1])
-    (tmp_path / "settings.json").write_text(json.dumps(config.model_dump(mode="json")))
+    asked = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True, "dry_run": True})})
+    (tmp_path / "settings.json").write_text(json.dumps(whole_settings(asked)))  # which deletes nothing a second time
     with pytest.raises(DfssdError) as caught:
         parse("", all_keys(), [*words, "--label-fraction", "0.08"])
     assert "label_fraction" not in caught.value.what and str(tmp_path / "settings.json") in caught.value.todo

@@ -18,8 +18,8 @@ from dfssd.data.manifest import Manifest, Row, read_manifest, write_manifest
 from dfssd.errors import DamagedFile, DfssdError, mask
 from dfssd.pseudo.fusion import fuse
 from dfssd.pseudo.thresholds import ScoreCounts, policy_thresholds
-from dfssd.runtime.artefact import differences
 from dfssd.runtime.outputs import damaged_outputs, digest_of
+from dfssd.runtime.records import differences
 from dfssd.runtime.storage import Storage
 from dfssd.train import checkpoint
 

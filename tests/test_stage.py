@@ -1,8 +1,9 @@
 import pytest
 
 from dfssd.errors import DfssdError, find_user_error, nearest
-from dfssd.runtime.artefact import Stage, code_version, differences
+from dfssd.runtime.artefact import Stage, code_version
 from dfssd.runtime.artefact_names import ArtefactName
+from dfssd.runtime.records import differences
 from dfssd.runtime.storage import Storage
 
 

@@ -315,6 +315,13 @@ def test_export_again_with_overwrite_keeps_the_formats_that_are_there(exporting,
     with pytest.raises(KeyboardInterrupt):
         ask("tensor", overwrite=False, nms_inside=False)
     assert formats("--overwrite") == ["onnx", "openvino", "int8"]
+    ask("onnx", "openvino", int8=True, overwrite=True, nms_inside=True)
+    assert formats("--overwrite") == ["onnx", "openvino", "int8"] and asked[-1].nms_inside
+    assert not (formats("--overwrite", "--no-nms-inside") and asked[-1].nms_inside)
+    ask.killed.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):  # once what was there has been deleted
+        ask("onnx", "openvino", int8=True, overwrite=True)
+    assert formats("--overwrite") == ["onnx", "openvino", "int8"]
     run.write("export/stage.json", b"")
     assert formats("--overwrite") == ["onnx"] and "is lost" in capsys.readouterr().out
 

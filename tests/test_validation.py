@@ -221,11 +221,16 @@ def test_what_a_user_sees_last(measured, capsys, tmp_path):
     folder = str(Path(read_manifest(run.at("dataset")).of_split("test")[0].uri).parent)
     assert f"source={folder} " in text and "PICTURES" not in text  # the pictures' own folder: yolo looks no deeper
     run.write_json("export/stage.json", {"inputs": {"report": "of before"}})
+    run.write_json("export/export.json", {"model": "label_only"})
     run.write_json("report/stage.json", {"digest": "of now"})
     print_results(config)
     text = capsys.readouterr().out
     assert "carries the scores of an earlier report" in text and "  dfssd predict" not in text
     assert re.search(r"dfssd export --storage-path \S+ --run-name r --imgsz 64 --overwrite", text)
+    run.write_json("report/metrics.json", results)
+    print_results(config)  # the better one is at the line: the command does not put the other one there
+    text = capsys.readouterr().out
+    assert "--imgsz 64 --publish-best --overwrite" in text and "label_only/best.pt" in text.split("next:")[1]
     run.at("export").delete()
     run.at("report").delete("stage.json")
 

@@ -89,6 +89,14 @@ def to_yaml(config: Config, keys: tuple[str, ...]) -> str:
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
+def whole(config: Config) -> dict[str, Any]:
+    """All settings, JSON-ready, to be fed back: without what one command alone was told to do with what was there."""
+    plain = config.model_dump(mode="json")
+    plain["run"] |= {"overwrite": False, "dry_run": False}
+    plain["data"]["update"] = False
+    return plain
+
+
 def _refuse_half_a_run(path: str, held: Collection[str], needs: Collection[str]) -> None:
     """What a stage does not read is not in its record; as defaults it would silently make another run.
 
@@ -102,9 +110,9 @@ def _refuse_half_a_run(path: str, held: Collection[str], needs: Collection[str])
     stage = Path(path).expanduser().absolute().parent
     first = [key for key in MATTER_MOST if key in missing] or missing[:4]
     more = f" and {len(missing) - len(first)} more" if len(missing) > len(first) else ""
-    whole = stage.parent / WHOLE
-    if whole.exists():
-        todo = f"--config {whole} holds all settings of that run"
+    kept = stage.parent / WHOLE
+    if kept.exists():
+        todo = f"--config {kept} holds all settings of its last finished pipeline"
     else:
         todo = f"save the JSON at the end of {stage.parent / 'report' / 'report.html'} as a file: it holds all settings"
     raise DfssdError(

@@ -65,11 +65,14 @@ def as_exported(config: Config, words: Sequence[str], given: str) -> Config:
     kept = stage.config["export"]
     if is_named("export.int8", words, given):
         kept["int8"] = asked["int8"]
-    if kept == asked:
+    kept["nms_inside"] = config.export.nms_inside or (
+        not is_named("export.nms_inside", words, given) and stage.recorded().get("export", {}).get("nms_inside", False)
+    )
+    if kept == {**asked, "nms_inside": config.export.nms_inside}:
         return config
-    said = ", ".join([*kept["formats"], *(["int8"] if kept["int8"] else [])])
+    said = ", ".join([*kept["formats"], *(name.replace("_", " ") for name in ("int8", "nms_inside") if kept[name])])
     print(f"formats: {said}, with those of this export (--formats makes exactly what it names)", flush=True)
-    export = config.export.model_copy(update={"formats": tuple(kept["formats"]), "int8": kept["int8"]})
+    export = config.export.model_copy(update={**kept, "formats": tuple(kept["formats"])})
     return config.model_copy(update={"export": export})
 
 

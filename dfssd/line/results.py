@@ -102,11 +102,14 @@ class Results:
 
     def finish(self) -> list[Path]:
         """Write boxes.csv, boxes.json and coco.json from the lines."""
-        if self.file.exists():
-            with self._alone():
-                self._tidy()
-        pictures = list(self.lines())
         places = [self.out / name for name in ("boxes.csv", "boxes.json", "coco.json")]
+        with self._alone():  # to the end: an older list must not be written over the newer one of another process
+            if self.file.exists():
+                self._tidy()
+            self._write(list(self._newest().values()) if self.file.exists() else [], places)
+        return places
+
+    def _write(self, pictures: Sequence[Mapping[str, Any]], places: Sequence[Path]) -> None:
         with places[0].open("w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream)
             table.writerow(["file", "verdict", "name", "score", "x1", "y1", "x2", "y2"])
@@ -115,7 +118,6 @@ class Results:
                 table.writerows([one["file"], one["verdict"], *row] for row in rows)
         places[1].write_text(json.dumps(pictures, indent=1), encoding="utf-8")
         places[2].write_text(json.dumps(coco(pictures, self.names)), encoding="utf-8")
-        return places
 
 
 def coco(pictures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dfssd.config import Config
-from dfssd.runtime.artefact import flatten
 from dfssd.runtime.artefact_names import DATASET, ArtefactName
+from dfssd.runtime.records import flatten
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 

@@ -17,8 +17,9 @@ from dfssd.errors import DfssdError
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.report.audit_page import write_audit
 from dfssd.report.tables import split_table
-from dfssd.runtime.artefact import Stage, differences
+from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import DATASET, is_finished
+from dfssd.runtime.records import differences
 from dfssd.runtime.storage import Storage, is_remote
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dfssd.errors import DfssdError
 from dfssd.report.tables import tracked
-from dfssd.runtime.artefact import flatten
+from dfssd.runtime.records import flatten
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracker import BATCH, delivered, log_rows, metric_rows
 from dfssd.runtime.tracking import Runs, attach

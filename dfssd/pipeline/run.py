@@ -7,13 +7,14 @@ from typing import Any
 
 from dfssd.config import Config
 from dfssd.config.checks import check_weights, refuse_relative_paths_in_a_job, settings_without_effect
-from dfssd.config.file import WHOLE
+from dfssd.config.file import WHOLE, whole
 from dfssd.pipeline.budget import with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.replay import deliver_later, summary_numbers
 from dfssd.pipeline.stages import is_wanted, make_stage, plan, policies_at_work, resolve, row_of, wanted
-from dfssd.runtime.artefact import Stage, flatten
+from dfssd.runtime.artefact import Stage
 from dfssd.runtime.artefact_names import DATASET, ArtefactName, is_finished
+from dfssd.runtime.records import flatten
 
 SAID = {"interrupted": "goes on", "added to": "adds to what is there"}
 
@@ -49,7 +50,7 @@ def run_stages(config: Config, names: Sequence[ArtefactName]) -> None:
             _run_settled(context, name)
             ended = row_of(name).ends_rounds(context.run, name.round)
         if list(names) == list(wanted(config)):  # of single stages the other settings are not known
-            context.run.write_json(WHOLE, config.model_dump(mode="json"))
+            context.run.write_json(WHOLE, whole(config))
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

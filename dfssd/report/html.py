@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dfssd.config import Config
+from dfssd.config.file import whole
 from dfssd.data.manifest import read_manifest
 from dfssd.evaluate.detections import read_detections
 from dfssd.evaluate.escapes import thresholds_of
@@ -70,7 +71,7 @@ def render(config: Config, run: Storage, results: dict[str, Any]) -> str:
         times=_times(run),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         versions=_versions(results),
-        settings=json.dumps(config.model_dump(mode="json"), indent=2),
+        settings=json.dumps(whole(config), indent=2),
     )
 
 

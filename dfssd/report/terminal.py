@@ -14,6 +14,7 @@ from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import published, verdict
 from dfssd.evaluate.verdict import common_point, disagreement, equal_footing, escapes_in_words, labels_in_words, on_test
 from dfssd.report.tables import models_in, render, result_table
+from dfssd.runtime.artefact_names import LABEL_ONLY
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import tracking_uri
 
@@ -88,6 +89,8 @@ def next_commands(config: Config, run: Storage) -> list[str]:
     commands = []
     storage = Storage(config.run.storage_path)
     uri, source = tracking_uri(storage), shlex.quote(_pictures(config, run))
+    results = run.read_json("report/metrics.json")
+    exported = run.read_json("export/export.json")["model"] if run.exists("export/stage.json") else ""
     if uri.startswith("sqlite"):
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
     if _is_current(run):
@@ -95,12 +98,12 @@ def next_commands(config: Config, run: Storage) -> list[str]:
         commands.append(f"dfssd predict {shlex.quote(run.path('export', first))} {source}")
     else:
         place = f"--storage-path {shlex.quote(config.run.storage_path)} --run-name {shlex.quote(config.run.run_name)}"
-        again = " --overwrite" if run.exists("export/stage.json") else ""
+        again = (
+            " --publish-best" if config.publish_best or (exported == LABEL_ONLY.role and "student" in results) else ""
+        )
+        again += " --overwrite" if exported else ""
         commands.append(f"dfssd export {place} --imgsz {config.train.imgsz}{again}")
-    results = run.read_json("report/metrics.json")
-    best = next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
-    if _is_current(run):
-        best = run.read_json("export/export.json")["model"]
+    best = exported or next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
     if best in results:
         score, model = results[best]["operating_point"]["score"], run.path(best, "best.pt")
         commands.append(

@@ -16,32 +16,12 @@ from dfssd.runtime.artefact_names import PSEUDO, ArtefactName, is_finished
 from dfssd.runtime.code_version import code_version
 from dfssd.runtime.lease import Lease
 from dfssd.runtime.outputs import damaged_outputs, digest_of
+from dfssd.runtime.records import differences
 from dfssd.runtime.storage import Storage
 
 REMADE = {PSEUDO.role: ("shard-", "val-")}  # outputs that the stage itself makes again, one by one
 ADDED_TO = "added_to"  # in started.json: what was finished when an addition to it began
 NOT_READ = (".png", ".csv", ".html", "last.pt")  # ends of outputs that no later stage reads
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines 'key: old -> new' for every dotted key whose value differs."""
-    a, b = flatten(old), flatten(new)
-    return [
-        f"{key}: {a.get(key, '(unset)')} -> {b.get(key, '(unset)')}"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key, "(unset)") != b.get(key, "(unset)")
-    ]
 
 
 @dataclass
@@ -116,6 +96,15 @@ class Stage:
                 self.config[section][field] = list(dict.fromkeys([*(there or []), *asked]))
             else:
                 self.config[section][field] = asked or bool(there)
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that are recorded of what is there, finished or begun, by section; none where nothing is."""
+        if self.store.exists("stage.json"):
+            try:
+                return dict(self.record_of(self.name)["config"])
+            except DamagedFile:
+                return {}
+        return dict(self._started().get("config", {}))
 
     def _growing(self, config: dict[str, Any]) -> dict[str, Any]:
         """What these settings say of those that grow, by dotted key."""
@@ -253,7 +242,9 @@ class Stage:
             self.store.delete()
             state = "new"
         if state == "new" or not self.store.exists("started.json"):
-            self.store.write_json("started.json", {**key, "mlflow_run_id": None})
+            # What was there is gone now; the same command, once this one is interrupted, shall still know of it.
+            asked = {ADDED_TO: self._growing(self.config)} if overwrite and self.grows else {}
+            self.store.write_json("started.json", {**key, **asked, "mlflow_run_id": None})
         return state
 
     def recorded_run_id(self) -> str | None:

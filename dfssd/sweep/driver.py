@@ -13,9 +13,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
-from dfssd.runtime.artefact import flatten
 from dfssd.runtime.cluster import Resources
 from dfssd.runtime.progress import clock
+from dfssd.runtime.records import flatten
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 from dfssd.sweep import population, shared

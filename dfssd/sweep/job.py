@@ -13,9 +13,9 @@ from dfssd.data.formats.read import read_source
 from dfssd.errors import DfssdError
 from dfssd.pipeline.timing import StepTimer
 from dfssd.report.tables import render
-from dfssd.runtime.artefact import differences, flatten
 from dfssd.runtime.artefact_names import STUDENT, TEACHER
 from dfssd.runtime.progress import clock
+from dfssd.runtime.records import differences, flatten
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Runs
 from dfssd.sweep import ablation, shared

@@ -15,8 +15,8 @@ from ray.tune.search.sample import Domain, Float, Integer, Sampler
 
 from dfssd.config import Config
 from dfssd.errors import DfssdError
-from dfssd.runtime.artefact import flatten
 from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT, ArtefactName
+from dfssd.runtime.records import flatten
 from dfssd.sweep.space import Space, values_of
 
 METHODS = {"distill": STUDENT, "label_only": LABEL_ONLY}  # by what the method trains

@@ -17,8 +17,8 @@ from dfssd.pipeline.context import Context
 from dfssd.pipeline.run import run_stage
 from dfssd.pipeline.stages import make_stage
 from dfssd.report.pictures import write_detection_sheet
-from dfssd.runtime.artefact import flatten
 from dfssd.runtime.cluster import Resources
+from dfssd.runtime.records import flatten
 from dfssd.runtime.storage import Storage
 from dfssd.sweep.points import Trial
 from dfssd.sweep.population import CLOCK, take_over
