@@ -21,6 +21,14 @@ READS = ("run.storage_path", "run.run_name", "run.experiment", "run.seed", "trai
 TAKES_BACK = ("run.storage_path", "run.run_name", "run.experiment", "run.seed")  # of these with --corrected
 
 PROGRAMS = ("", *REVIEW_FORMATS)
+LABEL_STUDIO_ROOT = (  # the flag of all that is written for labelling programs
+    str,
+    Field(
+        "",
+        description="Folder that Label Studio serves local files from.",
+        json_schema_extra={"of": "export=labelstudio"},
+    ),
+)
 
 
 def job(words: Sequence[str]) -> None:
@@ -34,14 +42,7 @@ def job(words: Sequence[str]) -> None:
             Field("doubtful", description="Images to export.", json_schema_extra={"of": "export"}),
         ),
         "k": (int, Field(0, description="Images at most; 0: all of them.", json_schema_extra={"of": "export"})),
-        "label_studio_root": (
-            str,
-            Field(
-                "",
-                description="Folder that Label Studio serves local files from.",
-                json_schema_extra={"of": "export=labelstudio"},
-            ),
-        ),
+        "label_studio_root": LABEL_STUDIO_ROOT,
         "corrected": (str, Field("", description="File, folder or .zip with corrected labels.")),
         "reviewer": (
             str,

@@ -14,6 +14,7 @@ from pydantic import Field
 from dfssd.config.choices import REVIEW_FORMATS, in_words
 from dfssd.config.flags import parse
 from dfssd.errors import DfssdError
+from dfssd.jobs.review import LABEL_STUDIO_ROOT
 
 EXAMPLE = "dfssd suggest --k 50 --export labelstudio --storage-path runs --run-name line3"
 READS = ("run.storage_path", "run.run_name", "run.gpu", "run.seed", "train.imgsz", "train.amp", "thresholds")
@@ -31,14 +32,7 @@ def job(words: Sequence[str]) -> None:
                 description=f"Program that the suggested images are written for ({in_words(REVIEW_FORMATS)}).",
             ),
         ),
-        "label_studio_root": (
-            str,
-            Field(
-                "",
-                description="Folder that Label Studio serves local files from.",
-                json_schema_extra={"of": "export=labelstudio"},
-            ),
-        ),
+        "label_studio_root": LABEL_STUDIO_ROOT,
     }
     config, flags = parse(__doc__ or "", READS, words, prog="dfssd suggest", example=EXAMPLE, **extra)
     if flags.k < 1:

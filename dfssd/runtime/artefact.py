@@ -85,17 +85,19 @@ class Stage:
         Raises:
             DamagedFile: the record is empty, cut, or of another shape.
         """
-        if self.store.exists("stage.json"):
-            before = self._growing(self.record_of(self.name)["config"])
-        else:
-            before = self._started().get(ADDED_TO, {})
-        for key, there in before.items():
+        for key, there in self._there_before().items():
             section, _, field = key.partition(".")
             asked = self.config[section][field]
             if isinstance(asked, list):
                 self.config[section][field] = list(dict.fromkeys([*(there or []), *asked]))
             else:
                 self.config[section][field] = asked or bool(there)
+
+    def _there_before(self) -> dict[str, Any]:
+        """What is finished, of the settings that grow, or was when an addition to it began; by dotted key."""
+        if self.store.exists("stage.json"):
+            return self._growing(self.record_of(self.name)["config"])
+        return dict(self._started().get(ADDED_TO, {}))
 
     def recorded(self) -> dict[str, Any]:
         """The settings that are recorded of what is there, finished or begun, by section; none where nothing is."""
@@ -227,12 +229,9 @@ class Stage:
             state, changed = "damaged", ["its files"]
         if not overwrite and self._only_grown(changed):  # what is there counts until the new files are written
             self.check_inputs()
-            finished = state == "finished"
-            before = (
-                self._growing(self.record_of(self.name)["config"]) if finished else self._started().get(ADDED_TO, {})
-            )
+            before = self._there_before()
             self.store.write_json("started.json", {**key, ADDED_TO: before, "mlflow_run_id": None})
-            return "added to" if finished else state
+            return "added to" if state == "finished" else state
         if changed and not overwrite:
             raise self._refusal(state, changed)
         if state == "finished" and not changed:
