@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dfssd.config import Train
-from dfssd.data import loaders, reading
+from dfssd.data import decoded, loaders, reading
 from dfssd.data.dataset import ManifestDataset, Streams, TrainingSet, collate, network_input
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.loaders import training_loader, validation_batches
@@ -34,7 +34,8 @@ def _same(a, b):
     return torch.equal(a["img"], b["img"]) and torch.equal(a["bboxes"], b["bboxes"]) and torch.equal(a["cls"], b["cls"])
 
 
-def test_a_sample_depends_on_its_seed_and_nothing_else(prepared, tmp_path):
+def test_a_sample_depends_on_its_seed_and_nothing_else(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoded, "FREE_SHARE", -1)  # the disk of the machine that tests may be full
     warm, _ = _dataset(prepared, decoded=DecodedCache(str(tmp_path), 1.0))
     for k in range(8):
         warm.augmented(k, 1000 + k, True)  # what was loaded before must not matter (Ultralytics' mosaic buffer does)

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,14 @@ import pytest
 from dfssd.data import decoded as module
 from dfssd.data.decoded import DecodedCache
 from dfssd.data.manifest import Row
+
+
+@pytest.fixture(autouse=True)
+def _disk_with_room(monkeypatch):
+    """The disk of the machine that tests may be as full as it likes."""
+    roomy = SimpleNamespace(total=10**12, used=0, free=10**12)
+    monkeypatch.setattr(module, "shutil", SimpleNamespace(rmtree=shutil.rmtree, disk_usage=lambda _: roomy))
+    return roomy
 
 
 def _image(k, side=32, grey=False):
@@ -126,11 +136,16 @@ def test_a_folder_that_another_user_has_made_is_not_used(monkeypatch, tmp_path, 
     assert cache.read("ab12", 32) is None and "another user" in capsys.readouterr().out
 
 
-def test_a_tenth_of_the_disk_stays_free(tmp_path, monkeypatch):
-    cache = DecodedCache(str(tmp_path), 1)
-    full = type("Disk", (), {"total": 10**9, "used": 0, "free": 10**8 + 4000})
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: full)
+def test_a_tenth_of_the_disk_stays_free_and_a_full_one_is_said(tmp_path, _disk_with_room, capsys):
+    disk, cache = _disk_with_room, DecodedCache(str(tmp_path), 1)
+    rows = [Row(key, "", 32, 32, "train", True, 0, None) for key in ("ab12", "cd34")]
+    disk.total, disk.free = 10**9, 10**8 + 7000
+    cache.make_room(rows, 32)
+    assert not capsys.readouterr().out
     cache.keep("ab12", 32, _image(1))
-    full.free = 10**8 + 900
+    disk.free = 10**8 + 900
     cache.keep("cd34", 32, _image(2))
     assert cache.read("ab12", 32) is not None and cache.read("cd34", 32) is None
+    cache.make_room(rows, 32)
+    assert "--decoded-dir" in capsys.readouterr().out
+    assert cache.read("ab12", 32) is not None  # it is of this run

@@ -101,7 +101,9 @@ class DecodedCache:
         here = {file.name for _, _, file in kept}
         used = sum(size for _, size, _ in kept)
         need = sum(size for name, size in wanted.items() if name not in here)
-        excess = used + need - self._most(used)
+        most = self._most(used)
+        excess = used + need - most
+        self._say_disk_is_full(most, min(self.limit, sum(wanted.values())))
         for _, size, file in sorted(kept):
             if excess <= 0:
                 break
@@ -139,6 +141,17 @@ class DecodedCache:
             with contextlib.suppress(OSError):  # another process was faster
                 info = file.stat()
                 yield info.st_mtime_ns, info.st_size, file
+
+    def _say_disk_is_full(self, most: int, wanted: int) -> None:
+        """A full disk costs time in every epoch and is otherwise seen by nobody."""
+        if most < wanted and not self._faulty:
+            print(
+                f"WARNING: the disk of {self.folder} has room for {max(0, most) / 2**30:.1f} "
+                f"of up to {wanted / 2**30:.1f} GiB of decoded images ({FREE_SHARE:.0%} of it stays "
+                f"free): the others are decoded again in every epoch. "
+                "Free some space, or give a folder on another disk: --decoded-dir DIR",
+                flush=True,
+            )
 
     def _fault(self, error: OSError) -> None:
         if not self._faulty:
