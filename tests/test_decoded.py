@@ -136,14 +136,15 @@ def test_a_folder_that_another_user_has_made_is_not_used(monkeypatch, tmp_path, 
     assert cache.read("ab12", 32) is None and "another user" in capsys.readouterr().out
 
 
-def test_a_tenth_of_the_disk_stays_free_and_a_full_one_is_said(tmp_path, _disk_with_room, capsys):
+def test_a_share_of_the_disk_stays_free_and_a_full_one_is_said(tmp_path, _disk_with_room, capsys):
     disk, cache = _disk_with_room, DecodedCache(str(tmp_path), 1)
     rows = [Row(key, "", 32, 32, "train", True, 0, None) for key in ("ab12", "cd34")]
-    disk.total, disk.free = 10**9, 10**8 + 7000
+    reserve = int(module.FREE_SHARE * 10**9)
+    disk.total, disk.free = 10**9, reserve + 7000
     cache.make_room(rows, 32)
     assert not capsys.readouterr().out
     cache.keep("ab12", 32, _image(1))
-    disk.free = 10**8 + 900
+    disk.free = reserve + 900
     cache.keep("cd34", 32, _image(2))
     assert cache.read("ab12", 32) is not None and cache.read("cd34", 32) is None
     cache.make_room(rows, 32)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dfssd.data.manifest import Row
 
 SLACK = 0.05  # share of the limit after which a process looks again at what the others have written
-FREE_SHARE = 0.1  # of the disk that is left free
+FREE_SHARE = 0.07  # of the disk that is left free: Ray stores nothing more on one that is full to 95 %
 MOST_MAPPED = 4096  # files, by one process; Linux lets it map 65,530 pieces of memory
 _HEADER = struct.Struct("<8sHHHxx")  # mark, height, width, channels
 _MARK = b"dfssd-01"  # another layout of the file, or another way to decode and shrink, gets another number
@@ -38,7 +38,7 @@ class DecodedCache:
 
     Args:
         folder: where `dfssd-decoded` is made; '': in the system's folder for temporary files, for this user alone.
-        gib: most that is kept (GiB); never more than leaves a tenth of the disk free.
+        gib: most that is kept (GiB); never more than leaves `FREE_SHARE` of the disk free.
     """
 
     def __init__(self, folder: str, gib: float) -> None:
