@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -19,6 +20,9 @@ from PIL import Image, ImageCms, TiffImagePlugin
 # `--max-side` and MAX_PIXELS, and they are looked at before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 MAX_PIXELS = 2**30  # OpenCV's own limit; 3 GiB once it is decoded
+LARGE = 50_000_000  # px from which a process opens one picture at a time: one of 20,000 x 20,000 px is 1.2 GB
+BYTES_A_PIXEL = 6  # of memory, to open a picture of any kind: the pixels, and copies of them while they are converted
+_BLOCK = 2**23  # values that are converted at a time; float copies of a whole picture would take four times its memory
 
 # Types by their first bytes, looked at before PIL: Ultralytics replaces PIL's open() by one that tries to install
 # packages when it does not know a file.
@@ -115,12 +119,34 @@ def to_uint8(image: np.ndarray, white: float = 0.0) -> np.ndarray:
     """
     if image.dtype == np.uint8:
         return image
-    if image.dtype.kind in "ui":  # whole steps, so that 65535 is the shift by 8 bits that OpenCV makes
-        scaled = image.astype(np.float32) * (256 / ((white or LEVELS[-1]) + 1))
-    else:
-        scaled = np.nan_to_num(image.astype(np.float32)) * (255 / (white or 1.0)) + 0.5
-    grey = scaled.clip(0, 255).astype(np.uint8)
+    grey = np.empty(image.shape, np.uint8)
+    for rows in blocks(image):
+        if image.dtype.kind in "ui":  # whole steps, so that 65535 is the shift by 8 bits that OpenCV makes
+            scaled = image[rows].astype(np.float32) * (256 / ((white or LEVELS[-1]) + 1))
+        else:
+            scaled = np.nan_to_num(image[rows].astype(np.float32)) * (255 / (white or 1.0)) + 0.5
+        grey[rows] = scaled.clip(0, 255).astype(np.uint8)
     return cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR) if grey.ndim == 2 else grey
+
+
+def blocks(image: np.ndarray) -> Iterator[slice]:
+    """Rows of a picture, some at a time, for what would take a copy of all of it."""
+    rows = max(1, _BLOCK // max(1, image[:1].size))
+    for first in range(0, len(image), rows):
+        yield slice(first, first + rows)
+
+
+def grey_levels(image_bgr: np.ndarray) -> tuple[bool, np.ndarray]:
+    """Are the three channels the same, and (H,W) uint8: that channel, or the brightness of the colours (ITU-R 601)."""
+    blue, green, red = (image_bgr[..., c] for c in range(3))
+    if all(
+        np.array_equal(blue[rows], green[rows]) and np.array_equal(blue[rows], red[rows]) for rows in blocks(image_bgr)
+    ):
+        return True, np.ascontiguousarray(blue)
+    levels = np.empty(image_bgr.shape[:2], np.uint8)
+    for rows in blocks(image_bgr):
+        levels[rows] = np.asarray(Image.fromarray(image_bgr[rows, :, ::-1]).convert("L"))
+    return False, levels
 
 
 def open_image(data: bytes, white: float = 0.0) -> np.ndarray:

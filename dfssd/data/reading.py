@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import cv2
@@ -12,7 +14,7 @@ import torch
 
 from dfssd.data.cache import DiskCache
 from dfssd.data.decoded import DecodedCache, key_of
-from dfssd.data.images import BadImage, open_image
+from dfssd.data.images import LARGE, BadImage, open_image
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import is_remote, read_uri, side_by_side
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # what a loading process does not need, it does not import
 cv2.setNumThreads(0)  # loaders are many; each has one core
 
 ID_DIGITS = 16  # of an image_id: the first ones of the file's sha256
+_one_large = threading.Lock()  # as many pictures are fetched from a store at a time, so many would be decoded
 _REPLACED = (
     "put the old file back, or run prepare again under a new --run-name: its boxes are not those of this picture"
 )
@@ -53,6 +56,19 @@ def decode(uri: str, cache: DiskCache | None = None, white: float = 0.0, image_i
         raise DfssdError(f"image cannot be read: {error}", where=uri, todo=_MOVED) from error
     except BadImage as error:
         raise DfssdError(f"image cannot be decoded: {error}", where=uri, todo=_MOVED) from error
+
+
+@contextmanager
+def opened(
+    uri: str, pixels: int, cache: DiskCache | None = None, white: float = 0.0, image_id: str = ""
+) -> Iterator[np.ndarray]:
+    """What `decode` returns, for as long as it is needed: of large pictures this process has one at a time.
+
+    Args:
+        pixels: of the picture, as the manifest says.
+    """
+    with _one_large if pixels >= LARGE else nullcontext():
+        yield decode(uri, cache, white, image_id)
 
 
 def shrunk_size(width: int, height: int, imgsz: int) -> tuple[int, int]:
@@ -129,16 +145,17 @@ class Images:
 
     def _load_anew(self, i: int) -> np.ndarray:
         uri = self.uri(i)
-        full = decode(uri, self._files, float(self._whites[i]), "" if i in self._checked else self._ids[i])
-        self._checked.add(i)
         width, height = self.sizes_wh[i].tolist()
-        if full.shape[:2] != (height, width):
-            raise DfssdError(
-                f"image has {full.shape[1]} x {full.shape[0]} px, and had {width} x {height} when prepare ran",
-                where=uri,
-                todo="put the old file back, or run prepare again under a new --run-name",
-            )
-        small = slim(shrink(full, self.imgsz))
+        image_id = "" if i in self._checked else self._ids[i]
+        with opened(uri, width * height, self._files, float(self._whites[i]), image_id) as full:
+            self._checked.add(i)
+            if full.shape[:2] != (height, width):
+                raise DfssdError(
+                    f"image has {full.shape[1]} x {full.shape[0]} px, and had {width} x {height} when prepare ran",
+                    where=uri,
+                    todo="put the old file back, or run prepare again under a new --run-name",
+                )
+            small = slim(shrink(full, self.imgsz))
         if self._decoded:
             self._decoded.keep(self._keys[i], self.imgsz, small)
         return small
