@@ -103,7 +103,7 @@ class DecodedCache:
         need = sum(size for name, size in wanted.items() if name not in here)
         most = self._most(used)
         excess = used + need - most
-        self._say_disk_is_full(most, min(self.limit, sum(wanted.values())))
+        self._say_disk_is_full(most, min(self.limit, int(sum(wanted.values()))))
         for _, size, file in sorted(kept):
             if excess <= 0:
                 break
