@@ -21,7 +21,8 @@ from PIL import Image, ImageCms, TiffImagePlugin
 Image.MAX_IMAGE_PIXELS = None
 MAX_PIXELS = 2**30  # OpenCV's own limit; 3 GiB once it is decoded
 LARGE = 50_000_000  # px from which a process opens one picture at a time: one of 20,000 x 20,000 px is 1.2 GB
-BYTES_A_PIXEL = 6  # of memory, to open a picture of any kind: the pixels, and copies of them while they are converted
+BYTES_A_PIXEL = 6  # of memory, to open a picture of 8 bits: three for its pixels, the others for copies
+DEEP_BYTES_A_PIXEL = 12  # the same of one of 16 bits and three channels
 _BLOCK = 2**23  # values that are converted at a time; float copies of a whole picture would take four times its memory
 
 # Types by their first bytes, looked at before PIL: Ultralytics replaces PIL's open() by one that tries to install
@@ -84,6 +85,23 @@ def size_of(data: bytes) -> tuple[int, int]:
         raise BadImage("unreadable", f"the header makes no sense ({error})") from error
 
 
+def memory_to_open(data: bytes) -> int:
+    """Most bytes that opening a picture takes, from its header: it as the file has it, as uint8, and in grey levels.
+
+    Raises:
+        BadImage: the header makes no sense.
+    """
+    kind, (width, height) = kind_of(data), size_of(data)
+    held = 3.0
+    if kind == "TIFF":
+        held = sum(np.atleast_1d(_tiff_tags(data).get(_BITS, 8)).tolist()) / 8
+    elif kind == "PNG" and _deep_png(data):
+        held = 2.0 * {0: 1, 2: 3, 4: 2, 6: 4}.get(data[25], 4)  # channels by its type of colour
+    elif kind == "PPM" and _deep_ppm(data):
+        held = 2.0 * (3 if data[:2] in (b"P3", b"P6") else 1)
+    return int(width * height * max(BYTES_A_PIXEL, held + 4))
+
+
 def decode_raw(data: bytes) -> np.ndarray:
     """Pixels as the file holds them, turned as its EXIF data says: (H,W,3) uint8 BGR, or of a deeper file (H,W) or (H,W,3)
     of its own type (uint16, int32, float32, ...).
@@ -95,7 +113,7 @@ def decode_raw(data: bytes) -> np.ndarray:
     try:
         if kind == "TIFF" and _tiff_tags(data).get(_PHOTOMETRIC) in _LAB:
             return _decode_lab(data)
-        deep = kind == "TIFF" or (kind == "PNG" and data[24:25] == b"\x10") or (kind == "PPM" and _deep_ppm(data))
+        deep = kind == "TIFF" or (kind == "PNG" and _deep_png(data)) or (kind == "PPM" and _deep_ppm(data))
         flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR if deep else cv2.IMREAD_COLOR
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except BadImage:
@@ -219,6 +237,10 @@ def _decode_lab(data: bytes) -> np.ndarray:
     except Exception as error:  # Pillow's and the colour library's own
         raise BadImage("unreadable", f"a TIFF in L*a*b* colours: save it as RGB ({error})") from error
     return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def _deep_png(data: bytes) -> bool:
+    return data[24:25] == b"\x10"
 
 
 def _deep_ppm(data: bytes) -> bool:

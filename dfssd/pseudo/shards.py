@@ -19,7 +19,7 @@ import pyarrow as pa
 from dfssd.config import Config, Pseudo, Train
 from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY, unflip
 from dfssd.data.checks import Problem
-from dfssd.data.images import BYTES_A_PIXEL, LARGE
+from dfssd.data.images import BYTES_A_PIXEL, DEEP_BYTES_A_PIXEL, LARGE
 from dfssd.data.letterbox import GREY, Letterbox, letterboxed, out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
 from dfssd.data.preparation.bad_files import write_bad
@@ -53,8 +53,9 @@ def decoded_bytes(imgsz: int) -> int:
 def memory_of(todo: Sequence[Shard], imgsz: int) -> int:
     """Bytes that a task which decodes one of these shards takes: its images, their copy on the way into the object store, and
     its largest picture as the file holds it, where that is large."""
-    largest = max((pixels for shard in todo for pixels in shard["pixels"]), default=0)
-    return 2 * decoded_bytes(imgsz) + (BYTES_A_PIXEL * largest if largest >= LARGE else 0)
+    places = [place for shard in todo for place in zip(shard["pixels"], shard["whites"], strict=True)]
+    large = [n * (DEEP_BYTES_A_PIXEL if white else BYTES_A_PIXEL) for n, white in places if n >= LARGE]
+    return 2 * decoded_bytes(imgsz) + max(large, default=0)
 
 
 def shards(rows: Sequence[Row], prefix: str, size: int = SHARD) -> list[Shard]:

@@ -125,7 +125,7 @@ def _facts(uri: str, data: bytes, max_side: int) -> checks.ImageFacts | checks.P
     if width * height < images.LARGE or not checks.is_usable(width, height, max_side):
         return checks.check_image(data, max_side)
     with _one_large:
-        need, free = images.BYTES_A_PIXEL * width * height, free_memory()
+        need, free = images.memory_to_open(data), free_memory()
         if need > free:  # the system would end the process without a word
             raise DfssdError(
                 f"opening a picture of {width} x {height} px takes up to {need / 2**30:.1f} GiB of memory, "
