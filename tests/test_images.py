@@ -181,8 +181,10 @@ def test_a_large_picture_takes_no_more_memory_than_is_said(array, suffix, monkey
 
 def test_a_picture_that_memory_does_not_hold_is_named_before_it_is_opened(tmp_path, monkeypatch):
     put(tmp_path / "d" / "classes.txt", "a\n")
-    for name, side in (("small", 40), ("large", 400)):
-        put(tmp_path / "d" / "images" / f"{name}.png", encoded(np.full((side, side), 90, np.uint8), ".png"))
+    for name, side in [("large", 400), *((f"{k:02d}", 40) for k in range(12))]:
+        picture = np.random.default_rng(len(name) * side).integers(0, 255, (side, side), np.uint8)
+        picture[: int(name) if side < 100 else 0] = 0
+        put(tmp_path / "d" / "images" / f"{name}.png", encoded(picture, ".png"))
         put(tmp_path / "d" / "labels" / f"{name}.txt", "0 .5 .5 .2 .2")
     monkeypatch.setattr(images, "LARGE", 100_000)
     monkeypatch.setattr("dfssd.data.preparation.checking.free_memory", lambda: 500_000)
@@ -190,7 +192,7 @@ def test_a_picture_that_memory_does_not_hold_is_named_before_it_is_opened(tmp_pa
     with pytest.raises(DfssdError, match=r"(?s)400 x 400 px takes up to .*large\.png.*--max-side 399"):
         prepare(config, 0, Storage(str(tmp_path / "out")))
     left_out = config.model_copy(update={"max_side": 399, "bad_limit": 0.5})
-    assert prepare(left_out, 0, Storage(str(tmp_path / "out")))["images"] == 1
+    assert prepare(left_out, 0, Storage(str(tmp_path / "out")))["bad_files"] == {"absurd_size": 1}
 
 
 @pytest.mark.parametrize("large", [True, False])
