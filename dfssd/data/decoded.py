@@ -142,7 +142,7 @@ class DecodedCache:
                 info = file.stat()
                 yield info.st_mtime_ns, info.st_size, file
 
-    def _say_disk_is_full(self, most: int, wanted: int) -> None:
+    def _say_disk_is_full(self, most: float, wanted: float) -> None:
         """A full disk costs time in every epoch and is otherwise seen by nobody."""
         if most < wanted and not self._faulty:
             print(
