@@ -1,6 +1,10 @@
 """What `prepare` accepts is what training sees: one function opens pictures for both."""
 
 import io
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -12,7 +16,7 @@ from layouts import put
 from PIL import Image, ImageCms
 
 from dfssd.config import Data
-from dfssd.data import images, reading
+from dfssd.data import images, large, reading
 from dfssd.data.checks import ImageFacts, Problem, check_image
 from dfssd.data.images import (
     BadImage,
@@ -28,7 +32,7 @@ from dfssd.data.manifest import Row, read_manifest
 from dfssd.data.preparation.checking import _percent
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
-from dfssd.pseudo.shards import decode_shard, memory_of, shards
+from dfssd.pseudo.shards import decode_shard, decoding_memory, shards
 from dfssd.runtime.free_memory import free_memory
 from dfssd.runtime.storage import Storage
 
@@ -157,8 +161,8 @@ def test_a_strip_is_within_all_limits_and_a_bomb_is_not():
 )  # fmt: skip
 def test_a_large_picture_takes_no_more_memory_than_is_said(array, suffix, monkeypatch):
     """Scaled up 30 times, in pieces of few rows: what small ones give in one piece, and never more than its header says."""
-    large = np.repeat(np.repeat(array, 30, 0), 30, 1)
-    data = encoded(large, suffix)
+    scaled = np.repeat(np.repeat(array, 30, 0), 30, 1)
+    data = encoded(scaled, suffix)
     whole = decode_raw(data)
     if whole.dtype == np.uint8:
         flat = Image.fromarray(whole[:, :, ::-1]).convert("L") if array.ndim == 3 else Image.fromarray(whole[:, :, 0])
@@ -186,7 +190,7 @@ def test_a_picture_that_memory_does_not_hold_is_named_before_it_is_opened(tmp_pa
         picture[: int(name) if side < 100 else 0] = 0
         put(tmp_path / "d" / "images" / f"{name}.png", encoded(picture, ".png"))
         put(tmp_path / "d" / "labels" / f"{name}.txt", "0 .5 .5 .2 .2")
-    monkeypatch.setattr(images, "LARGE", 100_000)
+    monkeypatch.setattr("dfssd.data.preparation.checking.LARGE", 100_000)
     monkeypatch.setattr("dfssd.data.preparation.checking.free_memory", lambda: 500_000)
     config = Data(data=str(tmp_path / "d"))
     with pytest.raises(DfssdError, match=r"(?s)400 x 400 px takes up to .*large\.png.*--max-side 399"):
@@ -195,37 +199,67 @@ def test_a_picture_that_memory_does_not_hold_is_named_before_it_is_opened(tmp_pa
     assert prepare(left_out, 0, Storage(str(tmp_path / "out")))["bad_files"] == {"absurd_size": 1}
 
 
-@pytest.mark.parametrize("large", [True, False])
-def test_of_large_pictures_from_a_store_one_is_open_at_a_time(large, monkeypatch):
-    """Sixteen are fetched at a time, for a batch and for a shard; sixteen of 20,000 x 20,000 px would be 19 GB."""
-    now, most, lock = [0], [0], threading.Lock()
+@pytest.mark.parametrize("is_large", [True, False])
+def test_large_pictures_wait_where_memory_does_not_hold_one_for_each_core(is_large, monkeypatch, tmp_path):
+    """Sixteen are fetched from a store at a time, for a batch or a shard; of 20,000 x 20,000 px they are 19 GB."""
+    now, most, lock, cores = [0], [0], threading.Lock(), os.cpu_count()
 
     def decode(*_):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.01)
+        time.sleep(0.005)
         with lock:
             now[0] -= 1
         return COLOUR
 
+    need = images.memory_of(COLOUR[..., 0].size, 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(reading, "decode", decode)
-    monkeypatch.setattr(reading, "LARGE", COLOUR[..., 0].size + (0 if large else 1))
+    monkeypatch.setattr("dfssd.data.large.LARGE", COLOUR[..., 0].size + (0 if is_large else 1))
     rows = [Row(f"{k}", f"s3://b/{k}.png", 56, 40, "train", False, k, None) for k in range(16)]
     both = [lambda: reading.Images(rows, 32).fetch(range(16)), lambda: decode_shard(shards(rows, "shard")[0], 32)]
-    for fetch in both:
-        most[0] = 0
-        fetch()
-        assert (most[0] == 1) == large, most
+    for free, alone in ((need * cores - 1, is_large), (need * cores, False)):
+        monkeypatch.setattr("dfssd.data.large.free_memory", lambda free=free: free)
+        for fetch in both:
+            most[0] = 0
+            fetch()
+            assert (most[0] == 1) == alone, (free, most)
+
+
+def test_a_large_picture_of_another_process_is_waited_for_but_not_for_ever(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(large, "free_memory", lambda: 0)
+    holds = "import sys, time; from dfssd.data import large; large.free_memory = lambda: 0\n"
+    holds += "with large.turn(large.LARGE, 1): print('mine', flush=True); time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    try:
+        assert other.stdout.readline() == b"mine\n"
+        monkeypatch.setattr(large, "PATIENCE_S", 0.3)
+        begun = time.monotonic()
+        with large.turn(large.LARGE, 1):
+            assert time.monotonic() - begun >= 0.3, "it waits"
+        with large.turn(large.LARGE - 1, 1):
+            assert time.monotonic() - begun < 0.6, "a picture that is not large has no need to"
+        monkeypatch.setattr(large, "PATIENCE_S", 60)
+        threading.Timer(0.3, other.kill).start()
+        begun = time.monotonic()
+        with large.turn(large.LARGE, 1):
+            assert 0.25 < time.monotonic() - begun < 30, "a process that died holds nothing"
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_task_that_decodes_asks_for_the_memory_of_its_largest_picture():
     sides = (1000, 20_000, 500)
     todo = shards([Row(f"{s}", f"{s}.png", s, s, "train", False, s, None) for s in sides], "shard", 2)
     deep = shards([Row("a", "a.png", 20_000, 20_000, "train", False, 0, None, 4095.0)], "shard")
-    assert memory_of(deep, 640) - memory_of(todo[1:], 640) == images.DEEP_BYTES_A_PIXEL * 20_000**2
-    assert memory_of(todo, 640) - memory_of(todo[1:], 640) == images.BYTES_A_PIXEL * 20_000**2
-    assert memory_of(todo[1:], 640) == 2 * 64 * 640**2 * 3
+    assert decoding_memory(deep, 640) - decoding_memory(todo[1:], 640) == images.DEEP_BYTES_A_PIXEL * 20_000**2
+    assert decoding_memory(todo, 640) - decoding_memory(todo[1:], 640) == images.BYTES_A_PIXEL * 20_000**2
+    assert decoding_memory(todo[1:], 640) == 2 * 64 * 640**2 * 3
 
 
 def test_free_memory_is_that_of_the_container_where_it_has_less(tmp_path):

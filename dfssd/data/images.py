@@ -20,7 +20,6 @@ from PIL import Image, ImageCms, TiffImagePlugin
 # `--max-side` and MAX_PIXELS, and they are looked at before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 MAX_PIXELS = 2**30  # OpenCV's own limit; 3 GiB once it is decoded
-LARGE = 50_000_000  # px from which a process opens one picture at a time: one of 20,000 x 20,000 px is 1.2 GB
 BYTES_A_PIXEL = 6  # of memory, to open a picture of 8 bits: three for its pixels, the others for copies
 DEEP_BYTES_A_PIXEL = 12  # the same of one of 16 bits and three channels
 _BLOCK = 2**23  # values that are converted at a time; float copies of a whole picture would take four times its memory
@@ -100,6 +99,11 @@ def memory_to_open(data: bytes) -> int:
     elif kind == "PPM" and _deep_ppm(data):
         held = 2.0 * (3 if data[:2] in (b"P3", b"P6") else 1)
     return int(width * height * max(BYTES_A_PIXEL, held + 4))
+
+
+def memory_of(pixels: int, white: float) -> int:
+    """The same, from what the manifest says of a picture."""
+    return pixels * (DEEP_BYTES_A_PIXEL if white else BYTES_A_PIXEL)
 
 
 def decode_raw(data: bytes) -> np.ndarray:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import cv2
@@ -14,7 +13,8 @@ import torch
 
 from dfssd.data.cache import DiskCache
 from dfssd.data.decoded import DecodedCache, key_of
-from dfssd.data.images import LARGE, BadImage, open_image
+from dfssd.data.images import BadImage, memory_of, open_image
+from dfssd.data.large import turn
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import is_remote, read_uri, side_by_side
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # what a loading process does not need, it does not import
 cv2.setNumThreads(0)  # loaders are many; each has one core
 
 ID_DIGITS = 16  # of an image_id: the first ones of the file's sha256
-_one_large = threading.Lock()  # as many pictures are fetched from a store at a time, so many would be decoded
 _REPLACED = (
     "put the old file back, or run prepare again under a new --run-name: its boxes are not those of this picture"
 )
@@ -62,12 +61,12 @@ def decode(uri: str, cache: DiskCache | None = None, white: float = 0.0, image_i
 def opened(
     uri: str, pixels: int, cache: DiskCache | None = None, white: float = 0.0, image_id: str = ""
 ) -> Iterator[np.ndarray]:
-    """What `decode` returns, for as long as it is needed: of large pictures this process has one at a time.
+    """What `decode` returns, for as long as it is needed: large pictures wait for their turn (`data/large.py`).
 
     Args:
         pixels: of the picture, as the manifest says.
     """
-    with _one_large if pixels >= LARGE else nullcontext():
+    with turn(pixels, memory_of(pixels, white)):
         yield decode(uri, cache, white, image_id)
 
 

@@ -18,7 +18,7 @@ import ray.data
 
 from dfssd.config import Config
 from dfssd.data.manifest import Manifest
-from dfssd.pseudo.shards import Log, Shard, Tally, decode_shard, fuse_and_write, memory_of, summarise, unfinished
+from dfssd.pseudo.shards import Log, Shard, Tally, decode_shard, decoding_memory, fuse_and_write, summarise, unfinished
 from dfssd.pseudo.teachers import TeacherActor, check_teachers
 from dfssd.runtime.cluster import actor_resources, free, nodes_now
 from dfssd.runtime.progress import Silence
@@ -73,7 +73,7 @@ def _stream(
             decode_shard,
             fn_kwargs={"imgsz": side, "train": config.train},
             num_cpus=DECODE_CPUS,
-            memory=min(memory_of(todo, side), largest),  # what no node has, Ray would wait for
+            memory=min(decoding_memory(todo, side), largest),  # what no node has, Ray would wait for
         )
         .map(
             TeacherActor,

@@ -19,7 +19,8 @@ import pyarrow as pa
 from dfssd.config import Config, Pseudo, Train
 from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY, unflip
 from dfssd.data.checks import Problem
-from dfssd.data.images import BYTES_A_PIXEL, DEEP_BYTES_A_PIXEL, LARGE
+from dfssd.data.images import memory_of
+from dfssd.data.large import LARGE
 from dfssd.data.letterbox import GREY, Letterbox, letterboxed, out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
 from dfssd.data.preparation.bad_files import write_bad
@@ -50,11 +51,11 @@ def decoded_bytes(imgsz: int) -> int:
     return shard_images(imgsz) * imgsz**2 * 3
 
 
-def memory_of(todo: Sequence[Shard], imgsz: int) -> int:
+def decoding_memory(todo: Sequence[Shard], imgsz: int) -> int:
     """Bytes that a task which decodes one of these shards takes: its images, their copy on the way into the object store, and
     its largest picture as the file holds it, where that is large."""
     places = [place for shard in todo for place in zip(shard["pixels"], shard["whites"], strict=True)]
-    large = [n * (DEEP_BYTES_A_PIXEL if white else BYTES_A_PIXEL) for n, white in places if n >= LARGE]
+    large = [memory_of(pixels, white) for pixels, white in places if pixels >= LARGE]
     return 2 * decoded_bytes(imgsz) + max(large, default=0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -15,6 +14,7 @@ from dfssd.data import checks, images
 from dfssd.data.checks import Checked
 from dfssd.data.formats.listing import printable
 from dfssd.data.formats.source import Item, Source, unlabelled_items
+from dfssd.data.large import LARGE, turn
 from dfssd.data.manifest import Boxes
 from dfssd.data.preparation import grouping
 from dfssd.data.preparation.bad_files import Bad, write_bad
@@ -24,8 +24,6 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.free_memory import free_memory
 from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side
-
-_one_large = threading.Lock()
 
 
 class Thumbnails(Protocol):
@@ -122,10 +120,11 @@ def _facts(uri: str, data: bytes, max_side: int) -> checks.ImageFacts | checks.P
         width, height = images.size_of(data)
     except images.BadImage as error:
         return checks.Problem(error.reason, error.detail)
-    if width * height < images.LARGE or not checks.is_usable(width, height, max_side):
+    if width * height < LARGE or not checks.is_usable(width, height, max_side):
         return checks.check_image(data, max_side)
-    with _one_large:
-        need, free = images.memory_to_open(data), free_memory()
+    need = images.memory_to_open(data)
+    with turn(width * height, need):
+        free = free_memory()
         if need > free:  # the system would end the process without a word
             raise DfssdError(
                 f"opening a picture of {width} x {height} px takes up to {need / 2**30:.1f} GiB of memory, "
