@@ -7,7 +7,8 @@ For each seed: a detector learns from `--start` of the labels and looks at the r
 their labels, once those that `dfssd suggest` chooses (the same function) and once random ones; the same training from the
 same weights on both, the last weights measured on test and on val. Further `--arms`: `uncertainty` takes the images that the
 first detector is most unsure of, `coverage` covers the feature space whatever the classes, `random3` labels three times as
-many at random, `none` no more at all. What is finished is not done again. Leaves `<out>/suggest.json` and the table as
+many at random, `none` no more at all. `--tail 10` makes the train images long-tailed first (`long_tail.py`): the table then
+says what the rare classes gain. What is finished is not done again. Leaves `<out>/suggest.json` and the table as
 `suggest.md`; no Ray, no MLflow.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from long_tail import long_tailed, rare_classes
 from scipy import stats
 from semi_data import all_labels, hide, subset
 from semi_rows import measured, parse_row, train_row
@@ -32,11 +34,13 @@ from dfssd.data.manifest import Manifest, read_manifest
 from dfssd.pseudo.in_process import label_in_process
 from dfssd.review.active_learning import Looked, look_at
 from dfssd.review.coverage import Coverage, choose
+from dfssd.review.suggest import shown
 from dfssd.runtime.artefact_names import TEACHER
 from dfssd.runtime.storage import Storage
 
 ROW = parse_row("teacher")
 MEASURES = ("map50", "map50_95")
+TITLES = {"map50": "mAP50", "map50_95": "mAP50-95", "rare": "AP50 of rare classes"}
 
 
 def arguments(about: str) -> argparse.Namespace:
@@ -47,6 +51,9 @@ def arguments(about: str) -> argparse.Namespace:
     a.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     a.add_argument("--start", type=float, default=0.05, help="share of the train images that is labelled at first")
     a.add_argument("--k", type=int, default=0, help="images that get labels then (default: as many as at first)")
+    a.add_argument(
+        "--tail", type=float, default=1, help="the most frequent class over the rarest (1: the set as it is)"
+    )
     a.add_argument("--arms", nargs="*", default=["suggested", "random"], choices=[*ARMS])
     a.add_argument("--imgsz", type=int, default=128)
     a.add_argument("--steps", type=int, default=250)
@@ -129,8 +136,10 @@ def first_detector(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict
 def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, dict[str, Any]]:
     """Results by arm, and of the first detector ("start")."""
     config, device, out = settings(a, seed, a.steps), torch.device(a.device), Storage(a.out).at(f"seed{seed}")
+    manifest = long_tailed(manifest, a.tail, seed)
+    rare = rare_classes(len(manifest.names), a.tail, seed)
     first = out.at("start")
-    results = {"start": first_detector(a, manifest, seed)}
+    results = {"start": with_rare(first_detector(a, manifest, seed), manifest.names, rare)}
     started = {r.image_id for r in read_manifest(first.at("dataset")).labelled_rows()}
     seen: Looked | None = None
     for arm in a.arms:
@@ -140,39 +149,57 @@ def one_seed(a: argparse.Namespace, manifest: Manifest, seed: int) -> dict[str, 
             chosen = ARMS[arm](seen, a.k or len(started), seed)
             assert len(set(chosen)) == len(chosen) and not started.intersection(chosen)
             hide(manifest, started.union(chosen), run.at("dataset"), seed=seed)
-        results[arm] = {**trained(run, config, device, a.splits), **cost(manifest, run, started)}
+        found = with_rare(trained(run, config, device, a.splits), manifest.names, rare)
+        results[arm] = {**found, **cost(manifest, run, started, rare)}
         says = ", ".join(f"{100 * results[arm]['last'][a.splits[-1]][m]:.1f}" for m in MEASURES)
         print(f"seed {seed} {arm}: {a.splits[-1]} {says}; {results[arm]['new_boxes']} new boxes", flush=True)
     return results
 
 
-def cost(manifest: Manifest, run: Storage, started: set[str]) -> dict[str, Any]:
-    """Boxes that were drawn for the new labels, and how many images show each class."""
+def with_rare(result: dict[str, Any], names: Sequence[str], rare: Sequence[int]) -> dict[str, Any]:
+    """A result whose measures know the mean AP50 of the rare classes, NaN where there are none."""
+    for found in result["last"].values():
+        found["rare"] = float(np.mean([found["by_class"][names[c]] for c in rare])) if rare else float("nan")
+    return result
+
+
+def cost(manifest: Manifest, run: Storage, started: set[str], rare: Sequence[int]) -> dict[str, Any]:
+    """Boxes that were drawn for the new labels, how many images show each class, and how many a rare one."""
     rows = [r for r in read_manifest(run.at("dataset")).labelled_rows() if r.image_id not in started]
     boxes = [r.boxes for r in rows if r.boxes is not None]
-    shown = sum(
-        (np.bincount(np.unique(b[:, 0].astype(int)), minlength=len(manifest.names)) for b in boxes), np.zeros(1)
-    )
-    return {"new_images": len(rows), "new_boxes": sum(map(len, boxes)), "images_of_class": shown.astype(int).tolist()}
+    shows = shown(boxes, len(manifest.names))
+    return {
+        "new_images": len(rows),
+        "new_boxes": sum(map(len, boxes)),
+        "new_rare": int(shows[:, rare].any(1).sum()),
+        "images_of_class": shows.sum(0).astype(int).tolist(),
+    }
 
 
-def table(results: dict[int, dict[str, dict[str, Any]]], arms: list[str], splits: Sequence[str]) -> str:
-    """Markdown: mean and deviation over seeds, and what an arm gains over random labels with its 95 % interval (t)."""
-    shown = splits[::-1]  # test first
-    titles = ["labels", "new boxes", *(f"{s} {t}" for s in shown for t in ("mAP50", "mAP50-95"))]
-    titles += [f"over random, {shown[0]} {t}" for t in ("mAP50", "mAP50-95")]
+def table(results: dict[int, dict[str, dict[str, Any]]], arms: list[str], splits: Sequence[str], rare: bool) -> str:
+    """Markdown: mean and deviation over seeds, and what an arm gains over random labels with its 95 % interval (t).
+
+    Args:
+        rare: the set is long-tailed, and the rare classes have columns of their own.
+    """
+    ordered = splits[::-1]  # test first
+    measures = (*MEASURES, "rare") if rare else MEASURES
+    titles = ["labels", "new boxes", *(["new images of rare classes"] if rare else [])]
+    titles += [f"{s} {TITLES[m]}" for s in ordered for m in measures]
+    titles += [f"over random, {ordered[0]} {TITLES[m]}" for m in measures]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
 
     def values(arm: str, split: str, measure: str) -> np.ndarray:
         return np.array([100 * r[arm]["last"][split][measure] for r in results.values()])
 
     for arm in ["start", *arms]:
-        boxes = "" if arm == "start" else f"{np.mean([r[arm]['new_boxes'] for r in results.values()]):.0f}"
-        numbers = [spread(values(arm, split, m)) for split in shown for m in MEASURES]
-        gains = ["", ""]
+        counts = ["new_boxes", *(["new_rare"] if rare else [])]
+        cells = ["" if arm == "start" else f"{np.mean([r[arm][c] for r in results.values()]):.0f}" for c in counts]
+        cells += [spread(values(arm, split, m)) for split in ordered for m in measures]
+        gains = [""] * len(measures)
         if arm not in ("start", "random") and "random" in arms:
-            gains = [interval(values(arm, shown[0], m) - values("random", shown[0], m)) for m in MEASURES]
-        lines.append(f"| {' | '.join([arm, boxes, *numbers, *gains])} |")
+            gains = [interval(values(arm, ordered[0], m) - values("random", ordered[0], m)) for m in measures]
+        lines.append(f"| {' | '.join([arm, *cells, *gains])} |")
     return "\n".join(lines)
 
 
@@ -196,7 +223,7 @@ def main() -> None:
     for seed in a.seeds:
         results[seed] = one_seed(a, manifest, seed)
         (out / "suggest.json").write_text(json.dumps(results, indent=1))
-        text = table(results, a.arms, a.splits)
+        text = table(results, a.arms, a.splits, a.tail > 1)
         (out / "suggest.md").write_text(text + "\n")
         print(f"{len(results)} seed(s)\n{text}", flush=True)
 

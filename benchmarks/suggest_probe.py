@@ -11,8 +11,11 @@ ten draws. Seconds an arm; it knows nothing of boxes, so it can sort rules out, 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from long_tail import long_tailed, rare_classes
 from semi_data import all_labels
 from suggest import ARMS, arguments, first_detector, settings
 
@@ -58,8 +61,9 @@ def probe(features: np.ndarray, shows: np.ndarray, val: np.ndarray, val_shows: n
 def main() -> None:
     a = arguments(__doc__ or "")
     torch.set_num_threads(1)
-    manifest = all_labels(a.data, Storage(a.out).at("data").uri)
+    whole = all_labels(a.data, Path(a.out, "data"))
     for seed in a.seeds:
+        manifest = long_tailed(whole, a.tail, seed)
         config, first = settings(a, seed, a.first_steps or a.steps), Storage(a.out).at(f"seed{seed}", "start")
         first_detector(a, manifest, seed)
         seen = look_at(config, first, TEACHER, len(manifest.rows))  # all of them
@@ -71,20 +75,17 @@ def main() -> None:
         shows, known_shows = shown([truth[r.image_id] for r in rows], classes), shown([r.boxes for r in known], classes)
         val_shows = shown([r.boxes for r in val], classes)
         for arm in a.arms:
-            found = []
+            found, rare = [], []
             for draw in range(DRAWS if arm == "random" else 1):
                 chosen = [index[i] for i in ARMS[arm](seen, a.k or len(known), seed + 1000 * draw)]
                 x, y = np.concatenate([of_known, own[chosen]]), np.concatenate([known_shows, shows[chosen]])
                 found.append(100 * probe(x, y, of_val, val_shows))
-            boxes = np.concatenate([truth[rows[i].image_id][:, 0].astype(int) for i in chosen] or [np.zeros(0, int)])
+                rare.append(int(shows[chosen][:, rare_classes(classes, a.tail, seed)].any(1).sum()))
             spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
-            by_class = ", ".join(
-                f"{n} {c}" for n, c in zip(manifest.names, np.bincount(boxes, minlength=classes), strict=True)
-            )
-            print(
-                f"seed {seed} {arm}: {np.mean(found):.1f}{spread} AP of images on val; {len(boxes)} boxes ({by_class})",
-                flush=True,
-            )
+            by_class = zip(manifest.names, shows[chosen].sum(0).astype(int), strict=True)
+            says = f"{np.mean(rare):.1f} images of rare classes; " if a.tail > 1 else ""
+            says += ", ".join(f"{n} {c}" for n, c in by_class) + ("" if len(found) < 2 else " in the last draw")
+            print(f"seed {seed} {arm}: {np.mean(found):.1f}{spread} AP of images on val; {says}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 SCRIPT = """
 import json, threading, time
@@ -42,8 +43,13 @@ print("FOUND", json.dumps({
 
 
 def test_a_local_ray():
+    """Also where `ray start` was used on this machine, as the file says that it leaves: only RAY_ADDRESS makes a job join."""
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    file = Path(env["RAY_TMPDIR"]) / "ray" / "ray_current_cluster"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("127.0.0.1:1")
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=200)
+    file.unlink(missing_ok=True)
     assert "RAN 7" in done.stdout, done.stdout + done.stderr[-3000:]
     assert "NODES 1" in done.stdout and "STATE waits for a node" in done.stdout, done.stdout
     found = json.loads(done.stdout.split("FOUND ")[1])

@@ -12,11 +12,13 @@ from dfssd.config import Distill
 from dfssd.data.manifest import read_table
 from dfssd.errors import DfssdError
 from dfssd.pipeline import run as runner
+from dfssd.pipeline.labelling import who_labels
 from dfssd.pipeline.stages import finished_models
 from dfssd.pipeline.training import train_job
 from dfssd.runtime.artefact_names import (
     DATASET,
     LABEL_ONLY,
+    MEAN_TEACHER,
     PSEUDO,
     QUALITY,
     STUDENT,
@@ -86,6 +88,17 @@ def test_rounds_stop_where_validation_no_longer_improves(tmp_path, monkeypatch, 
     assert newest_round(run) == used
     said = capsys.readouterr().out
     assert said.count("its labels are used") == used - 1 and said.count("no better") == ran - used
+
+
+@pytest.mark.parametrize(("after", "used", "other"), [(0.31, MEAN_TEACHER, TEACHER), (0.3, TEACHER, MEAN_TEACHER)])
+def test_it_is_said_which_teacher_labels_and_why(tmp_path, after, used, other):
+    run = Storage(str(tmp_path)).at("r")
+    _finish(run, TEACHER, 0.3)
+    assert who_labels(run, 1) == ""
+    _finish(run, MEAN_TEACHER, after)
+    said = who_labels(run, 1)
+    assert said.startswith(f"{used} labels and teaches") and f"; {other} 0.3000" in said
+    assert stages.best_teacher(run, 1) == used
 
 
 def test_a_later_teacher_learns_from_labels_and_pseudo_labels_but_is_not_distilled(prepared):

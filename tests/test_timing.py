@@ -49,3 +49,11 @@ def test_this_machine_cannot_hold_more_than_it_has(tmp_path, capsys):
     assert step_timer(tiny_config(tmp_path)).resources.cpus >= 1 and "a local Ray" in capsys.readouterr().out
     with pytest.raises(DfssdError, match="9999 CPUs are asked for"):
         step_timer(tiny_config(tmp_path, cpus_per_worker=9999))
+
+
+def test_a_long_step_is_made_once(tmp_path, monkeypatch):
+    """The dry run of a laptop: a step of a large detector takes half a minute there."""
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    _, seconds = time_step(tiny_config(tmp_path), Networks("yolov8n.yaml", None), ONE, False)
+    assert seconds == 20 * timing.OVERHEAD and next(now) == 40

@@ -18,7 +18,7 @@ REASONS = {
     "wrong_type": "the content is no image of a known type",
     "truncated": "the image ends before it should",
     "unreadable": "the file cannot be read or decoded",
-    "absurd_size": "a side is below 8 px or above the limit",
+    "absurd_size": "a side is below 8 px or above --max-side, or it has more than 2^30 px",
     "label_unreadable": "the label file cannot be read or parsed",
     "label_columns": "a label line has not 5 columns and is no polygon, or a box lacks a corner or a bbox",
     "label_nan": "a coordinate is not a finite number",
@@ -73,6 +73,11 @@ class ImageFacts:
     pages: int = 1
 
 
+def is_usable(width: int, height: int, max_side: int) -> bool:
+    """Is a picture of so many px neither too small nor too large?"""
+    return min(width, height) >= 8 and max(width, height) <= max_side and width * height <= images.MAX_PIXELS
+
+
 def check_image(data: bytes, max_side: int) -> ImageFacts | Problem:
     """Open an image as training does and return what the manifest and the grouping need of it.
 
@@ -82,7 +87,7 @@ def check_image(data: bytes, max_side: int) -> ImageFacts | Problem:
     """
     try:
         width, height = images.size_of(data)
-        if min(width, height) < 8 or max(width, height) > max_side or width * height > images.MAX_PIXELS:
+        if not is_usable(width, height, max_side):
             return Problem("absurd_size", f"{width} x {height} px")
         raw = images.decode_raw(data)
         top = images.top_value(raw)
@@ -92,9 +97,8 @@ def check_image(data: bytes, max_side: int) -> ImageFacts | Problem:
     except images.BadImage as error:
         return Problem(error.reason, error.detail)
     height, width = image.shape[:2]
-    grey = bool((image[:, :, 0] == image[:, :, 1]).all() and (image[:, :, 0] == image[:, :, 2]).all())
-    flat = Image.fromarray(image[:, :, 0]) if grey else Image.fromarray(image[:, :, ::-1]).convert("L")
-    thumb = np.asarray(flat.resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX), np.uint8)
+    grey, levels = images.grey_levels(image)
+    thumb = np.asarray(Image.fromarray(levels).resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX), np.uint8)
     return ImageFacts(hashlib.sha256(data).hexdigest(), width, height, thumb, grey, top, floating, pages)
 
 

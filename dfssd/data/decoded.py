@@ -103,7 +103,7 @@ class DecodedCache:
         need = sum(size for name, size in wanted.items() if name not in here)
         most = self._most(used)
         excess = used + need - most
-        self._say_disk_is_full(most, min(self.limit, sum(wanted.values())))
+        self._say_disk_is_full(most, min(self.limit, int(sum(wanted.values()))))
         for _, size, file in sorted(kept):
             if excess <= 0:
                 break
@@ -142,7 +142,7 @@ class DecodedCache:
                 info = file.stat()
                 yield info.st_mtime_ns, info.st_size, file
 
-    def _say_disk_is_full(self, most: int, wanted: int) -> None:
+    def _say_disk_is_full(self, most: float, wanted: float) -> None:
         """A full disk costs time in every epoch and is otherwise seen by nobody."""
         if most < wanted and not self._faulty:
             print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -19,6 +20,9 @@ from PIL import Image, ImageCms, TiffImagePlugin
 # `--max-side` and MAX_PIXELS, and they are looked at before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 MAX_PIXELS = 2**30  # OpenCV's own limit; 3 GiB once it is decoded
+BYTES_A_PIXEL = 6  # of memory, to open a picture of 8 bits: three for its pixels, the others for copies
+DEEP_BYTES_A_PIXEL = 12  # the same of one of 16 bits and three channels
+_BLOCK = 2**23  # values that are converted at a time; float copies of a whole picture would take four times its memory
 
 # Types by their first bytes, looked at before PIL: Ultralytics replaces PIL's open() by one that tries to install
 # packages when it does not know a file.
@@ -80,6 +84,28 @@ def size_of(data: bytes) -> tuple[int, int]:
         raise BadImage("unreadable", f"the header makes no sense ({error})") from error
 
 
+def memory_to_open(data: bytes) -> int:
+    """Most bytes that opening a picture takes, from its header: it as the file has it, as uint8, and in grey levels.
+
+    Raises:
+        BadImage: the header makes no sense.
+    """
+    kind, (width, height) = kind_of(data), size_of(data)
+    held = 3.0
+    if kind == "TIFF":
+        held = sum(np.atleast_1d(_tiff_tags(data).get(_BITS, 8)).tolist()) / 8
+    elif kind == "PNG" and _deep_png(data):
+        held = 2.0 * {0: 1, 2: 3, 4: 2, 6: 4}.get(data[25], 4)  # channels by its type of colour
+    elif kind == "PPM" and _deep_ppm(data):
+        held = 2.0 * (3 if data[:2] in (b"P3", b"P6") else 1)
+    return int(width * height * max(BYTES_A_PIXEL, held + 4))
+
+
+def memory_of(pixels: int, white: float) -> int:
+    """The same, from what the manifest says of a picture."""
+    return pixels * (DEEP_BYTES_A_PIXEL if white else BYTES_A_PIXEL)
+
+
 def decode_raw(data: bytes) -> np.ndarray:
     """Pixels as the file holds them, turned as its EXIF data says: (H,W,3) uint8 BGR, or of a deeper file (H,W) or (H,W,3)
     of its own type (uint16, int32, float32, ...).
@@ -91,7 +117,7 @@ def decode_raw(data: bytes) -> np.ndarray:
     try:
         if kind == "TIFF" and _tiff_tags(data).get(_PHOTOMETRIC) in _LAB:
             return _decode_lab(data)
-        deep = kind == "TIFF" or (kind == "PNG" and data[24:25] == b"\x10") or (kind == "PPM" and _deep_ppm(data))
+        deep = kind == "TIFF" or (kind == "PNG" and _deep_png(data)) or (kind == "PPM" and _deep_ppm(data))
         flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR if deep else cv2.IMREAD_COLOR
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except BadImage:
@@ -115,12 +141,34 @@ def to_uint8(image: np.ndarray, white: float = 0.0) -> np.ndarray:
     """
     if image.dtype == np.uint8:
         return image
-    if image.dtype.kind in "ui":  # whole steps, so that 65535 is the shift by 8 bits that OpenCV makes
-        scaled = image.astype(np.float32) * (256 / ((white or LEVELS[-1]) + 1))
-    else:
-        scaled = np.nan_to_num(image.astype(np.float32)) * (255 / (white or 1.0)) + 0.5
-    grey = scaled.clip(0, 255).astype(np.uint8)
+    grey = np.empty(image.shape, np.uint8)
+    for rows in blocks(image):
+        if image.dtype.kind in "ui":  # whole steps, so that 65535 is the shift by 8 bits that OpenCV makes
+            scaled = image[rows].astype(np.float32) * (256 / ((white or LEVELS[-1]) + 1))
+        else:
+            scaled = np.nan_to_num(image[rows].astype(np.float32)) * (255 / (white or 1.0)) + 0.5
+        grey[rows] = scaled.clip(0, 255).astype(np.uint8)
     return cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR) if grey.ndim == 2 else grey
+
+
+def blocks(image: np.ndarray) -> Iterator[slice]:
+    """Rows of a picture, some at a time, for what would take a copy of all of it."""
+    rows = max(1, _BLOCK // max(1, image[:1].size))
+    for first in range(0, len(image), rows):
+        yield slice(first, first + rows)
+
+
+def grey_levels(image_bgr: np.ndarray) -> tuple[bool, np.ndarray]:
+    """Are the three channels the same, and (H,W) uint8: that channel, or the brightness of the colours (ITU-R 601)."""
+    blue, green, red = (image_bgr[..., c] for c in range(3))
+    if all(
+        np.array_equal(blue[rows], green[rows]) and np.array_equal(blue[rows], red[rows]) for rows in blocks(image_bgr)
+    ):
+        return True, np.ascontiguousarray(blue)
+    levels = np.empty(image_bgr.shape[:2], np.uint8)
+    for rows in blocks(image_bgr):
+        levels[rows] = np.asarray(Image.fromarray(image_bgr[rows, :, ::-1]).convert("L"))
+    return False, levels
 
 
 def open_image(data: bytes, white: float = 0.0) -> np.ndarray:
@@ -193,6 +241,10 @@ def _decode_lab(data: bytes) -> np.ndarray:
     except Exception as error:  # Pillow's and the colour library's own
         raise BadImage("unreadable", f"a TIFF in L*a*b* colours: save it as RGB ({error})") from error
     return np.ascontiguousarray(rgb[:, :, ::-1])
+
+
+def _deep_png(data: bytes) -> bool:
+    return data[24:25] == b"\x10"
 
 
 def _deep_ppm(data: bytes) -> bool:

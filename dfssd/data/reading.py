@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import cv2
@@ -12,7 +13,8 @@ import torch
 
 from dfssd.data.cache import DiskCache
 from dfssd.data.decoded import DecodedCache, key_of
-from dfssd.data.images import BadImage, open_image
+from dfssd.data.images import BadImage, memory_of, open_image
+from dfssd.data.large import turn
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import is_remote, read_uri, side_by_side
 
@@ -53,6 +55,19 @@ def decode(uri: str, cache: DiskCache | None = None, white: float = 0.0, image_i
         raise DfssdError(f"image cannot be read: {error}", where=uri, todo=_MOVED) from error
     except BadImage as error:
         raise DfssdError(f"image cannot be decoded: {error}", where=uri, todo=_MOVED) from error
+
+
+@contextmanager
+def opened(
+    uri: str, pixels: int, cache: DiskCache | None = None, white: float = 0.0, image_id: str = ""
+) -> Iterator[np.ndarray]:
+    """What `decode` returns, for as long as it is needed: large pictures wait for their turn (`data/large.py`).
+
+    Args:
+        pixels: of the picture, as the manifest says.
+    """
+    with turn(pixels, memory_of(pixels, white)):
+        yield decode(uri, cache, white, image_id)
 
 
 def shrunk_size(width: int, height: int, imgsz: int) -> tuple[int, int]:
@@ -129,16 +144,17 @@ class Images:
 
     def _load_anew(self, i: int) -> np.ndarray:
         uri = self.uri(i)
-        full = decode(uri, self._files, float(self._whites[i]), "" if i in self._checked else self._ids[i])
-        self._checked.add(i)
         width, height = self.sizes_wh[i].tolist()
-        if full.shape[:2] != (height, width):
-            raise DfssdError(
-                f"image has {full.shape[1]} x {full.shape[0]} px, and had {width} x {height} when prepare ran",
-                where=uri,
-                todo="put the old file back, or run prepare again under a new --run-name",
-            )
-        small = slim(shrink(full, self.imgsz))
+        image_id = "" if i in self._checked else self._ids[i]
+        with opened(uri, width * height, self._files, float(self._whites[i]), image_id) as full:
+            self._checked.add(i)
+            if full.shape[:2] != (height, width):
+                raise DfssdError(
+                    f"image has {full.shape[1]} x {full.shape[0]} px, and had {width} x {height} when prepare ran",
+                    where=uri,
+                    todo="put the old file back, or run prepare again under a new --run-name",
+                )
+            small = slim(shrink(full, self.imgsz))
         if self._decoded:
             self._decoded.keep(self._keys[i], self.imgsz, small)
         return small

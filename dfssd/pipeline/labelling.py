@@ -8,14 +8,15 @@ from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import unlabelled_images
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
-from dfssd.pipeline.stages import row_of
+from dfssd.pipeline.stages import STAGES, best_teacher, row_of
 from dfssd.pseudo.quality import Quality, doubt, measure
 from dfssd.report import quality as report
 from dfssd.report.pictures import draw
 from dfssd.review.exports import Proposal, label_studio
 from dfssd.review.sheets import captioned, table
 from dfssd.runtime.artefact import Stage
-from dfssd.runtime.artefact_names import DATASET, PSEUDO, is_finished
+from dfssd.runtime.artefact_names import DATASET, PSEUDO, ArtefactName, is_finished, val_score
+from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Tracker
 
 
@@ -48,6 +49,8 @@ def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
     from dfssd.runtime.cluster import connect
 
     weights = [f"{name}/best.pt" for name in stage.inputs if row_of(name).teaches]
+    if weights and (said := who_labels(context.run, stage.name.round)):
+        print(f"{stage.name}: {said}", flush=True)
     for k, spec in enumerate(() if weights else context.config.pseudo.label_teachers):
         weights.append(f"{stage.name}/teachers/{k}.pt")  # a copy: workers may run on other machines
         context.run.write(weights[-1], given_weights(spec))
@@ -59,6 +62,17 @@ def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
     finally:
         tracker.close()
     return summary, [f for f in stage.store.files() if f != "started.json"]
+
+
+def who_labels(run: Storage, number: int) -> str:
+    """Which of a round's teachers labels and teaches from then on, and why, in a line; '' where there is one only."""
+    teachers = [ArtefactName(row.role, number) for row in STAGES if row.teaches]
+    scores = {name: val_score(run, name) for name in teachers if is_finished(run, name)}
+    best = best_teacher(run, number)
+    if len(scores) < 2:
+        return ""
+    others = ", ".join(f"{name} {score:.4f}" for name, score in scores.items() if name != best)
+    return f"{best} labels and teaches, the best on val (mAP50-95 {scores[best]:.4f}; {others})"
 
 
 def quality_stage(context: Context, stage: Stage, run_id: str) -> Result:

@@ -16,6 +16,7 @@ from dfssd.runtime.placement import Resources
 
 OVERHEAD = 1.25  # loss, optimiser, weight average and data
 LIMIT_S = 180.0  # for timing one kind of step on the cluster
+LONG_S = 15.0  # of one step, after which it is not made again: warm caches matter little, and somebody waits
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class StepTimer:
         teacher = self.config.models.teacher if distills else ""
         networks = Networks(spec, resolve_weights(spec)[1], teacher, resolve_weights(teacher)[1] if teacher else None)
         assert self.resources is not None
+        print(f"timing a step of {spec}{f' beside {teacher}' if teacher else ''}", flush=True)
         if not self.on_cluster:
             place, seconds = time_step(self.config, networks, self.resources, unlabelled)
         else:
@@ -132,7 +134,7 @@ def step_timer(config: Config) -> StepTimer:
 
 
 def time_step(config: Config, networks: Networks, resources: Resources, unlabelled: bool) -> tuple[str, float]:
-    """Where this runs, and seconds of one worker's training step there: the faster of two after a first, on random images."""
+    """Where this runs, and seconds of one worker's training step there, on random images: the faster of two after a first."""
     from dfssd.evaluate.latency import using_threads
     from dfssd.models.families import build_model, family_of
     from dfssd.models.head import MAIN
@@ -170,5 +172,7 @@ def time_step(config: Config, networks: Networks, resources: Resources, unlabell
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
+            if sum(times) > LONG_S:
+                break
     on = torch.cuda.get_device_name() if device.type == "cuda" else f"{resources.threads} thread(s)"
-    return f"{socket.gethostname()} ({on})", min(times[1:]) * OVERHEAD
+    return f"{socket.gethostname()} ({on})", min(times[1:] or times) * OVERHEAD

@@ -18,9 +18,9 @@ import ray.data
 
 from dfssd.config import Config
 from dfssd.data.manifest import Manifest
-from dfssd.pseudo.shards import Log, Shard, Tally, decode_shard, decoded_bytes, fuse_and_write, summarise, unfinished
+from dfssd.pseudo.shards import Log, Shard, Tally, decode_shard, decoding_memory, fuse_and_write, summarise, unfinished
 from dfssd.pseudo.teachers import TeacherActor, check_teachers
-from dfssd.runtime.cluster import actor_resources, free
+from dfssd.runtime.cluster import actor_resources, free, nodes_now
 from dfssd.runtime.progress import Silence
 from dfssd.runtime.storage import Storage
 
@@ -63,6 +63,7 @@ def _stream(
     context.raise_original_map_exception = True  # a user error of a task or an actor: inside Ray Data's own it is lost
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     actors, side = actor_resources(config.run, config.pseudo.num_actors), config.train.imgsz
+    largest = int(max((node.memory_gib for node in nodes_now()), default=0.0) * 2**30)
     on = f"{actors.gpus:g} GPU(s)" if actors.gpus else f"{actors.threads} thread(s)"
     print(f"{folder}: {actors.count} labelling actor(s) with {on} each", flush=True)
     end = {"run_uri": run.uri, "folder": folder, "settings": config.pseudo, "side": side}
@@ -72,7 +73,7 @@ def _stream(
             decode_shard,
             fn_kwargs={"imgsz": side, "train": config.train},
             num_cpus=DECODE_CPUS,
-            memory=2 * decoded_bytes(side),  # the images, and their copy on the way into the object store
+            memory=min(decoding_memory(todo, side), largest),  # what no node has, Ray would wait for
         )
         .map(
             TeacherActor,

@@ -19,10 +19,12 @@ import pyarrow as pa
 from dfssd.config import Config, Pseudo, Train
 from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY, unflip
 from dfssd.data.checks import Problem
+from dfssd.data.images import memory_of
+from dfssd.data.large import LARGE
 from dfssd.data.letterbox import GREY, Letterbox, letterboxed, out_of_letterbox
 from dfssd.data.manifest import Boxes, Manifest, Row, boxes_from_arrow, pseudo_table, read_table, write_table
 from dfssd.data.preparation.bad_files import write_bad
-from dfssd.data.reading import decode, disk_cache
+from dfssd.data.reading import disk_cache, opened
 from dfssd.errors import DfssdError, StorageError
 from dfssd.pseudo.fusion import FLIPS, fuse
 from dfssd.pseudo.scores import score_bin
@@ -49,6 +51,14 @@ def decoded_bytes(imgsz: int) -> int:
     return shard_images(imgsz) * imgsz**2 * 3
 
 
+def decoding_memory(todo: Sequence[Shard], imgsz: int) -> int:
+    """Bytes that a task which decodes one of these shards takes: its images, their copy on the way into the object store, and
+    its largest picture as the file holds it, where that is large."""
+    places = [place for shard in todo for place in zip(shard["pixels"], shard["whites"], strict=True)]
+    large = [memory_of(pixels, white) for pixels, white in places if pixels >= LARGE]
+    return 2 * decoded_bytes(imgsz) + max(large, default=0)
+
+
 def shards(rows: Sequence[Row], prefix: str, size: int = SHARD) -> list[Shard]:
     """Rows cut into shards: file name, ids and uris."""
     parts = [rows[k : k + size] for k in range(0, len(rows), size)]
@@ -58,6 +68,7 @@ def shards(rows: Sequence[Row], prefix: str, size: int = SHARD) -> list[Shard]:
             "ids": [r.image_id for r in part],
             "uris": [r.uri for r in part],
             "whites": [r.white for r in part],
+            "pixels": [r.width * r.height for r in part],
         }
         for k, part in enumerate(parts)
     ]
@@ -101,7 +112,7 @@ def decode_shard(row: Shard, imgsz: int, train: Train | None = None) -> Shard:
     """Read and letterbox the images of a shard on a CPU task.
 
     Args:
-        row: uris, and where some have more than 8 bits whites, as in the manifest.
+        row: uris, and as in the manifest whites, where some have more than 8 bits, and pixels, where some are large.
         train: settings that name a cache on disk; none: no cache.
 
     Returns:
@@ -113,16 +124,18 @@ def decode_shard(row: Shard, imgsz: int, train: Train | None = None) -> Shard:
     images = np.full((n, imgsz, imgsz, 3), GREY, np.uint8)
     sizes = np.zeros((n, 2), np.float32)
 
-    def load(place: tuple[str, float, str]) -> tuple[np.ndarray, Letterbox] | None:
+    def load(place: tuple[str, int, float, str]) -> tuple[np.ndarray, Letterbox] | None:
+        uri, pixels, white, image_id = place
         try:
-            full = decode(place[0], cache, place[1], place[2])
+            with opened(uri, pixels, cache, white, image_id) as full:
+                return letterboxed(full, (imgsz, imgsz))
         except DfssdError:
             return None  # becomes a row without boxes, and so a row of bad_files.parquet
-        return letterboxed(full, (imgsz, imgsz))
 
     uris = [str(uri) for uri in row["uris"]]
     ids = [str(i) for i in row.get("ids", [""] * n)]
-    places = list(zip(uris, map(float, row.get("whites", np.zeros(n))), ids, strict=True))
+    pixels = map(int, row.get("pixels", np.zeros(n)))
+    places = list(zip(uris, pixels, map(float, row.get("whites", np.zeros(n))), ids, strict=True))
     for k, found in enumerate(side_by_side(load, places, any(map(is_remote, uris)))):
         if found is None:
             continue

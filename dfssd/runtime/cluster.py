@@ -124,10 +124,12 @@ def _settings() -> dict[str, Any]:
     if not os.environ.get("RAY_ADDRESS"):
         # The dashboard (on loopback) also serves the state API, which Ray Train's clean-up of a stopped run needs. It would
         # look for it among all Rays of the machine, and give up where there are several: so it is told which is its own.
+        # "local": without it Ray looks for one that somebody has started on this machine with `ray start`, by a file that a
+        # cluster which crashed leaves behind, and finds that our settings are none for a cluster that is there.
         port = _free_port(8265)
         env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
         settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
-        settings |= {"object_store_memory": _object_store_bytes()}
+        settings |= {"address": "local", "object_store_memory": _object_store_bytes()}
     return settings | {"runtime_env": {"env_vars": env}}
 
 

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dfssd.data.checks import THUMB_SIDE, ImageFacts, Problem, check_image
+from dfssd.data.checks import THUMB_SIDE, ImageFacts, Problem, check_image, is_usable
 from dfssd.data.formats.listing import printable
+from dfssd.data.images import BadImage, memory_to_open, size_of
+from dfssd.data.large import turn
 from dfssd.data.manifest import read_table, write_table
 from dfssd.errors import DfssdError, StorageError
 from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side
@@ -29,7 +31,7 @@ SHARD = 256  # images: some seconds of work
 FORMAT = 1
 MANY = 20_000  # images from which the start of Ray is worth it: half a minute of one core
 MANY_REMOTE = 2_000  # the same behind a network
-_decoding = threading.Lock()  # a task has one core, and memory for one picture
+_decoding = threading.Lock()  # a task has one core, and memory for one picture that is not large
 
 SCHEMA = pa.schema(
     [
@@ -87,7 +89,14 @@ def look(uri: str, max_side: int) -> Seen:
         data = read_uri(uri)
     except OSError as error:
         return Problem("unreadable", str(error))
-    with _decoding:
+    try:
+        width, height = size_of(data)
+        need = memory_to_open(data)
+    except BadImage as error:
+        return Problem(error.reason, error.detail)
+    if not is_usable(width, height, max_side):
+        return check_image(data, max_side)  # which says so, and opens nothing
+    with _decoding, turn(width * height, need):
         return check_image(data, max_side)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -15,17 +14,16 @@ from dfssd.data import checks, images
 from dfssd.data.checks import Checked
 from dfssd.data.formats.listing import printable
 from dfssd.data.formats.source import Item, Source, unlabelled_items
+from dfssd.data.large import LARGE, turn
 from dfssd.data.manifest import Boxes
 from dfssd.data.preparation import grouping
 from dfssd.data.preparation.bad_files import Bad, write_bad
 from dfssd.data.preparation.check_shards import on_cluster
 from dfssd.data.preparation.neighbours import Hashes
 from dfssd.errors import DfssdError
+from dfssd.runtime.free_memory import free_memory
 from dfssd.runtime.progress import Progress
 from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side
-
-LARGE = 50_000_000  # px from which one picture at a time is opened: a strip of 4096 x 50,000 px takes 0.6 GB
-_one_large = threading.Lock()
 
 
 class Thumbnails(Protocol):
@@ -98,7 +96,7 @@ def check_one(item: Item, classes: int, config: Data) -> Checked | Bad:
         data = read_uri(item.uri)
     except OSError as error:
         return item.uri, checks.Problem("unreadable", str(error))
-    return judge(item, _facts(data, config.max_side), classes, config)
+    return judge(item, _facts(item.uri, data, config.max_side), classes, config)
 
 
 def judge(
@@ -118,14 +116,24 @@ def judge(
     return Checked(item.uri, facts, boxes, item.split, place, repeated)
 
 
-def _facts(data: bytes, max_side: int) -> checks.ImageFacts | checks.Problem:
+def _facts(uri: str, data: bytes, max_side: int) -> checks.ImageFacts | checks.Problem:
     try:
         width, height = images.size_of(data)
     except images.BadImage as error:
         return checks.Problem(error.reason, error.detail)
-    if width * height < LARGE:
+    if width * height < LARGE or not checks.is_usable(width, height, max_side):
         return checks.check_image(data, max_side)
-    with _one_large:
+    need = images.memory_to_open(data)
+    with turn(width * height, need):
+        free = free_memory()
+        if need > free:  # the system would end the process without a word
+            raise DfssdError(
+                f"opening a picture of {width} x {height} px takes up to {need / 2**30:.1f} GiB of memory, "
+                f"{free / 2**30:.1f} are free",
+                where=repr(printable(uri)),
+                todo=f"give this machine more, cut the picture into smaller ones, or leave such pictures out: "
+                f"--max-side {max(width, height) - 1}",
+            )
         return checks.check_image(data, max_side)
 
 
