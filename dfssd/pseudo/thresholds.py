@@ -174,7 +174,7 @@ def gmm_threshold(counts: np.ndarray, fallback: float) -> float:
     Consistent-Teacher (Wang et al., CVPR 2023, section 3.4) fits one mixture a class; expectation maximisation from the
     split of greatest between-class variance, so that the same scores give the same threshold. Its code asks for more by
     default: the score where the upper group is densest ("high"; this is its "middle"). Of six sets of candidates on CR7-DET
-    that kept 0.42 to 0.47 of the hidden boxes instead of 0.55 to 0.60, at a precision of 0.58 to 0.69 instead of 0.59 to 0.68.
+    it kept 0.42 to 0.47 of the hidden boxes, not 0.55 to 0.60, at a precision of 0.58 to 0.69, not 0.59 to 0.68.
 
     Args:
         counts: (BINS,) histogram of the scores of all candidates of the class.
