@@ -91,6 +91,31 @@ def test_an_uncertain_box_teaches_neither_defect_nor_background():
     assert terms_unsure.losses["pse/box"] == 0
 
 
+def test_background_of_unlabelled_images_never_outweighs_the_labels():
+    """An uncertain box and no pseudo-label: the image teaches background alone, which its own target scores do not divide."""
+    student, _, criterion = _parts(lambda_p=0, lambda_l=0, lambda_f=0)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    measured = criterion.measure(student(images), None, _targets(_batch(score=0.3), criterion.config), 0.0)
+    background = measured.sums["pse"][0][0, 1]
+
+    def pse_cls(labels, pseudo, ratio=1.0):
+        criterion.config = criterion.config.model_copy(update={"unlabelled_ratio": ratio})
+        totals = measured.parts | {"sup": torch.tensor([labels]), "pse": torch.tensor([pseudo])}
+        terms = criterion.terms(measured, totals, 0.0).losses
+        torch.testing.assert_close(terms["sup/cls"], measured.sums["sup"][0][0, 1] / max(labels, 1))
+        return terms["pse/cls"]
+
+    assert background > 0
+    for labels, pseudo, ratio, divisor in (
+        (40, 35, 1, 35),
+        (40, 2, 1, 20),
+        (40, 0, 1, 20),
+        (40, 2, 3, 60),
+        (0, 0.5, 1, 1),
+    ):
+        torch.testing.assert_close(pse_cls(float(labels), float(pseudo), float(ratio)), background / divisor)
+
+
 def test_score_power_weights_the_pseudo_label():
     _, _, hard = _run(_batch(0.6), score_power=0.0)
     _, _, soft = _run(_batch(0.6), score_power=2.0)

@@ -7,6 +7,7 @@ from dfssd.config.choices import POLICIES
 from dfssd.pseudo.evidence import Evidence
 from dfssd.pseudo.thresholds import (
     BINS,
+    MANY,
     EmaThreshold,
     FixedThreshold,
     ScoreCounts,
@@ -121,6 +122,20 @@ def test_gmm_falls_back_where_there_is_nothing_to_fit():
     assert gmm_threshold(_scores([0.3] * 19).counts[0], 0.42) == 0.42  # too few
     assert gmm_threshold(_scores([0.3] * 500).counts[0], 0.42) == 0.42  # one score only
     assert gmm_threshold(_scores([]).counts[0], 0.42) == 0.42
+
+
+def test_gmm_lets_noise_of_a_rare_class_not_become_many_times_its_labels():
+    rng = np.random.default_rng(0)
+    noise = (0.05 + rng.exponential(0.08, 2000)).clip(0.05, 0.99)
+    common = np.concatenate([rng.normal(0.1, 0.03, 1000), rng.normal(0.6, 0.1, 600)]).clip(0.05, 0.99)
+    scores = _scores(noise, common, noise)
+    scores.images = 1257
+    rate = np.array([2 / 143, 0.5, 0.0])  # two boxes in 143 labelled images, 71, none
+    tau = policy_thresholds(Thresholds(), "gmm", scores, rate)
+    alone = np.array([gmm_threshold(row, 0.5) for row in scores.counts])
+    assert scores.per_image(alone)[0] > 20 * rate[0]
+    assert scores.per_image(tau)[0] == pytest.approx(MANY * rate[0], rel=0.1)
+    assert tau[1] == alone[1] and tau[2] == alone[2]  # nothing changes where scores and rate agree, or there is no rate
 
 
 def test_match_gives_the_labelled_rate():

@@ -98,7 +98,8 @@ POLICIES = {
         frozenset({"tau", "tau_min", "tau_max"}),
         "-.",
         varied="tau_min",
-        explained="those for which the upper of two Gaussians, fitted to the scores of their class, is the likelier one",
+        explained="those for which the upper of two Gaussians, fitted to the scores of their class, is the likelier one; at "
+        "most three times as many an image as there are labelled boxes",
     ),
     "match": ThresholdPolicy(
         "as many pseudo-labels an image as labels",

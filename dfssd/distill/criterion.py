@@ -25,6 +25,9 @@ from dfssd.pseudo.selection import COUNTS, StepTargets
 from dfssd.runtime.worker_group import WorkerGroup
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # name -> (K,...) sums and their (K,) normalisers
+# Share of the labelled images' target scores, an image, by which the pseudo-label loss is divided at least. By those of its
+# pseudo-labels alone, few of them would let the background of the unlabelled images outweigh the labels, ten times and more.
+LEAST = 0.5
 OWN = " (own)"  # ending of the terms that the student's own average teaches
 Totals = dict[str, Tensor]  # what is added up over all micro-batches and workers, by name
 
@@ -244,11 +247,19 @@ class Criterion:
             elif values.ndim == 1:  # a prediction term, a number a branch
                 losses[name] = weights[name] * (values / totals[name].clamp(min=1)).sum()
             else:
-                mean = (values / totals[name].clamp(min=1).unsqueeze(1)).sum(0)
+                mean = (values / self._normaliser(name, totals).unsqueeze(1)).sum(0)
                 losses.update(
                     {f"{name}/{part}": weights[name] * mean[k] for k, part in enumerate(self.detection.components)}
                 )
         return losses
+
+    def _normaliser(self, name: str, totals: Totals) -> Tensor:
+        """(K,) what the sums of a detection loss are divided by: its target scores in the global batch, at least 1."""
+        own = totals[name].clamp(min=1)
+        if name != "pse":
+            return own
+        assert self.config is not None
+        return torch.maximum(own, LEAST * self.config.unlabelled_ratio * totals["sup"])
 
     def _weights(self) -> dict[str, float]:
         """Lambda of each term."""

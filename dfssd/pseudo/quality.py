@@ -21,13 +21,13 @@ from dfssd.data.manifest import Boxes, Manifest, read_manifest, read_withheld
 from dfssd.pseudo.evidence import Evidence
 from dfssd.pseudo.scores import NEVER
 from dfssd.pseudo.shards import read_shards
-from dfssd.pseudo.thresholds import ScoreCounts, labelled_rates, policy_thresholds
+from dfssd.pseudo.thresholds import MANY, ScoreCounts, labelled_rates, policy_thresholds
 from dfssd.runtime.storage import Storage
 
 DOUBTFUL = 24  # images drawn
 NEAR = 0.005  # distance (score) at which a threshold is said to be that of a flag
 DOUBT_WIDTH = 0.2  # distance to the threshold (score) at which a candidate is no longer doubtful
-FEW, MANY = 0.1, 3.0  # share of the labelled rate below or above which a class is warned about
+FEW = 0.1  # share of the labelled rate below which a class is warned about, as it is above MANY
 
 
 @dataclass

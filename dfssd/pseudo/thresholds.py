@@ -25,6 +25,7 @@ from dfssd.pseudo.evidence import Evidence
 from dfssd.pseudo.scores import BINS, score_bin
 
 FEWEST = 20  # candidates of a class from which a mixture is fitted
+MANY = 3.0  # times its labelled rate that a class may have pseudo-labels by its scores alone; CR7-DET: 0.2 to 1.6
 
 
 @dataclass
@@ -203,6 +204,16 @@ def gmm_threshold(counts: np.ndarray, fallback: float) -> float:
     return float(x[between_means][0]) if between_means.any() else fallback
 
 
+def mixture_thresholds(config: Thresholds, scores: ScoreCounts, rate_c: np.ndarray) -> np.ndarray:
+    """(C,) thresholds by the mixture of each class's scores, higher where a class would get more than MANY times its labelled
+    rate: of a class with two labelled boxes all scores may be noise, which a mixture divides in two as readily. A class
+    without any labelled box, which another teacher may know, is left as it is.
+    """
+    tau = np.array([gmm_threshold(row, config.tau) for row in scores.counts])
+    most = MANY * rate_c
+    return np.where(most * scores.images >= 1, np.maximum(tau, match_thresholds(scores, most)), tau)
+
+
 def match_thresholds(scores: ScoreCounts, rate_c: np.ndarray) -> np.ndarray:
     """(C,) thresholds at which pseudo-labels an image equal the labelled rate of each class.
 
@@ -226,7 +237,7 @@ def precision_thresholds(scores: ScoreCounts, wanted: float) -> np.ndarray:
 THRESHOLDS: dict[str, Callable[[Thresholds, ScoreCounts, np.ndarray, int], np.ndarray]] = {
     "fixed": lambda config, scores, rate_c, steps: np.full(len(rate_c), config.tau),
     "ema": lambda config, scores, rate_c, steps: scores.mean() * (1 - config.tau_decay**steps),
-    "gmm": lambda config, scores, rate_c, steps: np.array([gmm_threshold(row, config.tau) for row in scores.counts]),
+    "gmm": lambda config, scores, rate_c, steps: mixture_thresholds(config, scores, rate_c),
     "match": lambda config, scores, rate_c, steps: match_thresholds(scores, rate_c),
     "precision": lambda config, scores, rate_c, steps: precision_thresholds(scores, config.precision),
 }
