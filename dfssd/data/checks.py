@@ -25,6 +25,7 @@ REASONS = {
     "class_out_of_range": "a class that is not in the list of names",
     "box_outside_image": "a box reaches more than 1 % (or 2 px) beyond the image",
     "box_empty": "a box has no width or no height",
+    "label_units": "coordinates are shares of the picture (0..1) where px are meant",
     "label_size_mismatch": "the label file is about an image of another shape",
     "label_without_image": "a label file, or an entry of one, has no image",
     "annotation_without_image": "an annotation names an image id that the file does not list",
@@ -103,13 +104,15 @@ def check_image(data: bytes, max_side: int) -> ImageFacts | Problem:
 
 @dataclass(slots=True)
 class Checked:
-    """A usable image and its usable label; `place`: its number among all that were looked at."""
+    """A usable image and its usable label; `place`: its number among all that were looked at; `repeated`: boxes that stand
+    several times in the label, less one each."""
 
     uri: str
     facts: ImageFacts
     boxes: Boxes | None
     given_split: str
     place: int = -1
+    repeated: int = 0
 
     @property
     def image_id(self) -> str:
@@ -147,7 +150,11 @@ def check_label(label: Label, width: int, height: int, classes: int) -> Boxes | 
     if label.pixels:
         w, h = label.size if label.size and min(label.size) > 0 else (width, height)
         if abs(w / h - width / height) > 0.02 * width / height:
-            return Problem("label_size_mismatch", f"label says {w} x {h}, image is {width} x {height}")
+            swapped = abs(h / w - width / height) < 0.02 * width / height
+            hint = "; drawn before the picture was turned as its EXIF data says?" if swapped else ""
+            return Problem("label_size_mismatch", f"label says {w} x {h}, image is {width} x {height}{hint}")
+        if (boxes[:, XYWH] <= 1).all():
+            return Problem("label_units", "no number is above 1: write px, or the labels as YOLO")
         boxes[:, XYWH] /= [w, h, w, h]
     ids = boxes[:, CLS]
     known = (ids >= 0) & (ids < classes) & (ids == np.round(ids))

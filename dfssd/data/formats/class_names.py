@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ LIST_FILES = {
     "class_names.txt",
     "classes.names",
 }
+NO_NAMES: tuple[Any, ...] = (None, "", "null", "~", [], {})  # what a data.yaml without names has in their place
 _TODO = "write it as 'names: [scratch, pit]', or with the ids 0, 1, 2, ... as keys"
 
 
@@ -28,7 +30,7 @@ def names_of_yaml(content: dict[str, Any], where: str) -> list[str]:
         DfssdError: keys are not 0 to n-1, a name is missing or comes twice, or `nc` is another number.
     """
     raw, count = content.get("names"), content.get("nc")
-    if raw in (None, "", "null", "~", [], {}):
+    if raw in NO_NAMES:
         # As Ultralytics does, which numbers the classes.
         return [f"class_{k}" for k in range(_whole(count, "nc", where))] if count not in (None, "", "null") else []
     if isinstance(raw, dict):
@@ -93,7 +95,14 @@ def names_of_list(path: str) -> list[str]:
         text = decode_text(read_uri(path))
     except (Unparsable, OSError) as error:
         raise DfssdError(f"a list of classes cannot be read: {error}", where=path, todo="save it as UTF-8") from error
-    return check_names(text.rstrip().splitlines(), path)
+    lines = text.rstrip().splitlines()
+    if len(lines) > 1 and all(re.match(rf"\s*{k}\s*[:,\s]\s*\S", line) for k, line in enumerate(lines)):
+        raise DfssdError(
+            f"the list of classes has numbers before the names ({lines[0].strip()!r}, {lines[1].strip()!r}, ...)",
+            where=path,
+            todo="write one name a line: the first is class 0",
+        )
+    return check_names(lines, path)
 
 
 def one_list(paths: Sequence[str]) -> list[str]:
@@ -116,6 +125,34 @@ def one_list(paths: Sequence[str]) -> list[str]:
         if len(names) > len(longest):
             longest, source = names, path
     return longest
+
+
+def instead_of_numbers(given: Sequence[str], count: int, where: str) -> list[str]:
+    """Names, of `--names` or a list, for classes of which a data.yaml says how many there are (`nc`), and no more.
+
+    Raises:
+        DfssdError: they are not as many.
+    """
+    names = check_names(given, where)
+    if len(names) != count:
+        raise DfssdError(
+            f"{len(names)} names are given ({', '.join(names[:8])}), and the data has {count} classes (nc: {count})",
+            where=where,
+            todo="give every class a name, in the order of the ids",
+        )
+    return names
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Sentences about names that differ by nothing but case and marks between words: one class, spelt in two ways?"""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"[\s_.-]+", "", name).casefold() or name, []).append(name)
+    return [
+        f"classes {' and '.join(map(repr, same))} differ in case and marks alone: two classes, or one in two spellings?"
+        for same in alike.values()
+        if len(same) > 1
+    ]
 
 
 def reconcile(given: Sequence[str], own: Sequence[str], declared: Sequence[str], where: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
@@ -73,13 +74,16 @@ class _Reader:
 
     def __init__(self, path: str, content: dict[str, Any], root: str) -> None:
         self.path, self.root = path, root
-        self.images = [i for i in content.get("images") or [] if isinstance(i, dict)]
-        self.notes = [a for a in content.get("annotations") or [] if isinstance(a, dict)]
-        self.names = {
-            _id(c.get("id")): str(c.get("name") or "").strip()
-            for c in content.get("categories") or []
-            if isinstance(c, dict)
-        }
+        self.images, self.notes = _rows(content.get("images")), _rows(content.get("annotations"))
+        self.names: dict[str, str] = {}
+        for one in _rows(content.get("categories")):
+            key, name = _id(one.get("id")), str(one.get("name") or "").strip()
+            if self.names.setdefault(key, name) != name:
+                raise DfssdError(
+                    f"category id {key} stands for two names: {self.names[key]!r} and {name!r}",
+                    where=path,
+                    todo="give each category an id of its own, and its annotations that id",
+                )
         self.bad: list[Bad] = []
         self.counts: Counter[str] = Counter()
         self.found: list[Sheet] = []
@@ -88,7 +92,7 @@ class _Reader:
     def _refuse_shared_ids(self) -> None:
         files: dict[str, str] = {}
         for image in self.images:
-            key, name = _id(image.get("id")), slashes(str(image.get("file_name") or ""))
+            key, name = _id(image.get("id")), _file(image)
             if files.setdefault(key, name) != name:
                 raise DfssdError(
                     f"two pictures share the image id {key}: {files[key]!r} and {name!r}",
@@ -125,9 +129,9 @@ class _Reader:
             classes[key].append(name)
         stem = PurePosixPath(self.path).stem
         hint = stem.replace(".coco", "").split("_")[-1]
-        split = given_split(self.path, self.root) or given_split(f"/{hint}/x", "")
+        split = given_split(self.path, self.root) or _split_of(stem)
         for image in self.images:
-            key, name = _id(image.get("id")), slashes(str(image.get("file_name") or ""))
+            key, name = _id(image.get("id")), _file(image)
             label = Label(np.array(boxes[key], np.float64).reshape(-1, 5), True, _size(image), problems.get(key))
             if not name:
                 self.bad.append((f"{self.path}#image {key}", Problem("label_columns", "it has no file_name")))
@@ -157,6 +161,23 @@ class _Reader:
         return Problem("label_columns", f"annotation {note.get('id')}: bbox is {str(box)[:60]}, not 4 numbers")
 
 
+def _rows(value: Any) -> list[dict[str, Any]]:
+    """Entries of a list, or of a mapping by id, as some programs write them."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [v for v in values if isinstance(v, dict)]
+
+
+def _file(image: dict[str, Any]) -> str:
+    """The picture's name; LVIS has an address alone."""
+    return slashes(str(image.get("file_name") or image.get("coco_url") or ""))
+
+
+def _split_of(stem: str) -> str:
+    """The split that the words of a file's name speak of, where it is one: instances_val2017, train_annotations."""
+    found = {s for word in re.split(r"[^a-z0-9]+", stem.lower()) if (s := given_split(f"/{word}/x", ""))}
+    return found.pop() if len(found) == 1 else ""
+
+
 def _id(value: Any) -> str:
     """Ids compare as text: 7, 7.0 and "7" are one."""
     if isinstance(value, float) and value.is_integer():
@@ -177,7 +198,14 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
 
 
 def _around(segmentation: Any) -> tuple[float, ...] | None:
-    """Box round polygons or a run-length encoded mask; None where there is neither."""
+    """Box round polygons or a run-length encoded mask; None where there is neither, or no sense in it."""
+    try:
+        return _round_shape(segmentation)
+    except (TypeError, ValueError, ArithmeticError, LookupError):
+        return None
+
+
+def _round_shape(segmentation: Any) -> tuple[float, ...] | None:
     if isinstance(segmentation, dict):
         return _around_mask(segmentation)
     if not isinstance(segmentation, list) or not segmentation:

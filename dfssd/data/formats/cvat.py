@@ -11,7 +11,7 @@ from dfssd.data.checks import Label
 from dfssd.data.formats.listing import Tree
 from dfssd.data.formats.matching import Reference, slashes
 from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned
-from dfssd.data.formats.source import Sheet, Source
+from dfssd.data.formats.source import Sheet, Source, given_split
 
 
 def read_cvat(tree: Tree, roots: dict[str, Element]) -> Source:
@@ -20,24 +20,26 @@ def read_cvat(tree: Tree, roots: dict[str, Element]) -> Source:
     declared: list[str] = []
     for path, root in roots.items():
         declared += [(n.findtext("name") or "").strip() for n in root.iter("label")]
-        frames: dict[int, list[Element]] = {}
+        frames: dict[str, list[Element]] = {}
         for track in root.iter("track"):
             for node in track:
                 if node.get("outside") != "1" and node.get("frame") is not None:
                     node.set("label", track.get("label") or "")
-                    frames.setdefault(int(node.get("frame") or 0), []).append(node)
+                    frames.setdefault((node.get("frame") or "").strip().removesuffix(".0"), []).append(node)
         for image in root.iter("image"):
             name = slashes(image.get("name") or "")
-            size = (int(float(image.get("width") or 0)), int(float(image.get("height") or 0)))
-            reference = Reference(path, name, image.get("subset") or "")
-            sheets.append(guarded(reference, f"{path}#{name}", partial(_cvat_shapes, list(image), size)))
+            subset = image.get("subset") or ""
+            size = (image.get("width") or "0", image.get("height") or "0")
+            sheet = guarded(Reference(path, name, subset), f"{path}#{name}", partial(_cvat_shapes, list(image), size))
+            sheet.split = given_split(f"/{subset}/x", "")
+            sheets.append(sheet)
         for frame, nodes in frames.items():
-            name = f"frame_{frame:06d}."
+            name = f"frame_{frame.zfill(6)}."
             sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_cvat_shapes, nodes, None)))
     return collect(tree, "cvat", sheets, [d for d in declared if d])
 
 
-def _cvat_shapes(nodes: Sequence[Element], size: tuple[int, int] | None) -> tuple[list[str], Label]:
+def _cvat_shapes(nodes: Sequence[Element], size: tuple[str, str] | None) -> tuple[list[str], Label]:
     shapes: list[Shape] = []
     counts: Counter[str] = Counter()
     for node in nodes:
@@ -66,4 +68,4 @@ def _cvat_shapes(nodes: Sequence[Element], size: tuple[int, int] | None) -> tupl
             shapes.append((name, cx - rx, cy - ry, cx + rx, cy + ry))
         elif node.tag in ("polyline", "points", "cuboid", "skeleton"):
             counts["other_shapes"] += 1
-    return label_of(shapes, size, counts)
+    return label_of(shapes, (int(float(size[0])), int(float(size[1]))) if size else None, counts)

@@ -79,6 +79,21 @@ _JSON: Sequence[tuple[Callable[[Any], bool], str, str]] = (
         "convert it to COCO: python -m scalabel.label.to_coco",
     ),
     (
+        lambda c: isinstance(c, dict) and isinstance(c.get("labels"), dict) and "classes" in c,
+        "FiftyOne's own JSON (FiftyOneImageDetectionDataset)",
+        "export it from FiftyOne as COCO: dataset.export(dataset_type=fiftyone.types.COCODetectionDataset, ...)",
+    ),
+    (
+        lambda c: isinstance(c, dict) and "filepath" in _first(c.get("samples")),
+        "FiftyOne's own data set (samples.json)",
+        "export it from FiftyOne as COCO: dataset.export(dataset_type=fiftyone.types.COCODetectionDataset, ...)",
+    ),
+    (
+        lambda c: "file_name" in _first(c) and "bbox_mode" in _first(_first(c).get("annotations")),
+        "the dicts of Detectron2",
+        "write COCO: detectron2.data.datasets.convert_to_coco_json(NAME, FILE)",
+    ),
+    (
         lambda c: isinstance(c, dict) and "items" in c and "categories" in c,
         "Datumaro's own JSON",
         "convert it: datum convert -if datumaro -f coco_instances -i FOLDER -o NEW -- --save-media",
@@ -134,8 +149,8 @@ def _jsons(tree: Tree, files: Sequence[str]) -> Foreign | None:
         for fits, name, todo in _JSON:
             if fits(content):
                 return Foreign(name, path, todo)
-    for path in _of(files, ".ndjson", ".jsonl"):
-        return Foreign("JSON by lines, as Labelbox exports it", path, f"export or convert it as {READ}")
+    for path in _of(files, ".ndjson", ".jsonl", ".manifest"):
+        return Foreign("JSON by lines, as Labelbox and SageMaker export it", path, f"export or convert it as {READ}")
     return None
 
 
@@ -148,7 +163,7 @@ def _tables(tree: Tree, files: Sequence[str]) -> Foreign | None:
 
 
 def _texts(tree: Tree, files: Sequence[str]) -> Foreign | None:
-    """Text files of corners in px, as DeepPCB has them."""
+    """Text files of corners in px, as DeepPCB, KITTI and keras-yolo3 have them."""
     for path in _of(files, ".txt"):
         try:
             lines = [
@@ -156,6 +171,14 @@ def _texts(tree: Tree, files: Sequence[str]) -> Foreign | None:
             ]
         except Unparsable:
             continue
+        if lines and all(len(p) in (15, 16) and _numbers(p[1:]) and not _numbers(p[:1]) for p in lines):
+            return Foreign("KITTI (text files of 15 columns, corners in px)", path, f"convert it to {READ}")
+        if lines and all(is_image(p[0]) and len(p) % 5 == 1 and _numbers(p[1:]) for p in lines) and len(lines[0]) > 1:
+            return Foreign(
+                "a list of pictures with their boxes (keras-yolo3, 'YOLO Keras TXT': path x1,y1,x2,y2,class ...)",
+                path,
+                f"export it as {READ}",
+            )
         whole = lines and all(len(p) == 5 and all(v.isdecimal() for v in p) for p in lines)
         if whole and all(int(p[0]) < int(p[2]) and int(p[1]) < int(p[3]) for p in lines) and int(lines[0][2]) > 1:
             return Foreign(
@@ -164,6 +187,10 @@ def _texts(tree: Tree, files: Sequence[str]) -> Foreign | None:
                 "write YOLO lines of the same name as the picture: class cx cy w h, as shares of the picture's sides",
             )
     return None
+
+
+def _numbers(words: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"-?\d+(\.\d+)?", w) for w in words)
 
 
 def _masks(tree: Tree, files: Sequence[str]) -> Foreign | None:

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
-from dfssd.data.checks import Label
+from dfssd.data.checks import Label, Problem
 from dfssd.data.formats.listing import Tree, is_image
 from dfssd.data.formats.matching import Reference, slashes
 from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned
-from dfssd.data.formats.source import Sheet, Source, unusable
+from dfssd.data.formats.source import Bad, Sheet, Source, unusable
 
 
 def is_label_studio(content: Any) -> bool:
@@ -54,30 +54,41 @@ def task_image(address: str) -> str:
 def read_label_studio(tree: Tree, contents: dict[str, Any]) -> Source:
     """Label Studio's JSON; a task that nobody finished is unlabelled, a finished one without a box is free of defects."""
     sheets: list[Sheet] = []
-    unsure = 0
+    bad: list[Bad] = []
+    counts: Counter[str] = Counter()
     for path, content in contents.items():
         for task in filter(lambda t: isinstance(t, dict), content):
-            address, results = _task(task)
-            if results is None:
-                unsure += sum(len(p.get("result") or []) for p in task.get("predictions") or [] if isinstance(p, dict))
+            try:
+                address, results, others = _task(task)
+            except (TypeError, AttributeError, ValueError):
+                said = "its data or annotations are not as the JSON export has them"
+                bad.append((f"{path}#task {task.get('id')}", Problem("label_unreadable", said)))
                 continue
+            if results is None:
+                of = [p.get("result") or [] for p in task.get("predictions") or [] if isinstance(p, dict)]
+                counts["unsure"] += sum(len(found) for found in of if isinstance(found, list))
+                continue
+            counts["opinions"] += others > 0
             name = task_image(address)
             sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_studio_shapes, results)))
     source = collect(tree, "labelstudio", sheets)
-    source.counts["unsure"] += unsure
+    source.bad += bad
+    source.counts += counts
     return source
 
 
-def _task(task: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | None]:
-    """Address of the picture, and the results of the annotation that counts: the newest that was not skipped."""
+def _task(task: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | None, int]:
+    """Address of the picture, the results of the annotation that counts (the newest that was not skipped), and how many
+    others there are."""
     if "data" not in task:
         # The key of the shapes is the name of the control, and of the picture that of its variable: both are free.
         shapes = [v for key, values in task.items() if isinstance(values, list) and key != "data" for v in values]
-        return task_address(task), [_as_result(v) for v in shapes if isinstance(v, dict)]
+        return task_address(task), [_as_result(v) for v in shapes if isinstance(v, dict)], 0
     address = task_address(task["data"])
     done = [a for a in task.get("annotations") or task.get("completions") or [] if not a.get("was_cancelled")]
     done.sort(key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or a.get("created_at") or "")))
-    return address, list(done[-1].get("result") or []) if done else None
+    results = done[-1].get("result") if done else None  # null is no result: nobody said that there is none
+    return address, None if results is None else list(results), len(done) - 1
 
 
 def task_address(data: dict[str, Any]) -> str:
@@ -92,16 +103,38 @@ def _as_result(value: dict[str, Any]) -> dict[str, Any]:
     return {**{k: value.get(k) for k in ("original_width", "original_height")}, "type": kind, "value": value}
 
 
+def _kind(result: dict[str, Any]) -> str:
+    """Type of a shape; that of a <Labels> control is told by what it holds."""
+    value, kind = result.get("value") or {}, str(result.get("type") or "")
+    if kind == "labels":
+        known = {"points": "polygon", "radiusX": "ellipse", "rle": "brush", "height": "rectangle"}
+        return next((shape for key, shape in known.items() if key in value), kind)
+    return kind
+
+
+def _classes(result: dict[str, Any]) -> list[Any]:
+    value = result.get("value") or {}
+    return next((v for k, v in value.items() if k.endswith("labels") and isinstance(v, list)), None) or []
+
+
+def _geometry(result: dict[str, Any]) -> dict[str, Any]:
+    value = result.get("value") or {}
+    return {k: value[k] for k in ("x", "y", "width", "height", "radiusX", "radiusY", "points", "rle") if k in value}
+
+
 def _studio_shapes(results: list[dict[str, Any]]) -> tuple[list[str], Label]:
     shapes: list[Shape] = []
     counts: Counter[str] = Counter()
     size = None
+    drawn = [_geometry(r) for r in results if _classes(r)]
     for result in results:
-        value, kind = result.get("value") or {}, str(result.get("type") or "")
+        value, kind = result.get("value") or {}, _kind(result)
+        if not _classes(result) and _geometry(result) in drawn:
+            continue  # a bare shape, whose class is in a result of its own (<Rectangle> and <Labels>)
         if not any(k in kind for k in ("rectangle", "polygon", "ellipse", "brush", "keypoint")):
             continue  # choices, texts, relations: nothing that is drawn
         width, height = float(result.get("original_width") or 0), float(result.get("original_height") or 0)
-        names = next((v for k, v in value.items() if k.endswith("labels") and isinstance(v, list)), None) or [""]
+        names = _classes(result) or [""]
         if "brush" in kind:
             return [], unusable("label_unreadable", "a painted mask; export rectangles, or as COCO")
         if "keypoint" in kind:

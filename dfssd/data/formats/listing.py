@@ -39,7 +39,17 @@ MASK_FOLDERS = {"segmentationclass", "segmentationobject", "segmentationclassaug
 _MASK_END = re.compile(r"[-_ ]?(mask|gt|seg)$", re.IGNORECASE)
 _MASK_BESIDE = re.compile(r"[-_ ](mask|label|seg|segmentation)$", re.IGNORECASE)  # of a picture in the same folder
 LABEL_SUFFIXES = {".txt", ".xml", ".json"}
-_SYSTEM = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
+_SYSTEM = {
+    "__macosx",
+    "@eadir",
+    "thumbs.db",
+    "desktop.ini",
+    "$recycle.bin",
+    "system volume information",
+    "#recycle",
+    "@recycle",
+    "#snapshot",
+}
 
 
 def is_image(name: str) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from urllib.parse import unquote
 
@@ -70,6 +70,12 @@ def slashes(name: str) -> str:
     while name.startswith("./"):
         name = name[2:]
     return name
+
+
+def stored(name: str) -> str:
+    """A picture that Label Studio's local storage serves, below its folder: `?d=` and a path with its marks as `%5C`."""
+    plain = unquote(name)
+    return slashes(plain.rpartition("?d=")[2]) if "?d=" in plain else name
 
 
 def composed(text: str) -> str:
@@ -126,6 +132,7 @@ class Pictures:
         Raises:
             DfssdError: two pictures fit a reference equally well.
         """
+        references = [replace(r, name=stored(r.name)) for r in references]
         told = [self._told_by(r) for r in references]
         same_words = not self._words.isdisjoint(word for words in told for word in words)
         return [self._choice(r, words, same_words) for r, words in zip(references, told, strict=True)]

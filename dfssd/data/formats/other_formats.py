@@ -64,8 +64,8 @@ def read_createml(tree: Tree, contents: dict[str, Any]) -> Source:
     """CreateML: a list of pictures, whose boxes have centre and size in px."""
     sheets = []
     for path, content in contents.items():
-        for one in content:
-            name = slashes(str(one.get("image") or ""))
+        for k, one in enumerate(content):
+            name = slashes(str(one.get("image") or "")) if isinstance(one, dict) else f"entry {k}"
             sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_createml_shapes, one)))
     return collect(tree, "createml", sheets)
 

@@ -101,6 +101,8 @@ def _parsed(data: bytes, kind: str, read: Callable[[str], Any]) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
         hint = " (indent with blanks, not with tabs)" if "\\t" in str(error.problem) else ""
+        if "escape character" in str(error.problem):
+            hint = " (write Windows paths with '/', or without double quotes)"
         raise Unparsable(f"{where}no valid YAML, {error.problem or error.context}{hint}") from error
     except RecursionError as error:
         raise Unparsable(f"{kind} nested too deeply") from error

@@ -15,7 +15,7 @@ from typing import Any
 from dfssd.config.choices import FORMATS
 from dfssd.data.checks import Problem
 from dfssd.data.formats import labelstudio, other_formats
-from dfssd.data.formats.class_names import LIST_FILES
+from dfssd.data.formats.class_names import LIST_FILES, told_apart
 from dfssd.data.formats.cvat import read_cvat
 from dfssd.data.formats.foreign import recognise
 from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image, printable, refuse_query
@@ -23,7 +23,7 @@ from dfssd.data.formats.more_formats import read_via, via_tables
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json, parse_xml, parse_yaml
 from dfssd.data.formats.source import Bad, Source, listing_faults
 from dfssd.data.formats.voc import read_voc
-from dfssd.data.formats.yolo import load_yaml, parse_yolo_text, read_cr7, read_yolo
+from dfssd.data.formats.yolo import is_cr7, load_yaml, parse_yolo_text, read_cr7, read_yolo
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage, read_uri, side_by_side
 
@@ -71,7 +71,7 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
     source = read_yolo(tree, store.uri) if is_yaml else _Detector(tree, fmt).source()
     source = source.with_names(names)
     source.bad += listing_faults(tree)
-    source.notes = tree.notes() + source.notes
+    source.notes = tree.notes() + source.notes + told_apart(source.names)
     if not source.names:
         broken = [(item.uri, item.label.problem) for item in source.items if item.label and item.label.problem]
         if broken or source.bad:
@@ -211,7 +211,7 @@ class _Detector:
         inside = [f[len(self.tree.root) :].strip("/") for f in self.files]
         tops = {f.split("/")[0].lower() for f in inside if "/" in f}
         lists = any(f.rpartition("/")[2].lower() in LIST_FILES for f in inside)
-        if self.fmt == "auto" and (lists or not {"image", "label"} <= tops):
+        if self.fmt == "auto" and (lists or not {"image", "label"} <= tops or not is_cr7(map(_stem, self.files))):
             return None
         if any(f.startswith("label/") and f.endswith(".txt") for f in inside):
             return read_cr7(self.tree)
@@ -256,7 +256,7 @@ class _Detector:
             return None
         inside = [f[len(self.tree.root) :].lower().split("/") for f in self.files]
         texts = [p for p in inside if p[-1].endswith(".txt")]
-        labels = any("labels" in p[:-1] for p in texts)
+        labels = any({"labels", "label"}.intersection(p[:-1]) for p in texts)
         listed = any(p[-1] in LIST_FILES or p[-1].endswith(".data") for p in inside)
         stems = {"/".join(p).rpartition(".")[0] for p in inside if is_image(p[-1])}
         beside = any("/".join(p)[:-4] in stems for p in texts)

@@ -46,7 +46,7 @@ def guarded(reference: Reference, called: str, read: Callable[[], tuple[list[str
     """A sheet, or one with the reason where its numbers make no sense."""
     try:
         classes, label = read()
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         return Sheet(reference, [], unusable("label_unreadable", f"{type(error).__name__}: {error}"), "", called)
     if label.problem is None and "" in classes:
         classes, label = [], unusable("label_columns", "a shape has no class")

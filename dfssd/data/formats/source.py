@@ -12,7 +12,7 @@ import numpy as np
 
 from dfssd.config import Data
 from dfssd.data.checks import Label, Problem
-from dfssd.data.formats.class_names import reconcile
+from dfssd.data.formats.class_names import instead_of_numbers, reconcile
 from dfssd.data.formats.listing import LABEL_SUFFIXES, OTHER_PICTURES, Tree, is_image, printable, refuse_query
 from dfssd.data.formats.matching import Pictures, Reference
 from dfssd.errors import DfssdError
@@ -29,7 +29,9 @@ COUNTED = {
     "several": "objects hold several boxes, each of which counts",
     "joined": "pictures are described by several label files or ids, whose boxes were joined",
     "moved": "paths of another machine were found by their last folders",
-    "other_shapes": "points, lines or texts are no boxes and were left out (their pictures still count as labelled)",
+    "other_shapes": "points, lines or texts are no boxes and were left out",
+    "only_other_shapes": "pictures hold nothing but points, lines or texts: they are unlabelled, not free of defects",
+    "opinions": "tasks hold several annotations, of which the newest (or the ground truth) counts",
     "unsure": "predictions that nobody confirmed were left out",
 }
 
@@ -54,6 +56,7 @@ class Source:
     Args:
         root: the data's folder.
         names: class names by id.
+        numbered: are they no more than numbers, because the data has none?
         declared: further classes that the data lists without a box.
         bad: files that cannot be used, or lead nowhere, beside those that checks will find.
         unused: pictures that no split of a data.yaml names; they are left out.
@@ -72,6 +75,7 @@ class Source:
     twice: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    numbered: bool = False
 
     def with_names(self, given: Sequence[str]) -> Source:
         """The same with classes in the order of `--names`, which are matched by name.
@@ -79,6 +83,9 @@ class Source:
         Raises:
             DfssdError: see `class_names.reconcile`.
         """
+        if given and self.numbered:
+            self.names = instead_of_numbers(given, len(self.names), self.root)
+            return self
         names = reconcile(given, self.names, self.declared, self.root)
         if self.names and names != self.names:
             new_id = np.array([names.index(n) for n in self.names], np.float64)
@@ -137,6 +144,8 @@ def assemble(
         if len(splits) > 1:
             source.twice.append((path, " and ".join(splits)))
         label = _joined([s.label for s in found])
+        if label and not label.problem and not len(label.boxes) and any(s.label.counts["other_shapes"] for s in found):
+            label, source.counts["only_other_shapes"] = None, source.counts["only_other_shapes"] + 1
         source.counts["joined"] += len(found) > 1
         source.items.append(Item(path, label, splits[0] if splits else given_split(path, tree.root)))
     return source

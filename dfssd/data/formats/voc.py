@@ -13,7 +13,7 @@ from dfssd.data.checks import Label, Problem
 from dfssd.data.formats.listing import Tree, is_image
 from dfssd.data.formats.matching import Pictures, Reference, slashes
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_xml
-from dfssd.data.formats.source import Sheet, Source, assemble, read_labels, unusable
+from dfssd.data.formats.source import Item, Sheet, Source, assemble, given_split, read_labels, unusable
 from dfssd.runtime.storage import read_uri
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -26,10 +26,7 @@ def read_voc(tree: Tree, sheets: list[str]) -> Source:
     source = assemble(tree, "voc", parsed, declared=_labelmap(tree))
     for sheet in parsed:
         source.counts += sheet.label.counts
-    splits = _image_sets(tree)
-    for item in source.items:
-        if not item.split:
-            item.split = next((s for s, stems in splits.items() if _listed(item.uri, stems)), "")
+    _take_splits(source, _image_sets(tree))
     return source
 
 
@@ -51,7 +48,7 @@ def _parse_voc(pictures: Pictures, path: str) -> Sheet:
     try:
         size = (_number(root, "size/width"), _number(root, "size/height"))
         classes, rows, counts = _objects(root)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         return Sheet(reference, [], unusable("label_unreadable", str(error)))
     if "" in classes:
         return Sheet(reference, [], unusable("label_columns", "an <object> has no <name>"))
@@ -73,6 +70,8 @@ def _objects(root: Element) -> tuple[list[str], list[list[float]], Counter[str]]
     rows: list[list[float]] = []
     counts: Counter[str] = Counter()
     for node in root.iter("object"):
+        if (node.findtext("deleted") or "").strip() in ("1", "true"):  # LabelMe keeps what a person took away
+            continue
         found = [_corners(box) for box in node.findall("bndbox")]
         if not found and (turned := _rotated(node)):
             found, counts["rotated"] = [turned], counts["rotated"] + 1
@@ -132,21 +131,37 @@ def _labelmap(tree: Tree) -> list[str]:
     return []
 
 
-def _image_sets(tree: Tree) -> dict[str, set[str]]:
-    """Stems, with their folders, of ImageSets/Main/{train,val,test}.txt."""
-    sets = {}
+def _image_sets(tree: Tree) -> dict[str, str]:
+    """Lists of the splits, by split: those of ImageSets/Main where there are any, whatever other tasks list."""
+    found: dict[str, str] = {}
     for path in tree.below():
-        name = path.rpartition("/")[2]
-        if "/imagesets/" in path.lower() and name in ("train.txt", "val.txt", "test.txt"):
-            try:
-                lines = decode_text(read_uri(path)).splitlines()
-            except Unparsable:
-                continue  # a list of splits that nobody can read is no list; --split given then says what it found
-            sets[name[:-4]] = {slashes(" ".join(line.split()[:1]).strip('"')) for line in lines if line.strip()}
-    return sets
+        folders, _, name = path.lower().rpartition("/")
+        split = given_split(f"/{name.removesuffix('.txt')}/x", "") if name.endswith(".txt") else ""
+        if split and "imagesets" in folders.split("/") and (split not in found or folders.endswith("/main")):
+            found[split] = path
+    return found
 
 
-def _listed(path: str, stems: set[str]) -> bool:
-    stem = path.rpartition(".")[0]
-    parts = stem.split("/")
-    return any("/".join(parts[-k:]) in stems for k in (1, 2, 3))
+def _take_splits(source: Source, lists: dict[str, str]) -> None:
+    """Give pictures the splits that lists name; one that two lists name, and lines that lead nowhere, are said."""
+    by_end: dict[str, list[Item]] = {}
+    for item in source.items:
+        parts = item.uri.split("/")
+        for k in (1, 2, 3):
+            name = "/".join(parts[-k:])
+            for end in (name, name.rpartition(".")[0]):
+                by_end.setdefault(end, []).append(item)
+    listed: dict[str, set[str]] = {}
+    for split, path in lists.items():
+        try:
+            lines = decode_text(read_uri(path)).splitlines()
+        except Unparsable:
+            continue  # a list of splits that nobody can read is no list; --split given then says what it found
+        stems = [slashes(" ".join(line.split()[:1]).strip('"')) for line in lines if line.strip()]
+        lost = [stem for stem in stems if stem not in by_end]
+        for item in (item for stem in stems for item in by_end.get(stem, ())):
+            listed.setdefault(item.uri, set()).add(split)
+            item.split = item.split or split
+        if lost:
+            source.notes.append(f"{len(lost)} lines of {path!r} name pictures that do not exist, such as {lost[0]!r}")
+    source.twice += [(uri, " and ".join(sorted(splits))) for uri, splits in listed.items() if len(splits) > 1]

@@ -8,7 +8,7 @@ What Ultralytics makes of an entry, a list or a label is taken from its `data/ut
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,17 +16,25 @@ from typing import Any
 import numpy as np
 
 from dfssd.data.checks import Label, Problem
-from dfssd.data.formats.class_names import LIST_FILES, names_of_list, names_of_yaml, one_list
+from dfssd.data.formats.class_names import (
+    LIST_FILES,
+    NO_NAMES,
+    instead_of_numbers,
+    names_of_list,
+    names_of_yaml,
+    one_list,
+)
+from dfssd.data.formats.darknet import SPLIT_KEYS, Head, read_darknet
 from dfssd.data.formats.entries import Resolver, Split
 from dfssd.data.formats.listing import Tree
-from dfssd.data.formats.matching import Pictures, Reference
+from dfssd.data.formats.matching import Pictures, Reference, slashes
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json, parse_yaml
 from dfssd.data.formats.source import Item, Source, given_split, read_labels, unusable
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 
 CR7_NAMES = ("inclusion", "dent", "oil_spot", "pit", "punching", "linear", "macular")
-SPLIT_KEYS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+_CR7_PICTURES = ("inclusions", "dents", "oil spots", "pits", "punching", "linear", "macular")
 _LIST_NAMES = {"train.txt", "val.txt", "valid.txt", "test.txt", "trainval.txt", "readme.txt", "requirements.txt"}
 
 
@@ -61,16 +69,9 @@ def parse_yolo_text(text: str, keypoints: int = 0) -> Label:
     return Label(np.array(rows, np.float64).reshape(-1, 5), counts=counts)
 
 
-@dataclass
-class _Yaml:
-    """A parsed data.yaml, or what a Darknet `.data` file says in its place."""
-
-    path: str = ""
-    names: list[str] = field(default_factory=list)
-    splits: dict[str, Split] = field(default_factory=dict)
-    root: str = ""
-    keypoints: int = 0
-    moved: int = 0
+def is_cr7(stems: Iterable[str]) -> bool:
+    """Are pictures called as those of CR7-DET are? A user's own `image/` and `label/` must not get its classes."""
+    return len({stem.rstrip("0123456789_- ()") for stem in stems}.intersection(_CR7_PICTURES)) > 2
 
 
 def read_cr7(tree: Tree) -> Source:
@@ -82,8 +83,8 @@ def read_cr7(tree: Tree) -> Source:
 
 def read_yolo(tree: Tree, yaml: str = "") -> Source:
     """Ultralytics layout: images/ and labels/, with or without a data.yaml (names, path, train, val, test)."""
-    head = _read_yaml(tree, yaml) if yaml else _read_darknet(tree)
-    source = Source(head.root, "yolo", head.names, [])
+    head = _read_yaml(tree, yaml) if yaml else read_darknet(tree)
+    source = Source(head.root, "yolo", head.names, [], numbered=head.numbered)
     source.counts["moved"] = head.moved
     below = tree.pictures(head.root)
     split_of: dict[str, str] = {}
@@ -114,6 +115,8 @@ def _take_names(source: Source, tree: Tree, lists: list[str]) -> None:
     if not source.names:
         source.names = one_list(lists) or _label_studio_names(tree)
         return
+    if source.numbered and lists:
+        source.names, source.numbered = instead_of_numbers(one_list(lists), len(source.names), lists[0]), False
     for path in lists:
         names = names_of_list(path)
         if names != source.names and source.format == "yolo":
@@ -123,8 +126,11 @@ def _take_names(source: Source, tree: Tree, lists: list[str]) -> None:
 def _label_studio_names(tree: Tree) -> list[str]:
     for path in tree.below():
         if path.rpartition("/")[2] == "notes.json":
-            content = parse_json(read_uri(path))
-            names = {int(c["id"]): str(c["name"]) for c in content.get("categories") or []}
+            try:
+                content = parse_json(read_uri(path))
+                names = {int(c["id"]): str(c["name"]) for c in content.get("categories") or []}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                return []  # somebody else's notes
             return [names[k] for k in sorted(names)] if sorted(names) == list(range(len(names))) else []
     return []
 
@@ -144,13 +150,14 @@ def load_yaml(path: str) -> dict[str, Any]:
     return {str(k): v for k, v in content.items()}
 
 
-def _read_yaml(tree: Tree, path: str) -> _Yaml:
+def _read_yaml(tree: Tree, path: str) -> Head:
     content = load_yaml(path)
     own = path.rpartition("/")[0] or "/"
-    base, root = str(content.get("path") or "").strip(), own
+    base, root, home = str(content.get("path") or "").strip(), own, set[str]()
     bases = [own]
     if base and base not in (".", "./"):
         known = {PurePosixPath(own).name}
+        home = {PurePosixPath(slashes(base)).name.lower()}
         where = Resolver(tree, [own, str(PurePosixPath(own).parent), "."], known).find(base)
         if where is not None:
             root, bases = where, [where, own]
@@ -159,10 +166,11 @@ def _read_yaml(tree: Tree, path: str) -> _Yaml:
         listed = Resolver(tree, bases, set()).find(names_key, files=True)
         content["names"] = names_of_list(listed) if listed else names_key
     names = names_of_yaml(content, path)
-    resolver = Resolver(tree, bases, {PurePosixPath(b).name.lower() for b in bases})
+    resolver = Resolver(tree, bases, home | {PurePosixPath(b).name.lower() for b in bases})
     splits: dict[str, Split] = {}
+    spelt = {k.lower(): k for k in content}  # CVAT writes its subsets' names: Train, Validation, Test
     for split, keys in SPLIT_KEYS.items():
-        key = next((k for k in keys if content.get(k)), keys[0])
+        key = next((spelt[k] for k in keys if k in spelt and content[spelt[k]]), keys[0])
         entry = content.get(key) or []
         entries = [str(e) for e in (entry if isinstance(entry, list) else [entry]) if e not in (None, "", "null", "~")]
         if entries:
@@ -175,39 +183,7 @@ def _read_yaml(tree: Tree, path: str) -> _Yaml:
             where=f"{path}: {', '.join(splits)}",
             todo="check 'path', 'train', 'val' and 'test' in the data.yaml",
         )
-    return _Yaml(path, names, splits, root, keypoints, resolver.moved)
-
-
-def _read_darknet(tree: Tree) -> _Yaml:
-    """No data.yaml: Darknet's `obj.data` (CVAT's YOLO 1.1), or bare lists train.txt, val.txt and test.txt."""
-    head = _Yaml(root=tree.root)
-    files = tree.below()
-    tops = [f for f in files if f[len(tree.root) :].strip("/").count("/") <= 1]
-    data = next((f for f in tops if f.endswith(".data")), "")
-    own = data.rpartition("/")[0] if data else tree.root
-    resolver = Resolver(tree, [own], {PurePosixPath(own).name.lower()})
-    named: dict[str, str] = {}
-    if data:
-        head.path = data
-        try:
-            text = decode_text(read_uri(data))
-        except Unparsable as error:
-            raise DfssdError(f"a list cannot be read: {error}", where=data, todo="save it as UTF-8") from error
-        named = {k.strip(): v.strip() for k, e, v in (line.partition("=") for line in text.splitlines()) if e}
-        if (listed := resolver.find(named.get("names", "-"), files=True)) is not None:
-            head.names = names_of_list(listed)
-    for split, keys in SPLIT_KEYS.items():
-        for key in keys:
-            entry = named.get(key) or ("" if data else f"{key}.txt")
-            path = resolver.find(entry, files=True) if entry else None
-            if path is not None:
-                found, missing = resolver.listed(path)
-                if data or len(found) >= len(missing):  # else it is a list of something else
-                    head.splits[split] = Split(found, missing)
-                    head.path = head.path or path
-                break
-    head.moved = resolver.moved
-    return head
+    return Head(path, names, splits, root, keypoints, resolver.moved, content.get("names") in NO_NAMES)
 
 
 def _pair(tree: Tree, pictures: list[str], source: Source, image_dir: str, label_dir: str, keypoints: int = 0) -> None:

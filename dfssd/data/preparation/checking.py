@@ -112,7 +112,8 @@ def judge(
         boxes = np.zeros((0, 5), np.float32)
     if isinstance(boxes, checks.Problem):
         return item.uri, boxes
-    return Checked(item.uri, facts, boxes, item.split, place)
+    repeated = len(item.label.boxes) - len(boxes) if item.label is not None and boxes is not None else 0
+    return Checked(item.uri, facts, boxes, item.split, place, repeated)
 
 
 def _facts(uri: str, data: bytes, max_side: int) -> checks.ImageFacts | checks.Problem:
@@ -222,9 +223,18 @@ def set_white_levels(good: list[Checked], config: Data) -> tuple[dict[str, float
         kind = "float" if floating else "16-bit"
         stretched = not floating and white < images.LEVELS[-1]
         levels_kept = f"; converted plainly they would have {int(top // 256) + 1} grey levels" if stretched else ""
+        stray = ""
+        if (
+            not config.white_level
+            and (usual := images.white_level(float(np.median([c.facts.top for c in deep])), floating)) < white
+        ):
+            stray = (
+                f". Half of them hold no more than {usual:g}: where the few brighter ones are single hot pixels, "
+                f"--white-level {usual:g} keeps {white / usual:.0f} times as many grey levels"
+            )
         how = "--white-level" if config.white_level else "found; --white-level sets it"
         notes.append(
-            f"{len(deep)} {kind} pictures, values up to {top:g}: {white:g} becomes white (255; {how}){levels_kept}. "
+            f"{len(deep)} {kind} pictures, values up to {top:g}: {white:g} becomes white (255; {how}){levels_kept}{stray}. "
             "Whoever runs the detector later must scale its pictures in the same way"
         )
     several = sum(c.facts.pages > 1 for c in good)

@@ -78,6 +78,8 @@ def prepare(
     summary["corrected_images"] = corrected
     summary["data_settings"] = config.model_dump(mode="json")
     own = [f"{corrected} images have corrected labels"] if corrected else []
+    if repeated := sum(i.repeated for i in images):
+        own.append(f"{repeated} boxes stand twice in their labels and count once")
     summary["notes"] = own + source.notes + level_notes + statements(source, summary, hidden)
     summary["notes"] += [budget(summary, config.val_from_labels)]
     store.write_json("summary.json", summary)
