@@ -172,7 +172,9 @@ def gmm_threshold(counts: np.ndarray, fallback: float) -> float:
     """Score above which a candidate more likely belongs to the upper of two Gaussians fitted to a class's scores.
 
     Consistent-Teacher (Wang et al., CVPR 2023, section 3.4) fits one mixture a class; expectation maximisation from the
-    split of greatest between-class variance, so that the same scores give the same threshold.
+    split of greatest between-class variance, so that the same scores give the same threshold. Its code asks for more by
+    default: the score where the upper group is densest ("high"; this is its "middle"). Of six sets of candidates on CR7-DET
+    it kept 0.42 to 0.47 of the hidden boxes, not 0.55 to 0.60, at a precision of 0.58 to 0.69, not 0.59 to 0.68.
 
     Args:
         counts: (BINS,) histogram of the scores of all candidates of the class.
