@@ -90,15 +90,23 @@ def memory_to_open(data: bytes) -> int:
     Raises:
         BadImage: the header makes no sense.
     """
-    kind, (width, height) = kind_of(data), size_of(data)
-    held = 3.0
+    width, height = size_of(data)
+    return int(width * height * max(BYTES_A_PIXEL, _held(data) + 4))
+
+
+def _held(data: bytes) -> float:
+    """Bytes of a pixel as a file has it that `size_of` could read; those of 8 bits are opened as colours."""
+    kind = kind_of(data)
+    if kind == "PNG" and _deep_png(data):
+        return 2.0 * {0: 1, 2: 3, 4: 2}.get(data[25], 4)  # channels by its type of colour
+    if kind == "PPM" and _deep_ppm(data):
+        return 2.0 * (3 if data[:2] in (b"P3", b"P6") else 1)
     if kind == "TIFF":
-        held = sum(np.atleast_1d(_tiff_tags(data).get(_BITS, 8)).tolist()) / 8
-    elif kind == "PNG" and _deep_png(data):
-        held = 2.0 * {0: 1, 2: 3, 4: 2, 6: 4}.get(data[25], 4)  # channels by its type of colour
-    elif kind == "PPM" and _deep_ppm(data):
-        held = 2.0 * (3 if data[:2] in (b"P3", b"P6") else 1)
-    return int(width * height * max(BYTES_A_PIXEL, held + 4))
+        try:
+            return min(24.0, float(np.sum(_tiff_tags(data).get(_BITS, 8))) / 8)
+        except (TypeError, ValueError):  # bits that are no numbers: decoding it will say more
+            return 3.0
+    return 3.0
 
 
 def memory_of(pixels: int, white: float) -> int:
