@@ -355,3 +355,17 @@ def test_a_hot_pixel_does_not_hide_that_the_camera_has_12_bits(tmp_path):
     assert "--white-level 4095 keeps 16 times as many" in set_white_levels(found, Data())[1][0]
     assert "hot" not in set_white_levels(found[:3], Data())[1][0]
     assert "hot" not in set_white_levels(found, Data(white_level=4095))[1][0]
+
+
+def test_what_this_program_wrote_into_the_data_is_no_data(tmp_path):
+    """`--data . --storage-path runs`: the second `prepare` finds the first one's pictures."""
+    yolo(tmp_path, None)
+    put(tmp_path / "classes.txt", "scratch\npit\n")
+    pictures(tmp_path / "line3" / "suggest", range(20, 22))
+    put(tmp_path / "line3" / "dataset" / "stage.json", "{}")
+    pictures(tmp_path / "runs" / "line4" / "report", range(22, 24))
+    put(tmp_path / "runs" / "mlflow.db", "")
+    pictures(tmp_path / "mlartifacts" / "1", range(24, 26))
+    source = read(tmp_path)
+    assert (*tally(source), len(source.items)) == (BOTH, {}, 0, N)
+    assert any("2 runs of this program" in note and "line3" in note for note in source.notes)

@@ -55,8 +55,11 @@ class InFacts:
 
 def check_all(
     source: Source, config: Data, store: Storage, run: Run, cluster: bool | None = None
-) -> tuple[list[Checked], list[Bad], Thumbnails]:
+) -> tuple[list[Checked], list[Bad], Thumbnails, int]:
     """Check every image and label; images of --unlabelled folders join without labels.
+
+    Returns:
+        usable images, what cannot be used, thumbnails, and how many images were looked at.
 
     Args:
         store: takes the shards of a set that the cluster checks.
@@ -87,7 +90,7 @@ def check_all(
     if not good:
         first = f"{printable(bad[0][0])!r}: {bad[0][1].said()}" if bad else "none"
         raise DfssdError("not one usable image", where=repr(source.root), todo=f"first problem: {first}")
-    return good, bad, thumbnails
+    return good, bad, thumbnails, len(jobs)
 
 
 def check_one(item: Item, classes: int, config: Data) -> Checked | Bad:
