@@ -94,6 +94,21 @@ _JSON: Sequence[tuple[Callable[[Any], bool], str, str]] = (
         "write COCO: detectron2.data.datasets.convert_to_coco_json(NAME, FILE)",
     ),
     (
+        lambda c: isinstance(c, dict) and isinstance(c.get("asset"), dict) and "regions" in c,
+        "VoTT (a JSON a picture)",
+        "export it from VoTT as Pascal VOC",
+    ),
+    (
+        lambda c: isinstance(c, dict) and isinstance(c.get("item"), dict) and isinstance(c.get("annotations"), list),
+        "V7's Darwin JSON",
+        "export it from V7 as COCO",
+    ),
+    (
+        lambda c: isinstance(c, dict) and isinstance(c.get("metadata"), dict) and isinstance(c.get("instances"), list),
+        "SuperAnnotate",
+        f"convert it to {READ}",
+    ),
+    (
         lambda c: isinstance(c, dict) and "items" in c and "categories" in c,
         "Datumaro's own JSON",
         "convert it: datum convert -if datumaro -f coco_instances -i FOLDER -o NEW -- --save-media",
@@ -123,6 +138,11 @@ def _table(rows: list[dict[str, str]]) -> tuple[str, str] | None:
         return (
             "a CSV without a line of column names (RetinaNet: path,x1,y1,x2,y2,class)",
             "put filename,xmin,ymin,xmax,ymax,class as its first line, and add the columns width and height (px)",
+        )
+    if len(headers) == 8 and _numbers(headers[1:5] + headers[6:]) and is_image(headers[5]):
+        return (
+            "a CSV without a line of column names (makesense.ai: class,x,y,width,height,file,width,height)",
+            "export it from there as VOC or YOLO",
         )
     return None
 
@@ -179,6 +199,8 @@ def _texts(tree: Tree, files: Sequence[str]) -> Foreign | None:
                 path,
                 f"export it as {READ}",
             )
+        if lines and path.lower().endswith("gt/gt.txt") and all(len(p) >= 8 and _numbers(p) for p in lines):
+            return Foreign("MOT (gt/gt.txt, one line a box and frame)", path, f"convert it to {READ}")
         whole = lines and all(len(p) == 5 and all(v.isdecimal() for v in p) for p in lines)
         if whole and all(int(p[0]) < int(p[2]) and int(p[1]) < int(p[3]) for p in lines) and int(lines[0][2]) > 1:
             return Foreign(

@@ -180,7 +180,7 @@ class _Detector:
         nearest = found[min(found)]
         if len(nearest) > 1:  # one that names pictures too says more than one that names classes only
             nearest = [p for p in nearest if {"train", "val"} <= load_yaml(p).keys()] or nearest
-        if len(nearest) > 1 and len({read_uri(p) for p in nearest}) > 1:
+        if len(nearest) > 1 and len({(p.rpartition("/")[0], read_uri(p)) for p in nearest}) > 1:
             raise DfssdError(
                 f"two files describe the data: {nearest[0]!r} and {nearest[1]!r}",
                 where=repr(self.tree.root),

@@ -40,7 +40,12 @@ def _parse_voc(pictures: Pictures, path: str) -> Sheet:
         return Sheet(reference, [], unusable("label_unreadable", str(error)))
     tagged = slashes((root.findtext("filename") or "").strip())
     suffix = "." + tagged.rpartition(".")[2] if is_image(tagged) else ""
-    reference = Reference(path, f"{stem}.", slashes(root.findtext("folder") or "").rpartition("/")[2], suffix)
+    folders = (
+        slashes(root.findtext("folder") or "").rpartition("/")[2],
+        slashes(root.findtext("path") or "").split("/")[-2:-1],
+    )
+    hint = folders[0] if pictures.knows(folders[0]) else "".join(folders[1])
+    reference = Reference(path, f"{stem}.", hint, suffix)
     if tagged and not pictures.candidates(reference.name):
         reference = Reference(path, tagged if is_image(tagged) else f"{tagged}.", reference.hint, suffix)
     if root.tag == "annotations":
