@@ -104,6 +104,7 @@ class Tree:
 
     Args:
         root: the folder that the data lies in, or a URI.
+        sheets: the folder that label files lie in, where that is another: its own name says nothing about pictures.
     """
 
     root: str
@@ -113,6 +114,7 @@ class Tree:
     unnameable: list[str] = field(default_factory=list)  # names that are no UTF-8, made printable
     outside: list[tuple[str, str]] = field(default_factory=list)  # links out of the listed folder, and where they lead
     masks: set[str] = field(default_factory=set)  # pictures that only say where something is in another one
+    sheets: str = ""
     _listed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,13 @@ from dfssd.data.preparation import grouping
 from dfssd.data.preparation.assignment import Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.preparation.bad_files import write_bad
 from dfssd.data.preparation.checking import check_all, drop_duplicates, set_white_levels, stop_if_too_bad
-from dfssd.data.preparation.corrections import lay_over, read_corrections, write_provenance
+from dfssd.data.preparation.corrections import (
+    added_classes,
+    lay_over,
+    read_corrections,
+    with_new_classes,
+    write_provenance,
+)
 from dfssd.data.preparation.summary import budget, contact_sheet, statements, summarise
 from dfssd.data.preparation.val_from_labels import take_val, without_val
 from dfssd.data.preparation.versions import Previous, read_previous
@@ -42,6 +48,7 @@ def prepare(
     run = Storage(store.uri.rpartition("/")[0])
     data = resolve_zip(config.data, run)
     source = read_source(data, config.format, config.names)
+    source.names = with_new_classes(source.names, added_classes(run))
     classes = len(source.names)
     print(
         f"data: {len(source.items)} images as {source.format}, {classes} classes: {', '.join(source.names)}", flush=True
