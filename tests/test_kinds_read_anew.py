@@ -1,6 +1,7 @@
 """Kinds of trouble found by making data sets as today's exporters write them, and reading them cold."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -28,11 +29,13 @@ from dfssd.data.checks import Checked, ImageFacts, Label, check_label
 from dfssd.data.formats.class_names import told_apart
 from dfssd.data.formats.read import read_source
 from dfssd.data.formats.source import Item
+from dfssd.data.formats.unpack import resolve_zip
 from dfssd.data.formats.yolo import is_cr7
 from dfssd.data.images import BadImage, to_uint8, top_value, white_level
 from dfssd.data.preparation.assignment import choose_labelled
 from dfssd.data.preparation.checking import judge, set_white_levels
 from dfssd.errors import DfssdError
+from dfssd.runtime.storage import Storage
 
 X, Y, W, H = BOX
 PERCENT = {"x": 100 * X / WIDTH, "y": 100 * Y / HEIGHT, "width": 100 * W / WIDTH, "height": 100 * H / HEIGHT}
@@ -148,6 +151,7 @@ def test_each_picture_has_its_box(tmp_path, make):
     make(tmp_path)
     source = read(tmp_path)
     assert (*tally(source), len(source.items)) == (BOTH, {}, 0, N)
+    assert all(i.label is not None and len(i.label.boxes) == 1 for i in source.items)
 
 
 def test_folders_called_as_those_of_cr7_det_do_not_give_its_classes(tmp_path):
@@ -333,6 +337,30 @@ def test_lists_of_voc_that_share_pictures_or_lead_nowhere_say_so(tmp_path):
     source = read(tmp_path)
     assert [(path[-7:], both) for path, both in source.twice] == [("003.png", "train and val")]
     assert any("1 lines of" in note and "'090'" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("line", ["lot 1/{}", '"lot 1/{}" 1', "lot 1/{}.png", "{} -1"])
+def test_lines_of_voc_lists_with_blanks_quotes_and_marks(tmp_path, line):
+    pictures(tmp_path / "JPEGImages" / "lot 1")
+    for k in range(N):
+        put(tmp_path / "Annotations" / "lot 1" / f"{k:03d}.xml", voc_xml(k))
+    put(tmp_path / "ImageSets" / "Main" / "Train.txt", "".join(line.format(f"{k:03d}") + "\n" for k in range(N)))
+    source = read(tmp_path)
+    assert {i.split for i in source.items} == {"train"} and not source.notes
+
+
+def test_labels_without_pictures_and_a_locked_zip_say_so(tmp_path):
+    put(tmp_path / "a" / "instances_default.json", json.dumps(coco_sheet()))
+    with pytest.raises(DfssdError, match=r"no image files found, but 1 files that may be labels.*instances_default"):
+        read(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", picture(0))
+    locked = (tmp_path / "x.zip").read_bytes()
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of both headers
+        at = locked.index(mark) + place
+        locked = locked[:at] + b"\x01" + locked[at + 1 :]
+    with pytest.raises(DfssdError, match="cannot be unpacked: it is encrypted"):
+        resolve_zip(str(put(tmp_path / "x.zip", locked)), Storage(str(tmp_path / "run")))
 
 
 def broken(root, name, content):

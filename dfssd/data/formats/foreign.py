@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dfssd.data.formats.listing import Tree, is_image
+from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image
 from dfssd.data.formats.other_formats import table_rows
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json
+from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 
 LOOKED_AT = 5  # files of a kind
@@ -32,6 +33,9 @@ MAY_BE_LABELS = (
     ".xlsx",
 )
 SPLITS = {"train", "val", "valid", "validation", "test", "images", "image", "img"}
+
+
+PACKED = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".tfrecord", ".parquet", ".h5", ".zip")
 
 
 class Foreign(NamedTuple):
@@ -242,3 +246,18 @@ def _folders(tree: Tree, files: Sequence[str]) -> Foreign | None:
         "a detector learns from boxes: draw them in a labelling program (dfssd review names some), or give the folder that "
         "holds the labels too",
     )
+
+
+def no_pictures(tree: Tree) -> DfssdError:
+    """What to say of a folder without any picture."""
+    files = tree.below()
+    packed = [f for f in files if f.lower().endswith(PACKED)]
+    labels = [f for f in files if f.lower().endswith((".json", ".xml", ".csv", ".txt"))]
+    said, todo = "", f"known endings: {', '.join(sorted(IMAGE_SUFFIXES))}"
+    if packed:
+        said = f"; {packed[0]!r} is of a kind that is not unpacked"
+        todo = "unpack it, and give the folder that the pictures are in"
+    elif labels:
+        said = f", but {len(labels)} files that may be labels, such as {labels[0]!r}"
+        todo = "put the pictures beside them (CVAT: 'Save images')"
+    return DfssdError(f"no image files found{said}", where=repr(tree.root), todo=todo)
