@@ -107,6 +107,10 @@ class Pictures:
             for key in {name, name.lower(), f"{stem}.", f"{stem.lower()}."}:
                 self._by.setdefault(key, []).append(path)
 
+    def knows(self, folder: str) -> bool:
+        """Does a folder of pictures go by this name?"""
+        return folder.lower() in self._words
+
     def candidates(self, name: str) -> list[str]:
         """Pictures of this file name: as written, else in other case, else with another suffix, else as a program that
         was given the picture calls it (`%20` for a blank, the letters that Label Studio puts before an upload).
@@ -144,7 +148,7 @@ class Pictures:
         return named or [*_folders(reference.sheet, self.sheets), *self._hint(reference)]
 
     def _hint(self, reference: Reference) -> list[str]:
-        return [reference.hint.lower()] if reference.hint.lower() in self._words else []
+        return [reference.hint.lower()] if self.knows(reference.hint) else []
 
     def _choice(self, reference: Reference, told: list[str], same_words: bool) -> str | None:
         pairs = [(self._evidence(reference, picture), picture) for picture in self.candidates(reference.name)]

@@ -53,7 +53,7 @@ def prepare(
     print(
         f"data: {len(source.items)} images as {source.format}, {classes} classes: {', '.join(source.names)}", flush=True
     )
-    good, bad, thumbnails = check_all(source, config, store, run_settings or Run(), cluster)
+    good, bad, thumbnails, looked_at = check_all(source, config, store, run_settings or Run(), cluster)
     corrections = read_corrections(run)
     corrected = lay_over(good, source.names, corrections)
     stop_if_too_bad(bad, len(good) + len(bad), config, store)
@@ -82,6 +82,7 @@ def prepare(
     summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
     summary["duplicates_with_other_labels"] = conflicts
     summary["version"] = meta["version"]
+    summary["files"] = looked_at
     summary["corrected_images"] = corrected
     summary["data_settings"] = config.model_dump(mode="json")
     own = [f"{corrected} images have corrected labels"] if corrected else []
