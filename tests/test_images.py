@@ -1,5 +1,6 @@
 """What `prepare` accepts is what training sees: one function opens pictures for both."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -122,6 +123,8 @@ def test_cut_pictures_are_refused_with_a_reason(suffix):
         for k in rng.integers(0, len(data), 8):
             broken[k] = int(rng.integers(256))
         assert isinstance(check_image(bytes(broken), 100), ImageFacts | Problem)
+        with contextlib.suppress(BadImage):
+            assert memory_to_open(bytes(broken)) >= 0
 
 
 def test_a_jpeg_that_opencv_would_fill_with_grey_is_cut(monkeypatch):

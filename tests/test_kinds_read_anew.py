@@ -1,6 +1,7 @@
 """Kinds of trouble found by making data sets as today's exporters write them, and reading them cold."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from layouts import (
     N,
     coco,
     coco_sheet,
+    picture,
     pictures,
     put,
     tally,
@@ -27,9 +29,13 @@ from dfssd.data.checks import Checked, ImageFacts, Label, check_label
 from dfssd.data.formats.class_names import told_apart
 from dfssd.data.formats.read import read_source
 from dfssd.data.formats.source import Item
+from dfssd.data.formats.unpack import resolve_zip
 from dfssd.data.formats.yolo import is_cr7
+from dfssd.data.images import BadImage, to_uint8, top_value, white_level
+from dfssd.data.preparation.assignment import choose_labelled
 from dfssd.data.preparation.checking import judge, set_white_levels
 from dfssd.errors import DfssdError
+from dfssd.runtime.storage import Storage
 
 X, Y, W, H = BOX
 PERCENT = {"x": 100 * X / WIDTH, "y": 100 * Y / HEIGHT, "width": 100 * W / WIDTH, "height": 100 * H / HEIGHT}
@@ -104,6 +110,28 @@ def rectangles_and_labels_apart(root):
     ])  # fmt: skip
 
 
+def two_pictures_a_task(root):
+    """Front and back; results say which picture they are about by the name of its variable."""
+    pictures(root)
+    tasks = []
+    for k in range(0, N, 2):
+        size = {"original_width": WIDTH, "original_height": HEIGHT, "type": "rectanglelabels"}
+        sides = (("front", "scratch"), ("back", "pit"))
+        results = [{**size, "to_name": s, "value": {**PERCENT, "rectanglelabels": [c]}} for s, c in sides]
+        data = {"front": f"s3://b/{k:03d}.png", "back": f"s3://b/{k + 1:03d}.png"}
+        tasks.append({"data": data, "annotations": [{"result": results}]})
+    put(root / "export.json", json.dumps(tasks))
+
+
+def folders_in_the_path_of_voc(root):
+    """LabelImg's <folder> is `images`, and its <path> tells two pictures of one name apart."""
+    for k in range(N):
+        put(root / "images" / f"cam{k % 2}" / f"{k // 2}.png", picture(k))
+        path = f"<path>C:\\work\\images\\cam{k % 2}\\{k // 2}.png</path><size>"
+        sheet = voc_xml(k).replace(f"{k:03d}.png", f"{k // 2}.png").replace("<size>", path)
+        put(root / "xml" / f"sheet_{k}.xml", sheet)
+
+
 def pictures_in_a_bin(root):
     yolo(root, None)
     put(root / "classes.txt", "scratch\npit\n")
@@ -115,6 +143,7 @@ def pictures_in_a_bin(root):
     [
         stored_names, addresses_in_coco, annotations_by_id_in_coco, folders_of_another_machine, own_image_and_label,
         classes_of_a_count_in_a_list, deleted_objects, rectangles_and_labels_apart, pictures_in_a_bin,
+        two_pictures_a_task, folders_in_the_path_of_voc,
     ],
     ids=lambda make: make.__name__,
 )  # fmt: skip
@@ -122,6 +151,7 @@ def test_each_picture_has_its_box(tmp_path, make):
     make(tmp_path)
     source = read(tmp_path)
     assert (*tally(source), len(source.items)) == (BOTH, {}, 0, N)
+    assert all(i.label is not None and len(i.label.boxes) == 1 for i in source.items)
 
 
 def test_folders_called_as_those_of_cr7_det_do_not_give_its_classes(tmp_path):
@@ -183,6 +213,32 @@ def test_several_annotations_of_a_task_are_counted(tmp_path):
     put(tmp_path / "export.json", json.dumps(tasks))
     source = read(tmp_path)
     assert source.counts["opinions"] == 1 and tally(source)[0] == {"pit": N}
+
+
+def test_a_task_with_several_pictures_that_are_not_told_apart_is_no_label(tmp_path):
+    two_pictures_a_task(tmp_path)
+    path = tmp_path / "export.json"
+    put(path, path.read_text().replace('"to_name": "front"', '"to_name": "img-1"'))
+    with pytest.raises(DfssdError, match="a task with several pictures"):
+        read(tmp_path)
+
+
+def test_a_bare_line_of_a_table_is_a_picture_without_a_box(tmp_path):
+    pictures(tmp_path)
+    x, y, w, h = (int(v) for v in BOX)
+    lines = [f"{k:03d}.png,{WIDTH},{HEIGHT},pit,{x},{y},{x + w},{y + h}\n" for k in range(N - 1)]
+    put(
+        tmp_path / "a.csv",
+        "".join(["filename,width,height,class,xmin,ymin,xmax,ymax\n", *lines, f"007.png,{WIDTH},{HEIGHT},,,,,\n"]),
+    )
+    assert tally(read(tmp_path)) == ({"pit": N - 1}, {}, 1)
+
+
+def test_two_parts_that_say_the_same_are_not_one(tmp_path):
+    for part in ("v1", "v2"):
+        yolo(tmp_path / part)
+    with pytest.raises(DfssdError, match="two files describe the data"):
+        read(tmp_path)
 
 
 def test_boxes_that_stand_twice_are_counted():
@@ -283,6 +339,30 @@ def test_lists_of_voc_that_share_pictures_or_lead_nowhere_say_so(tmp_path):
     assert any("1 lines of" in note and "'090'" in note for note in source.notes)
 
 
+@pytest.mark.parametrize("line", ["lot 1/{}", '"lot 1/{}" 1', "lot 1/{}.png", "{} -1"])
+def test_lines_of_voc_lists_with_blanks_quotes_and_marks(tmp_path, line):
+    pictures(tmp_path / "JPEGImages" / "lot 1")
+    for k in range(N):
+        put(tmp_path / "Annotations" / "lot 1" / f"{k:03d}.xml", voc_xml(k))
+    put(tmp_path / "ImageSets" / "Main" / "Train.txt", "".join(line.format(f"{k:03d}") + "\n" for k in range(N)))
+    source = read(tmp_path)
+    assert {i.split for i in source.items} == {"train"} and not source.notes
+
+
+def test_labels_without_pictures_and_a_locked_zip_say_so(tmp_path):
+    put(tmp_path / "a" / "instances_default.json", json.dumps(coco_sheet()))
+    with pytest.raises(DfssdError, match=r"no image files found, but 1 files that may be labels.*instances_default"):
+        read(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", picture(0))
+    locked = (tmp_path / "x.zip").read_bytes()
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of both headers
+        at = locked.index(mark) + place
+        locked = locked[:at] + b"\x01" + locked[at + 1 :]
+    with pytest.raises(DfssdError, match="cannot be unpacked: it is encrypted"):
+        resolve_zip(str(put(tmp_path / "x.zip", locked)), Storage(str(tmp_path / "run")))
+
+
 def broken(root, name, content):
     pictures(root / "images")
     put(root / name, content if isinstance(content, str) else json.dumps(content))
@@ -338,6 +418,11 @@ FOREIGN = {
     "dicts of Detectron2": ("t.json", [{"file_name": "a.png", "annotations": [{"bbox": [1, 2, 3, 4], "bbox_mode": 0}]}]),
     "SageMaker": ("output.manifest", {"source-ref": "s3://b/000.png"}),
     "KITTI": ("label_2/000.txt", "pit 0.0 0 0.0 20.00 10.00 36.00 22.00 0 0 0 0 0 0 0\n"),
+    "VoTT": ("0-asset.json", {"asset": {"name": "000.png"}, "regions": []}),
+    "Darwin": ("000.json", {"item": {"name": "000.png"}, "annotations": []}),
+    "SuperAnnotate": ("000.png.json", {"metadata": {"name": "000.png"}, "instances": []}),
+    "makesense.ai": ("labels.csv", "pit,20,10,16,12,000.png,64,48\npit,20,10,16,12,001.png,64,48\n"),
+    "MOT": ("gt/gt.txt", "1,1,20,10,16,12,1,1,1.0\n"),
     "keras-yolo3": ("train/_annotations.txt", "000.png 20,10,36,22,1 1,2,9,9,0\n001.png\n"),
 }  # fmt: skip
 
@@ -355,3 +440,43 @@ def test_a_hot_pixel_does_not_hide_that_the_camera_has_12_bits(tmp_path):
     assert "--white-level 4095 keeps 16 times as many" in set_white_levels(found, Data())[1][0]
     assert "hot" not in set_white_levels(found[:3], Data())[1][0]
     assert "hot" not in set_white_levels(found, Data(white_level=4095))[1][0]
+
+
+@pytest.mark.parametrize(
+    ("top", "white"), [(0.3, 1), (1.0, 1), (1.004, 1), (2.0, 2), (20.0, 20), (200.0, 255), (258.0, 255), (4000.0, 4095)]
+)
+def test_white_of_float_pictures(top, white):
+    assert white_level(top, True) == white
+
+
+def test_what_resampling_leaves_below_black_is_black():
+    assert top_value(np.array([[-0.002, 1.004]], np.float32)) == np.float32(1.004)
+    assert to_uint8(np.array([[-0.002, 1.004]], np.float32), 1.0)[0, :, 0].tolist() == [0, 255]
+    with pytest.raises(BadImage, match="negative"):
+        top_value(np.array([[-0.5, 1.0]], np.float32))
+
+
+def test_lines_of_a_list_have_folders_and_are_counted_where_they_name_nothing(tmp_path):
+    def train(name):
+        return Checked(f"/d/{name}", ImageFacts(name.rjust(16, "_"), 64, 48, None), np.zeros((0, 5), np.float32), "")
+
+    images = [train(n) for n in ("cam1/0.png", "cam2/0.png", "cam1/1.png", "x.png")]
+    put(tmp_path / "list.txt", "cam1\\0.png\r\nx.png\r\nnobody.png\r\n")
+    config = Data(labelled_list=str(tmp_path / "list.txt"))
+    chosen, why = choose_labelled(images, ["train"] * 4, config, 0, 2)
+    assert chosen == {images[0].image_id, images[3].image_id}
+    assert why == "--labelled-list; 1 of its lines name no labelled train image, such as 'nobody.png'"
+
+
+def test_what_this_program_wrote_into_the_data_is_no_data(tmp_path):
+    """`--data . --storage-path runs`: the second `prepare` finds the first one's pictures."""
+    yolo(tmp_path, None)
+    put(tmp_path / "classes.txt", "scratch\npit\n")
+    pictures(tmp_path / "line3" / "suggest", range(20, 22))
+    put(tmp_path / "line3" / "dataset" / "stage.json", "{}")
+    pictures(tmp_path / "runs" / "line4" / "report", range(22, 24))
+    put(tmp_path / "runs" / "mlflow.db", "")
+    pictures(tmp_path / "mlartifacts" / "1", range(24, 26))
+    source = read(tmp_path)
+    assert (*tally(source), len(source.items)) == (BOTH, {}, 0, N)
+    assert any("2 runs of this program" in note and "line3" in note for note in source.notes)

@@ -15,7 +15,7 @@ from small import give_teacher_and_candidates, tiny_config
 
 from dfssd.config import Data
 from dfssd.data.manifest import Manifest, Row, read_manifest, read_table
-from dfssd.data.preparation.corrections import Correction, read_corrections, write_corrections
+from dfssd.data.preparation.corrections import Correction, added_classes, read_corrections, write_corrections
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError
 from dfssd.pseudo.calibration import calibrate
@@ -110,7 +110,7 @@ def test_label_studio_tasks_fit_its_schema_and_come_back_with_who_and_when(tmp_p
     files = export("labelstudio", proposals, NAMES, "line3/teacher", "/line")
     tasks = json.loads(files["tasks.json"])
     jsonschema.validate(tasks, TASK_SCHEMA)
-    assert tasks[1]["data"]["image"] == "/data/local-files/?d=cam 1/bild 001.png"
+    assert tasks[1]["data"]["image"] == "/data/local-files/?d=cam%201/bild%20001.png"  # as its own storage quotes
     config = ElementTree.fromstring(files["labelling_config.xml"])
     assert [n.get("value") for n in config.iter("Label")] == NAMES and config.find("Image").get("value") == "$image"
     assert config.find("RectangleLabels").get("name") == "label" == tasks[1]["predictions"][0]["result"][0]["from_name"]
@@ -189,6 +189,29 @@ def test_other_formats_come_back_as_they_went(tmp_path, fmt):
         assert {(c.who, c.when) for c in corrections} == {("carla", "2026-11-20 10:00:00")}
 
 
+TOLD_APART = [
+    "/line/cam1/0.png", "/line/cam2/0.png", "/line/0.png", "/other/0.png", "/line/x.png", "/line/a.png", "/line/a.jpg",
+    *(f"/line/odd/{n}.png" for n in ("b 1", "b#2", "b+3", "b&c=4", "b%20", "b?q", "划痕 1", "it's \"q\"", "50%")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["labelstudio", "cvat", "coco", "yolo"])
+def test_images_of_one_name_and_of_odd_names_come_back_as_themselves(tmp_path, fmt):
+    rows = [Row(f"{k:016x}", uri, 640, 480, "train", False, k, None) for k, uri in enumerate(TOLD_APART)]
+    manifest = Manifest(rows, list(NAMES), {})
+    proposals = [Proposal(r, np.array([[k % 2, 0.5, 0.5, 0.02 * (k + 1), 0.2, 0.9]])) for k, r in enumerate(rows)]
+    files = export(fmt, proposals[::2], NAMES, "x", "/line", rows) | export(fmt, proposals, NAMES, "x", "/line", rows)
+    if fmt == "labelstudio":
+        tasks = json.loads(files["tasks.json"])
+        done = [{**t, "annotations": [{"result": t.pop("predictions")[0]["result"]}]} for t in tasks]
+        files["tasks.json"] = json.dumps(done).encode()
+    name = next(n for n in files if n not in ("images.txt", "labelling_config.xml"))
+    (tmp_path / name).write_bytes(files[name])
+    corrections, bad = read_corrected(str(tmp_path / name), manifest)
+    assert bad == [] and len(corrections) == len(rows)
+    _back(corrections, proposals)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -226,8 +249,12 @@ def test_corrections_win_over_the_data_and_later_ones_over_earlier(strip, tmp_pa
     assert (kept["who"], kept["when"], kept["source"], kept["boxes"]) == ("bob", "2026-02-01", "b.json", 1)
     assert len(read_corrections(run)) == 1
     write_corrections(run, [Correction(row.image_id, [["crack", 0.5, 0.5, 0.1, 0.1]], "eve", "", "c.json")])
-    with pytest.raises(DfssdError, match="'crack'"):
+    with pytest.raises(DfssdError, match="'crack'") as caught:
         prepare(data, 0, run.at("dataset"))
+    assert "--add-classes" in caught.value.todo
+    write_corrections(run, [], ["crack"])  # as `review --corrected ... --add-classes crack` does
+    assert prepare(data, 0, run.at("dataset"))["names"] == [*manifest.names, "crack"]
+    assert len(read_corrections(run)) == 1
 
 
 @pytest.fixture
@@ -289,6 +316,12 @@ def test_corrected_labels_come_back_into_the_next_version(labelled_run, tmp_path
     assert ids <= {r.image_id for r in after.labelled_rows()}  # a person labelled them: nothing about them is hidden
     assert {c["who"] for c in read_table(run.at("dataset"), "corrections.parquet").to_pylist()} == {"dora"}
     assert data_settings(run).update and take_back(config, run, path, "eve").startswith("4 images corrected by eve")
+    sheet["categories"][0]["name"] = "crack"
+    (tmp_path / path).write_text(json.dumps(sheet))
+    with pytest.raises(DfssdError, match="'crack'"):
+        take_back(config, run, path, "eve")
+    take_back(config, run, path, "eve", ("crack",))
+    assert added_classes(run) == ["crack"]
 
 
 def test_scores_tell_torn_and_disputed_images_and_what_is_likely_to_be_on_them():

@@ -93,6 +93,8 @@ def test_rounds_stop_where_validation_no_longer_improves(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(("after", "used", "other"), [(0.31, MEAN_TEACHER, TEACHER), (0.3, TEACHER, MEAN_TEACHER)])
 def test_it_is_said_which_teacher_labels_and_why(tmp_path, after, used, other):
     run = Storage(str(tmp_path)).at("r")
+    run.write_json(f"{TEACHER}/stage.json", {"digest": "t", "summary": {}})
+    assert who_labels(run, 1) == "", "one alone is asked for nothing"
     _finish(run, TEACHER, 0.3)
     assert who_labels(run, 1) == ""
     _finish(run, MEAN_TEACHER, after)

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 # `--max-side` and MAX_PIXELS, and they are looked at before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 MAX_PIXELS = 2**30  # OpenCV's own limit; 3 GiB once it is decoded
-BYTES_A_PIXEL = 6  # of memory, to open a picture of 8 bits: three for its pixels, the others for copies
+BYTES_A_PIXEL = 7  # of memory, to open a picture of 8 bits: three for its pixels, the others for copies (measured: 6)
 DEEP_BYTES_A_PIXEL = 12  # the same of one of 16 bits and three channels
 _BLOCK = 2**23  # values that are converted at a time; float copies of a whole picture would take four times its memory
 
@@ -34,6 +34,7 @@ TYPES = {
     "WEBP": (b"RIFF",),
     "PPM": (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
 }
+UNDERSHOOT = 0.02  # of the largest value: what resampling leaves below black and above white
 LEVELS = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # white of cameras of 8, 10, 12, 14 and 16 bits
 _LAB = (8, 9, 10)  # TIFF's PhotometricInterpretation: CIE L*a*b*, ICC L*a*b*, ITU L*a*b*
 _PHOTOMETRIC, _BITS, _WIDTH, _HEIGHT = 262, 258, 256, 257
@@ -90,15 +91,23 @@ def memory_to_open(data: bytes) -> int:
     Raises:
         BadImage: the header makes no sense.
     """
-    kind, (width, height) = kind_of(data), size_of(data)
-    held = 3.0
+    width, height = size_of(data)
+    return int(width * height * max(BYTES_A_PIXEL, _held(data) + 4.5))
+
+
+def _held(data: bytes) -> float:
+    """Bytes of a pixel as a file has it that `size_of` could read; those of 8 bits are opened as colours."""
+    kind = kind_of(data)
+    if kind == "PNG" and _deep_png(data):
+        return 2.0 * {0: 1, 2: 3, 4: 2}.get(data[25], 4)  # channels by its type of colour
+    if kind == "PPM" and _deep_ppm(data):
+        return 2.0 * (3 if data[:2] in (b"P3", b"P6") else 1)
     if kind == "TIFF":
-        held = sum(np.atleast_1d(_tiff_tags(data).get(_BITS, 8)).tolist()) / 8
-    elif kind == "PNG" and _deep_png(data):
-        held = 2.0 * {0: 1, 2: 3, 4: 2, 6: 4}.get(data[25], 4)  # channels by its type of colour
-    elif kind == "PPM" and _deep_ppm(data):
-        held = 2.0 * (3 if data[:2] in (b"P3", b"P6") else 1)
-    return int(width * height * max(BYTES_A_PIXEL, held + 4))
+        try:
+            return min(24.0, float(np.sum(_tiff_tags(data).get(_BITS, 8))) / 8)
+        except (TypeError, ValueError):  # bits that are no numbers: decoding it will say more
+            return 3.0
+    return 3.0
 
 
 def memory_of(pixels: int, white: float) -> int:
@@ -194,20 +203,21 @@ def top_value(image: np.ndarray) -> float:
     low, high = float(image.min()), float(image.max())
     if not np.isfinite(low + high):
         raise BadImage("unreadable", f"{image.dtype} picture with values that are no numbers")
-    if low < 0:
+    if low < -UNDERSHOOT * abs(high):
         raise BadImage("unreadable", f"{image.dtype} picture with negative values (down to {low:g})")
     return high
 
 
 def white_level(top: float, floating: bool) -> float:
-    """The level that cameras use for values up to `top`: 255, 1023, 4095, 16383 or 65535, and 1 of float pictures.
+    """The level that cameras use for values up to `top`: 255, 1023, 4095, 16383 or 65535, and 1 of float pictures, where
+    these may be a little brighter; `top` itself of floats that would keep less than 32 grey levels.
 
     Raises:
         BadImage: there is none.
     """
     for level in (1.0, *LEVELS) if floating else LEVELS:
-        if top <= level:
-            return level
+        if top <= level * (1 + UNDERSHOOT * floating):
+            return float(top) if floating and level > 1 and 8 * top < level else level
     raise BadImage("unreadable", f"values up to {top:g} are beyond 16 bits")
 
 

@@ -44,6 +44,10 @@ def job(words: Sequence[str]) -> None:
         "k": (int, Field(0, description="Images at most; 0: all of them.", json_schema_extra={"of": "export"})),
         "label_studio_root": LABEL_STUDIO_ROOT,
         "corrected": (str, Field("", description="File, folder or .zip with corrected labels.")),
+        "add_classes": (
+            tuple[str, ...],
+            Field((), description="Classes that a reviewer has added.", json_schema_extra={"of": "corrected"}),
+        ),
         "reviewer": (
             str,
             Field(
@@ -72,5 +76,5 @@ def job(words: Sequence[str]) -> None:
     from dfssd.pipeline.run import run_stages
     from dfssd.runtime.artefact_names import DATASET
 
-    print(take_back(config, run, flags.corrected, flags.reviewer), flush=True)
+    print(take_back(config, run, flags.corrected, flags.reviewer, flags.add_classes), flush=True)
     run_stages(config.model_copy(update={"data": data_settings(run)}), [DATASET])

@@ -10,7 +10,7 @@ from dfssd.data.formats.listing import refuse_query
 from dfssd.data.formats.read import read_source
 from dfssd.data.formats.source import Item, Source, unlabelled_items
 from dfssd.data.formats.unpack import resolve_zip
-from dfssd.data.preparation.corrections import digest_of, read_corrections
+from dfssd.data.preparation.corrections import added_classes, digest_of, read_corrections, with_new_classes
 from dfssd.data.preparation.prepare import prepare
 from dfssd.data.preparation.versions import as_previous, changes, content_digest, keep_version, listing_digest
 from dfssd.errors import DfssdError
@@ -35,6 +35,7 @@ class Found(NamedTuple):
 def _read(config: Data, run: str) -> tuple[Source, list[Item]]:
     """Labels and list of images, without opening an image; a .zip is unpacked below the run."""
     source = read_source(resolve_zip(config.data, Storage(run)), config.format, config.names)
+    source.names = with_new_classes(source.names, added_classes(Storage(run)))
     return source, unlabelled_items(config)[0]
 
 

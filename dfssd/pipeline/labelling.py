@@ -67,10 +67,10 @@ def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
 def who_labels(run: Storage, number: int) -> str:
     """Which of a round's teachers labels and teaches from then on, and why, in a line; '' where there is one only."""
     teachers = [ArtefactName(row.role, number) for row in STAGES if row.teaches]
-    scores = {name: val_score(run, name) for name in teachers if is_finished(run, name)}
-    best = best_teacher(run, number)
-    if len(scores) < 2:
+    finished = [name for name in teachers if is_finished(run, name)]
+    if len(finished) < 2:
         return ""
+    scores, best = {name: val_score(run, name) for name in finished}, best_teacher(run, number)
     others = ", ".join(f"{name} {score:.4f}" for name, score in scores.items() if name != best)
     return f"{best} labels and teaches, the best on val (mAP50-95 {scores[best]:.4f}; {others})"
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dfssd.config import Config, Data
 from dfssd.data.boxes import above
 from dfssd.data.manifest import Boxes, Manifest, Row, read_manifest
-from dfssd.data.preparation.corrections import as_boxes, write_corrections
+from dfssd.data.preparation.corrections import as_boxes, with_new_classes, write_corrections
 from dfssd.errors import DfssdError
 from dfssd.pseudo.calibration import calibrate
 from dfssd.pseudo.quality import Quality, measure
@@ -152,7 +153,8 @@ def suggest_images(
     store.write("suggest.png", captioned(drawn))
     written = ["suggest.csv", "scores.csv", "suggest.png"]
     by = f"{run.uri.rsplit('/', 1)[-1]}/{seen.teacher}"
-    for name, data in (export(fmt, proposals, state.manifest.names, by, root) if fmt else {}).items():
+    everything = state.manifest.rows
+    for name, data in (export(fmt, proposals, state.manifest.names, by, root, everything) if fmt else {}).items():
         store.write(name, data)
         written.append(name)
     return [store.path(name) for name in written]
@@ -188,14 +190,18 @@ def export_images(config: Config, run: Storage, which: str, fmt: str, k: int, ro
     proposals = [Proposal(row, proposed(boxes, state.tau_c)) for row, boxes in (chosen[:k] if k else chosen)]
     store = run.at("review")
     names = []
-    for name, data in export(fmt, proposals, state.manifest.names, run.uri.rsplit("/", 1)[-1], root).items():
+    by, everything = run.uri.rsplit("/", 1)[-1], state.manifest.rows
+    for name, data in export(fmt, proposals, state.manifest.names, by, root, everything).items():
         store.write(name, data)
         names.append(store.path(name))
     return names
 
 
-def take_back(config: Config, run: Storage, path: str, reviewer: str) -> str:
+def take_back(config: Config, run: Storage, path: str, reviewer: str, new_classes: Sequence[str] = ()) -> str:
     """Keep corrected labels with the run and make the next version of the data set.
+
+    Args:
+        new_classes: classes that a reviewer has added; they come behind those that there are.
 
     Returns:
         what happened, in one line.
@@ -206,14 +212,15 @@ def take_back(config: Config, run: Storage, path: str, reviewer: str) -> str:
     if not is_finished(run, DATASET):
         raise DfssdError("the data set is not prepared", where=run.uri, todo="run `dfssd prepare` first")
     manifest = read_manifest(run.at(str(DATASET)))
-    corrections, bad = read_corrected(path, manifest, reviewer)
+    classes = with_new_classes(manifest.names, new_classes)
+    corrections, bad = read_corrected(path, replace(manifest, names=classes), reviewer)
     for correction in corrections:
-        as_boxes(correction, manifest.names)  # refuses unknown classes before anything is written
+        as_boxes(correction, classes)  # refuses unknown classes before anything is written
     for problem in bad[:5]:
         print(f"WARNING: not used: {problem}", flush=True)
     if len(bad) > 5:
         print(f"WARNING: and {len(bad) - 5} more", flush=True)
-    name = write_corrections(run, corrections)
+    name = write_corrections(run, corrections, classes[len(manifest.names) :])
     people = sorted({c.who for c in corrections})
     return f"{len(corrections)} images corrected by {', '.join(people)}, kept as {run.path(name)}"
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
@@ -25,20 +27,40 @@ class Proposal:
 
     row: Row
     boxes: Boxes
+    name: str = ""  # with folders, where other images of the data set have the same file name
 
     @property
     def file(self) -> str:
-        return self.row.uri.rsplit("/", 1)[-1]
+        return self.name or self.row.uri.rsplit("/", 1)[-1]
 
 
-def export(fmt: str, proposals: Sequence[Proposal], names: Sequence[str], by: str, root: str = "") -> dict[str, bytes]:
+def told_apart(rows: Sequence[Row]) -> dict[str, str]:
+    """File names by image id, with as many folders before them as tell each from others of the same name."""
+    same: dict[str, list[Row]] = {}
+    for row in rows:
+        same.setdefault(row.uri.rsplit("/", 1)[-1].rpartition(".")[0].lower(), []).append(row)
+    names: dict[str, str] = {}
+    for group in same.values():
+        parts = [row.uri.rpartition("://")[2].strip("/").split("/") for row in group]
+        most = max(map(len, parts))
+        k = next((k for k in range(1, most) if len({"/".join(p[-k:]) for p in parts}) == len(group)), most)
+        names.update({row.image_id: "/".join(p[-k:]) for row, p in zip(group, parts, strict=True)})
+    return names
+
+
+def export(
+    fmt: str, proposals: Sequence[Proposal], names: Sequence[str], by: str, root: str = "", among: Sequence[Row] = ()
+) -> dict[str, bytes]:
     """Files by name, to be imported into the program.
 
     Args:
         fmt: a name of `config.choices.REVIEW_FORMATS`.
         by: what made the boxes (a run and its teacher), shown as the predictions' version.
         root: folder that Label Studio serves (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT); '': the disk's root.
+        among: all images of the data set, which the names must tell apart; default those of the proposals.
     """
+    called = told_apart(among or [p.row for p in proposals])
+    proposals = [replace(p, name=called[p.row.image_id]) for p in proposals]
     if fmt == "labelstudio":
         return {
             "tasks.json": label_studio(proposals, names, by, root),
@@ -93,7 +115,7 @@ def _served(uri: str, root: str) -> str:
     if "://" in uri:
         return uri
     inside = uri[len(root.rstrip("/")) :] if root and uri.startswith(root.rstrip("/") + "/") else uri
-    return f"/data/local-files/?d={inside.lstrip('/')}"
+    return f"/data/local-files/?d={quote(inside.lstrip('/'))}"
 
 
 def label_studio_config(names: Sequence[str]) -> bytes:
@@ -152,7 +174,9 @@ def yolo(proposals: Sequence[Proposal], names: Sequence[str]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("classes.txt", "".join(f"{n}\n" for n in names))
+        stems = Counter(p.file.rsplit(".", 1)[0] for p in proposals)
         for proposal in proposals:
+            stem = proposal.file.rsplit(".", 1)[0]
             lines = (f"{int(b[CLS])} {b[X]:.6f} {b[Y]:.6f} {b[W]:.6f} {b[H]:.6f}\n" for b in proposal.boxes)
-            archive.writestr(f"labels/{proposal.file.rsplit('.', 1)[0]}.txt", "".join(lines))
+            archive.writestr(f"labels/{stem if stems[stem] < 2 else proposal.file}.txt", "".join(lines))  # a.jpg, a.png
     return buffer.getvalue()

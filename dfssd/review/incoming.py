@@ -8,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dfssd.data.boxes import CLS
 from dfssd.data.checks import Label, Problem, check_label
@@ -20,7 +21,7 @@ from dfssd.data.formats.matching import Pictures, Reference
 from dfssd.data.formats.other_formats import table_rows
 from dfssd.data.formats.parsing import Unparsable, parse_json, parse_xml
 from dfssd.data.formats.read import JSON_FORMATS
-from dfssd.data.formats.source import Item, Source
+from dfssd.data.formats.source import COUNTED, Item, Source
 from dfssd.data.formats.voc import read_voc
 from dfssd.data.formats.yolo import parse_yolo_text
 from dfssd.data.manifest import Manifest
@@ -30,6 +31,7 @@ from dfssd.runtime.storage import read_uri
 
 LABELS = (".json", ".xml", ".txt", ".names", ".csv", ".tsv")
 Signed = tuple[str, str]  # who, when
+_NO_BOXES = ("other_shapes", "only_other_shapes")  # of what is counted: nothing came back of these
 
 
 def read_corrected(path: str, manifest: Manifest, reviewer: str = "") -> tuple[list[Correction], list[str]]:
@@ -59,7 +61,8 @@ def _read(place: str, path: str, manifest: Manifest, reviewer: str) -> tuple[lis
     files = _files(place)
     rows = {row.uri: row for row in manifest.rows}
     tree = _ManifestTree(list(rows))
-    items, names, who, bad = _labels(files, tree, manifest.names)
+    tree.sheets = place if Path(place).expanduser().is_dir() else str(Path(place).expanduser().absolute().parent)
+    items, names, who, bad = _labels(files, tree, manifest.names, {row.image_id: row.uri for row in manifest.rows})
     fallback = (reviewer or getpass.getuser(), _now(path))
     found: list[Correction] = []
     for item in items:
@@ -109,13 +112,13 @@ class _ManifestTree(Tree):
 
 
 def _labels(
-    files: dict[str, bytes], tree: Tree, classes: list[str]
+    files: dict[str, bytes], tree: Tree, classes: list[str], uris: dict[str, str]
 ) -> tuple[list[Item], list[str], dict[str, Signed], list[str]]:
     """Labels of all files in one order of classes, who signed them by uri, and what could not be parsed."""
     bad: list[str] = []
     sources: list[Source] = []
     who: dict[str, Signed] = {}
-    pictures = Pictures(tree.root, tree.below())
+    pictures = Pictures(tree.root, tree.below(), tree.sheets)
     by_format: dict[str, dict[str, Any]] = {}
     for name, data in files.items():
         try:
@@ -124,10 +127,12 @@ def _labels(
                 fmt = next((f for f, (fits, _) in JSON_FORMATS.items() if fits(content)), "")
                 by_format.setdefault(fmt, {})[name] = content
                 if fmt == "labelstudio":
+                    _name_by_id(content, uris)
                     who.update(_who_of_tasks(name, content, pictures))
             elif name.lower().endswith((".csv", ".tsv")):
                 if tasks := csv_tasks(table_rows(data)):
                     by_format.setdefault("labelstudio", {})[name] = tasks
+                    _name_by_id(tasks, uris)
                     who.update(_who_of_tasks(name, tasks, pictures))
             elif name.lower().endswith(".xml"):
                 root = parse_xml(data)
@@ -148,6 +153,7 @@ def _labels(
     texts = _yolo(files, tree, pictures, classes)
     items = [i for s in sources for i in _in_order(s, classes)] + texts
     bad += [f"{path}: {problem.said()}" for s in sources for path, problem in s.bad]
+    bad += [f"{s.counts[key]} {COUNTED[key]}" for s in sources for key in _NO_BOXES if s.counts[key]]
     return items, classes, who, bad
 
 
@@ -162,7 +168,7 @@ def _in_order(source: Source, classes: list[str]) -> list[Item]:
         raise DfssdError(
             f"corrected labels name classes that the data has not: {', '.join(map(repr, unknown))}",
             where=source.format,
-            todo=f"rename them in the labelling program; the classes are {', '.join(classes)}",
+            todo=f"rename them in the labelling program (the classes are {', '.join(classes)}), or --add-classes NAME",
         )
     source.names = source.names or classes
     labelled = [i for i in source.items if i.label is not None]
@@ -189,9 +195,9 @@ def _yolo(files: dict[str, bytes], tree: Tree, pictures: Pictures, classes: list
         raise DfssdError(
             f"the list of classes names others than the data: {', '.join(map(repr, unknown))}",
             where=lists[0],
-            todo=f"the classes are {', '.join(classes)}",
+            todo=f"the classes are {', '.join(classes)}; --add-classes NAME adds one",
         )
-    references = [Reference(n, f"{n.rpartition('/')[2].rpartition('.')[0]}.") for n in texts]
+    references = [Reference(n, _picture_of(n, tree.sheets)) for n in texts]
     items = []
     for (_, data), uri in zip(texts.items(), pictures.match(references), strict=True):
         if uri is not None:
@@ -200,6 +206,20 @@ def _yolo(files: dict[str, bytes], tree: Tree, pictures: Pictures, classes: list
                 box[CLS] = classes.index(names[int(box[CLS])]) if 0 <= box[CLS] < len(names) else -1
             items.append(Item(uri, label))
     return items
+
+
+def _picture_of(path: str, top: str) -> str:
+    """The picture that a text file is about: its own name, with the folders it lies in below `labels/`."""
+    inside = path[len(top) :].strip("/").rpartition(".")[0]
+    return (inside.rpartition("labels/")[2] or inside) + "."
+
+
+def _name_by_id(tasks: list[Any], uris: dict[str, str]) -> None:
+    """Tasks that hold the id of their image, as those that were sent out do, name it by its whole path."""
+    for task in tasks:
+        data = (task.get("data") or task) if isinstance(task, dict) else None
+        if isinstance(data, dict) and (uri := uris.get(str(data.get("image_id")))):
+            data["image"] = quote(uri, safe="/:")
 
 
 def _who_of_tasks(path: str, content: list[dict[str, Any]], pictures: Pictures) -> dict[str, Signed]:

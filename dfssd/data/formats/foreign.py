@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dfssd.data.formats.listing import Tree, is_image
+from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image
 from dfssd.data.formats.other_formats import table_rows
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json
+from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 
 LOOKED_AT = 5  # files of a kind
@@ -32,6 +33,9 @@ MAY_BE_LABELS = (
     ".xlsx",
 )
 SPLITS = {"train", "val", "valid", "validation", "test", "images", "image", "img"}
+
+
+PACKED = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".tfrecord", ".parquet", ".h5", ".zip")
 
 
 class Foreign(NamedTuple):
@@ -94,6 +98,21 @@ _JSON: Sequence[tuple[Callable[[Any], bool], str, str]] = (
         "write COCO: detectron2.data.datasets.convert_to_coco_json(NAME, FILE)",
     ),
     (
+        lambda c: isinstance(c, dict) and isinstance(c.get("asset"), dict) and "regions" in c,
+        "VoTT (a JSON a picture)",
+        "export it from VoTT as Pascal VOC",
+    ),
+    (
+        lambda c: isinstance(c, dict) and isinstance(c.get("item"), dict) and isinstance(c.get("annotations"), list),
+        "V7's Darwin JSON",
+        "export it from V7 as COCO",
+    ),
+    (
+        lambda c: isinstance(c, dict) and isinstance(c.get("metadata"), dict) and isinstance(c.get("instances"), list),
+        "SuperAnnotate",
+        f"convert it to {READ}",
+    ),
+    (
         lambda c: isinstance(c, dict) and "items" in c and "categories" in c,
         "Datumaro's own JSON",
         "convert it: datum convert -if datumaro -f coco_instances -i FOLDER -o NEW -- --save-media",
@@ -123,6 +142,11 @@ def _table(rows: list[dict[str, str]]) -> tuple[str, str] | None:
         return (
             "a CSV without a line of column names (RetinaNet: path,x1,y1,x2,y2,class)",
             "put filename,xmin,ymin,xmax,ymax,class as its first line, and add the columns width and height (px)",
+        )
+    if len(headers) == 8 and _numbers(headers[1:5] + headers[6:]) and is_image(headers[5]):
+        return (
+            "a CSV without a line of column names (makesense.ai: class,x,y,width,height,file,width,height)",
+            "export it from there as VOC or YOLO",
         )
     return None
 
@@ -179,6 +203,8 @@ def _texts(tree: Tree, files: Sequence[str]) -> Foreign | None:
                 path,
                 f"export it as {READ}",
             )
+        if lines and path.lower().endswith("gt/gt.txt") and all(len(p) >= 8 and _numbers(p) for p in lines):
+            return Foreign("MOT (gt/gt.txt, one line a box and frame)", path, f"convert it to {READ}")
         whole = lines and all(len(p) == 5 and all(v.isdecimal() for v in p) for p in lines)
         if whole and all(int(p[0]) < int(p[2]) and int(p[1]) < int(p[3]) for p in lines) and int(lines[0][2]) > 1:
             return Foreign(
@@ -220,3 +246,18 @@ def _folders(tree: Tree, files: Sequence[str]) -> Foreign | None:
         "a detector learns from boxes: draw them in a labelling program (dfssd review names some), or give the folder that "
         "holds the labels too",
     )
+
+
+def no_pictures(tree: Tree) -> DfssdError:
+    """What to say of a folder without any picture."""
+    files = tree.below()
+    packed = [f for f in files if f.lower().endswith(PACKED)]
+    labels = [f for f in files if f.lower().endswith((".json", ".xml", ".csv", ".txt"))]
+    said, todo = "", f"known endings: {', '.join(sorted(IMAGE_SUFFIXES))}"
+    if packed:
+        said = f"; {packed[0]!r} is of a kind that is not unpacked"
+        todo = "unpack it, and give the folder that the pictures are in"
+    elif labels:
+        said = f", but {len(labels)} files that may be labels, such as {labels[0]!r}"
+        todo = "put the pictures beside them (CVAT: 'Save images')"
+    return DfssdError(f"no image files found{said}", where=repr(tree.root), todo=todo)

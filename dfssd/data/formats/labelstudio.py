@@ -60,6 +60,7 @@ def read_label_studio(tree: Tree, contents: dict[str, Any]) -> Source:
         for task in filter(lambda t: isinstance(t, dict), content):
             try:
                 address, results, others = _task(task)
+                pages = _pages(task, address, results or [])
             except (TypeError, AttributeError, ValueError):
                 said = "its data or annotations are not as the JSON export has them"
                 bad.append((f"{path}#task {task.get('id')}", Problem("label_unreadable", said)))
@@ -69,8 +70,9 @@ def read_label_studio(tree: Tree, contents: dict[str, Any]) -> Source:
                 counts["unsure"] += sum(len(found) for found in of if isinstance(found, list))
                 continue
             counts["opinions"] += others > 0
-            name = task_image(address)
-            sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_studio_shapes, results)))
+            for page, drawn in pages.items():
+                name = task_image(page)
+                sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_studio_shapes, drawn)))
     source = collect(tree, "labelstudio", sheets)
     source.bad += bad
     source.counts += counts
@@ -89,6 +91,18 @@ def _task(task: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | None, int]:
     done.sort(key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or a.get("created_at") or "")))
     results = done[-1].get("result") if done else None  # null is no result: nobody said that there is none
     return address, None if results is None else list(results), len(done) - 1
+
+
+def _pages(task: dict[str, Any], address: str, results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]] | None]:
+    """Results of each picture of a task; None where it is not clear which picture of several they are about."""
+    data = task.get("data") or task
+    pages = {key: v for key, v in data.items() if isinstance(v, str) and is_image(task_image(v))}
+    targets = {str(r.get("to_name") or "") for r in results if isinstance(r, dict)}
+    if len(pages) > 1 and targets and targets <= pages.keys():
+        return {page: [r for r in results if r.get("to_name") == key] for key, page in pages.items()}
+    several = len(pages) > 1 and len(targets) > 1
+    several |= any(isinstance(r, dict) and (r.get("item_index") or 0) for r in results)
+    return {address: None if several else results}
 
 
 def task_address(data: dict[str, Any]) -> str:
@@ -122,7 +136,11 @@ def _geometry(result: dict[str, Any]) -> dict[str, Any]:
     return {k: value[k] for k in ("x", "y", "width", "height", "radiusX", "radiusY", "points", "rle") if k in value}
 
 
-def _studio_shapes(results: list[dict[str, Any]]) -> tuple[list[str], Label]:
+def _studio_shapes(results: list[dict[str, Any]] | None) -> tuple[list[str], Label]:
+    if results is None:
+        return [], unusable(
+            "label_unreadable", "a task with several pictures, whose names are not those of their variables"
+        )
     shapes: list[Shape] = []
     counts: Counter[str] = Counter()
     size = None

@@ -39,6 +39,7 @@ MASK_FOLDERS = {"segmentationclass", "segmentationobject", "segmentationclassaug
 _MASK_END = re.compile(r"[-_ ]?(mask|gt|seg)$", re.IGNORECASE)
 _MASK_BESIDE = re.compile(r"[-_ ](mask|label|seg|segmentation)$", re.IGNORECASE)  # of a picture in the same folder
 LABEL_SUFFIXES = {".txt", ".xml", ".json"}
+RUN_MARKS = ("dataset/started.json", "dataset/stage.json", "mlflow.db")  # of a run's folder, and of MLflow's beside it
 _SYSTEM = {
     "__macosx",
     "@eadir",
@@ -47,6 +48,8 @@ _SYSTEM = {
     "$recycle.bin",
     "system volume information",
     "#recycle",
+    "mlruns",
+    "mlartifacts",
     "@recycle",
     "#snapshot",
 }
@@ -104,6 +107,7 @@ class Tree:
 
     Args:
         root: the folder that the data lies in, or a URI.
+        sheets: the folder that label files lie in, where that is another: its own name says nothing about pictures.
     """
 
     root: str
@@ -113,6 +117,8 @@ class Tree:
     unnameable: list[str] = field(default_factory=list)  # names that are no UTF-8, made printable
     outside: list[tuple[str, str]] = field(default_factory=list)  # links out of the listed folder, and where they lead
     masks: set[str] = field(default_factory=set)  # pictures that only say where something is in another one
+    sheets: str = ""
+    runs: list[str] = field(default_factory=list)  # what this program wrote into the data's folder: left out
     _listed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -194,7 +200,12 @@ class Tree:
             self._scan(folder, folder, deep=True)
 
     def _list_remote(self, folder: str) -> None:
-        for relative in Storage(folder).listing():
+        found = Storage(folder).listing()
+        runs = sorted({name.removesuffix(mark) for name in found for mark in RUN_MARKS if name.endswith(f"/{mark}")})
+        self.runs += [f"{folder}/{run}".rstrip("/") for run in runs]
+        for relative in found:
+            if relative.startswith(tuple(runs)):
+                continue
             if any(is_hidden(part) for part in relative.split("/")):
                 self.hidden += 1
                 continue
@@ -229,7 +240,10 @@ class Tree:
                 if entry.is_file():
                     files[entry.name] = entry.path
                 elif entry.is_dir() and deep:
-                    self._scan(top, entry.path, deep, (*above, real))
+                    if any(Path(entry.path, mark).exists() for mark in RUN_MARKS):
+                        self.runs.append(entry.path)
+                    else:
+                        self._scan(top, entry.path, deep, (*above, real))
 
     def _note_link(self, top: str, entry: os.DirEntry[str]) -> None:
         if entry.is_symlink():
@@ -245,6 +259,8 @@ class Tree:
             notes.append(
                 f"{len(self.outside)} link(s) lead out of the data's folder and are followed, such as {link!r} -> {target!r}"
             )
+        if self.runs:
+            notes.append(f"{len(self.runs)} runs of this program lie in it and are left out, such as {self.runs[0]!r}")
         if self.masks:
             notes.append(f"{len(self.masks)} masks of other pictures are left out, such as {min(self.masks)!r}")
         return notes

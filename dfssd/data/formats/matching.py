@@ -89,10 +89,11 @@ class Pictures:
     Args:
         root: the data's folder.
         paths: full paths of all pictures.
+        sheets: folder of the label files, where it is another.
     """
 
-    def __init__(self, root: str, paths: Iterable[str]) -> None:
-        self.root = root
+    def __init__(self, root: str, paths: Iterable[str], sheets: str = "") -> None:
+        self.root, self.sheets = root, sheets or root
         self._by: dict[str, list[str]] = {}
         self._words: set[str] = set()
         last = ""
@@ -105,6 +106,10 @@ class Pictures:
             stem = name.rpartition(".")[0]
             for key in {name, name.lower(), f"{stem}.", f"{stem.lower()}."}:
                 self._by.setdefault(key, []).append(path)
+
+    def knows(self, folder: str) -> bool:
+        """Does a folder of pictures go by this name?"""
+        return folder.lower() in self._words
 
     def candidates(self, name: str) -> list[str]:
         """Pictures of this file name: as written, else in other case, else with another suffix, else as a program that
@@ -140,10 +145,10 @@ class Pictures:
     def _told_by(self, reference: Reference) -> list[str]:
         """Words of the folders that a reference speaks of: its own, else those around the label file."""
         named = _told([p.lower() for p in reference.name.split("/")[:-1]])
-        return named or [*_folders(reference.sheet, self.root), *self._hint(reference)]
+        return named or [*_folders(reference.sheet, self.sheets), *self._hint(reference)]
 
     def _hint(self, reference: Reference) -> list[str]:
-        return [reference.hint.lower()] if reference.hint.lower() in self._words else []
+        return [reference.hint.lower()] if self.knows(reference.hint) else []
 
     def _choice(self, reference: Reference, told: list[str], same_words: bool) -> str | None:
         pairs = [(self._evidence(reference, picture), picture) for picture in self.candidates(reference.name)]
@@ -178,7 +183,7 @@ class Pictures:
         raw = [composed(p).lower() for p in picture.split("/")[:-1]]
         # Parts of the reference itself count whatever they are called: 'images/a.png' does say that it is in images.
         suffix = max(_common(named[::-1], raw[::-1]), _common(_told(named)[::-1], own[::-1]))
-        around = _folders(reference.sheet, self.root)
+        around = _folders(reference.sheet, self.sheets)
         hinted = [*around, *self._hint(reference)]
         places_around = max(_common(around[::-1], own[::-1]), _common(hinted[::-1], own[::-1]))
         equal = int(own in (around, hinted))

@@ -110,5 +110,6 @@ def read_csv(tree: Tree, contents: dict[str, list[dict[str, str]]]) -> Source:
 
 
 def _csv_shapes(rows: list[dict[str, str]]) -> tuple[list[str], Label]:
-    shapes = [((r["class"] or "").strip(), *(float(r[k]) for k in _COLUMNS[4:])) for r in rows]
+    drawn = [r for r in rows if any((r[k] or "").strip() for k in _COLUMNS[3:])]  # a picture without a box: a bare line
+    shapes = [((r["class"] or "").strip(), *(float(r[k]) for k in _COLUMNS[4:])) for r in drawn]
     return label_of(shapes, (int(float(rows[0]["width"])), int(float(rows[0]["height"]))), Counter())  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ from dfssd.data.checks import Problem
 from dfssd.data.formats import labelstudio, other_formats
 from dfssd.data.formats.class_names import LIST_FILES, told_apart
 from dfssd.data.formats.cvat import read_cvat
-from dfssd.data.formats.foreign import recognise
-from dfssd.data.formats.listing import IMAGE_SUFFIXES, Tree, is_image, printable, refuse_query
+from dfssd.data.formats.foreign import PACKED, no_pictures, recognise
+from dfssd.data.formats.listing import Tree, is_image, printable, refuse_query
 from dfssd.data.formats.more_formats import read_via, via_tables
 from dfssd.data.formats.parsing import Unparsable, decode_text, parse_json, parse_xml, parse_yaml
 from dfssd.data.formats.source import Bad, Source, listing_faults
@@ -26,8 +26,6 @@ from dfssd.data.formats.voc import read_voc
 from dfssd.data.formats.yolo import is_cr7, load_yaml, parse_yolo_text, read_cr7, read_yolo
 from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage, read_uri, side_by_side
-
-PACKED = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".tfrecord", ".parquet", ".h5", ".zip")
 
 
 def _reader(place: str) -> tuple[Callable[[Any], bool], Callable[[Tree, dict[str, Any]], Source]]:
@@ -60,14 +58,7 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
             "--data is a file of a kind that is not read", where=repr(data), todo="give a folder, a data.yaml or a .zip"
         )
     if not is_yaml and not any(is_image(f) for f in tree.below()):
-        packed = [f for f in tree.below() if f.lower().endswith(PACKED)]
-        raise DfssdError(
-            "no image files found" + (f"; {packed[0]!r} is of a kind that is not unpacked" if packed else ""),
-            where=repr(tree.root),
-            todo="unpack it, and give the folder that the pictures are in"
-            if packed
-            else f"known endings: {sorted(IMAGE_SUFFIXES)}",
-        )
+        raise no_pictures(tree)
     source = read_yolo(tree, store.uri) if is_yaml else _Detector(tree, fmt).source()
     source = source.with_names(names)
     source.bad += listing_faults(tree)
@@ -180,7 +171,7 @@ class _Detector:
         nearest = found[min(found)]
         if len(nearest) > 1:  # one that names pictures too says more than one that names classes only
             nearest = [p for p in nearest if {"train", "val"} <= load_yaml(p).keys()] or nearest
-        if len(nearest) > 1 and len({read_uri(p) for p in nearest}) > 1:
+        if len(nearest) > 1 and len({(p.rpartition("/")[0], read_uri(p)) for p in nearest}) > 1:
             raise DfssdError(
                 f"two files describe the data: {nearest[0]!r} and {nearest[1]!r}",
                 where=repr(self.tree.root),

@@ -127,7 +127,7 @@ def assemble(
     """
     paths = tree.pictures(named={s.reference.name.rpartition("/")[2] for s in sheets})
     source = Source(tree.root, fmt, list(names), [], list(declared))
-    matched = Pictures(tree.root, paths).match([s.reference for s in sheets])
+    matched = Pictures(tree.root, paths, tree.sheets).match([s.reference for s in sheets])
     source.names = source.names or sorted({c for s in sheets for c in s.classes})
     ids = {n: k for k, n in enumerate(source.names)}
     of_picture: dict[str, list[Sheet]] = {}

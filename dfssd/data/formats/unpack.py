@@ -62,8 +62,9 @@ def unpack(path: str, run: Storage) -> str:
                 count = _extract(zipfile.ZipFile(stream), path, target)
                 target.write_json(DONE, {"from": path, "files": count})
     except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, NotImplementedError, OSError) as error:
+        why = "it is encrypted" if "encrypted" in str(error) else error
         raise DfssdError(
-            f"the .zip cannot be unpacked: {error}", where=repr(path), todo="download it again, or unpack it by hand"
+            f"the .zip cannot be unpacked: {why}", where=repr(path), todo="download it again, or unpack it by hand"
         ) from error
     return target.uri
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Container
 from functools import partial
 from xml.etree.ElementTree import Element
 
@@ -40,7 +41,12 @@ def _parse_voc(pictures: Pictures, path: str) -> Sheet:
         return Sheet(reference, [], unusable("label_unreadable", str(error)))
     tagged = slashes((root.findtext("filename") or "").strip())
     suffix = "." + tagged.rpartition(".")[2] if is_image(tagged) else ""
-    reference = Reference(path, f"{stem}.", slashes(root.findtext("folder") or "").rpartition("/")[2], suffix)
+    folders = (
+        slashes(root.findtext("folder") or "").rpartition("/")[2],
+        slashes(root.findtext("path") or "").split("/")[-2:-1],
+    )
+    hint = folders[0] if pictures.knows(folders[0]) else "".join(folders[1])
+    reference = Reference(path, f"{stem}.", hint, suffix)
     if tagged and not pictures.candidates(reference.name):
         reference = Reference(path, tagged if is_image(tagged) else f"{tagged}.", reference.hint, suffix)
     if root.tag == "annotations":
@@ -142,6 +148,12 @@ def _image_sets(tree: Tree) -> dict[str, str]:
     return found
 
 
+def _first_known(line: str, known: Container[str]) -> str:
+    """The picture that a line names: all of it, what is in quotes, or its first word (`0001 -1`)."""
+    forms = (slashes(line), slashes(line.partition('"')[2].partition('"')[0] or line), slashes(line.split()[0]))
+    return next((form for form in forms if form in known), forms[0])
+
+
 def _take_splits(source: Source, lists: dict[str, str]) -> None:
     """Give pictures the splits that lists name; one that two lists name, and lines that lead nowhere, are said."""
     by_end: dict[str, list[Item]] = {}
@@ -157,7 +169,7 @@ def _take_splits(source: Source, lists: dict[str, str]) -> None:
             lines = decode_text(read_uri(path)).splitlines()
         except Unparsable:
             continue  # a list of splits that nobody can read is no list; --split given then says what it found
-        stems = [slashes(" ".join(line.split()[:1]).strip('"')) for line in lines if line.strip()]
+        stems = [_first_known(line, by_end) for line in lines if line.strip()]
         lost = [stem for stem in stems if stem not in by_end]
         for item in (item for stem in stems for item in by_end.get(stem, ())):
             listed.setdefault(item.uri, set()).add(split)

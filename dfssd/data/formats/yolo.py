@@ -172,6 +172,10 @@ def _read_yaml(tree: Tree, path: str) -> Head:
     for split, keys in SPLIT_KEYS.items():
         key = next((spelt[k] for k in keys if k in spelt and content[spelt[k]]), keys[0])
         entry = content.get(key) or []
+        if isinstance(entry, dict):
+            raise DfssdError(
+                f"'{key}' is a mapping, not a folder, a list or several", where=path, todo="mend the entry"
+            )
         entries = [str(e) for e in (entry if isinstance(entry, list) else [entry]) if e not in (None, "", "null", "~")]
         if entries:
             splits[split] = resolver.split(entries, key, path)

@@ -9,6 +9,7 @@ import numpy as np
 
 from dfssd.config import Data
 from dfssd.data.checks import Checked
+from dfssd.data.formats.matching import slashes
 from dfssd.data.formats.source import Source
 from dfssd.data.manifest import LEFT_OUT, SPLITS, Boxes, Row
 from dfssd.data.preparation import splits
@@ -140,6 +141,12 @@ def by_folder(paths: Sequence[str], root: str) -> str:
     return ", ".join(parts) + (f" and {len(counts) - 5} folders more" if len(counts) > 5 else "")
 
 
+def _called(image: Checked, folders: int) -> list[str]:
+    """What a list may call an image: its id, or its file name with up to so many folders, or all of them."""
+    parts = image.uri.split("/")
+    return [image.image_id, image.uri, *("/".join(parts[-k:]) for k in range(1, folders + 2))]
+
+
 def choose_labelled(
     images: list[Checked],
     split_names: list[str],
@@ -155,17 +162,20 @@ def choose_labelled(
     """
     train = [i for i, s in zip(images, split_names, strict=True) if s == "train" and i.boxes is not None]
     if config.labelled_list:
-        wanted = {
-            line.strip() for line in read_uri(config.labelled_list).decode("utf-8-sig").splitlines() if line.strip()
-        }
-        chosen = {i.image_id for i in train if i.image_id in wanted or i.uri.rsplit("/", 1)[-1] in wanted}
+        lines = read_uri(config.labelled_list).decode("utf-8-sig").splitlines()
+        wanted = {slashes(line): line for line in lines if line.strip()}
+        most = max((name.count("/") for name in wanted), default=0)
+        meant = {i.image_id: [n for n in _called(i, most) if n in wanted] for i in train}
+        chosen = {key for key, names in meant.items() if names}
+        lost = [wanted[n] for n in wanted.keys() - {n for names in meant.values() for n in names}]
         if not chosen:
             raise DfssdError(
                 "no train image is in the labelled list",
                 where=config.labelled_list,
                 todo="list image ids or file names of train images, one a line (split.csv shows both)",
             )
-        return chosen, "--labelled-list"
+        said = f"; {len(lost)} of its lines name no labelled train image, such as {min(lost)!r}" if lost else ""
+        return chosen, f"--labelled-list{said}"
     counts = splits.class_counts([i.boxes for i in train], classes)
     order = splits.labelling_order([i.image_id for i in train], counts, seed)
     if config.labels_per_class:

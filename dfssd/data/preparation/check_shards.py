@@ -11,6 +11,7 @@ import hashlib
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pyarrow as pa
 from dfssd.data.checks import THUMB_SIDE, ImageFacts, Problem, check_image, is_usable
 from dfssd.data.formats.listing import printable
 from dfssd.data.images import BadImage, memory_to_open, size_of
-from dfssd.data.large import turn
+from dfssd.data.large import LARGE, turn
 from dfssd.data.manifest import read_table, write_table
 from dfssd.errors import DfssdError, StorageError
 from dfssd.runtime.storage import Storage, is_remote, read_uri, side_by_side
@@ -91,12 +92,10 @@ def look(uri: str, max_side: int) -> Seen:
         return Problem("unreadable", str(error))
     try:
         width, height = size_of(data)
-        need = memory_to_open(data)
     except BadImage as error:
         return Problem(error.reason, error.detail)
-    if not is_usable(width, height, max_side):
-        return check_image(data, max_side)  # which says so, and opens nothing
-    with _decoding, turn(width * height, need):
+    is_large = width * height >= LARGE and is_usable(width, height, max_side)
+    with _decoding, turn(width * height, memory_to_open(data)) if is_large else nullcontext():
         return check_image(data, max_side)
 
 

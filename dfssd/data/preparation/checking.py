@@ -55,8 +55,11 @@ class InFacts:
 
 def check_all(
     source: Source, config: Data, store: Storage, run: Run, cluster: bool | None = None
-) -> tuple[list[Checked], list[Bad], Thumbnails]:
+) -> tuple[list[Checked], list[Bad], Thumbnails, int]:
     """Check every image and label; images of --unlabelled folders join without labels.
+
+    Returns:
+        usable images, what cannot be used, thumbnails, and how many images were looked at.
 
     Args:
         store: takes the shards of a set that the cluster checks.
@@ -87,7 +90,7 @@ def check_all(
     if not good:
         first = f"{printable(bad[0][0])!r}: {bad[0][1].said()}" if bad else "none"
         raise DfssdError("not one usable image", where=repr(source.root), todo=f"first problem: {first}")
-    return good, bad, thumbnails
+    return good, bad, thumbnails, len(jobs)
 
 
 def check_one(item: Item, classes: int, config: Data) -> Checked | Bad:
@@ -223,15 +226,13 @@ def set_white_levels(good: list[Checked], config: Data) -> tuple[dict[str, float
         kind = "float" if floating else "16-bit"
         stretched = not floating and white < images.LEVELS[-1]
         levels_kept = f"; converted plainly they would have {int(top // 256) + 1} grey levels" if stretched else ""
-        stray = ""
-        if (
-            not config.white_level
-            and (usual := images.white_level(float(np.median([c.facts.top for c in deep])), floating)) < white
-        ):
-            stray = (
-                f". Half of them hold no more than {usual:g}: where the few brighter ones are single hot pixels, "
-                f"--white-level {usual:g} keeps {white / usual:.0f} times as many grey levels"
-            )
+        usual = images.white_level(float(np.median([c.facts.top for c in deep])), floating)
+        stray = (
+            f". Half of them hold no more than {usual:g}: where the few brighter ones are single hot pixels, "
+            f"--white-level {usual:g} keeps {white / usual:.0f} times as many grey levels"
+            if not config.white_level and 2 * usual < white
+            else ""
+        )
         how = "--white-level" if config.white_level else "found; --white-level sets it"
         notes.append(
             f"{len(deep)} {kind} pictures, values up to {top:g}: {white:g} becomes white (255; {how}){levels_kept}{stray}. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.storage import Storage
 
 FOLDER = "corrections"
+_CLASSES = f"{FOLDER}/classes.json"
 
 
 @dataclass
@@ -40,8 +42,10 @@ class Correction:
     source: str
 
 
-def write_corrections(run: Storage, corrections: list[Correction]) -> str:
-    """Keep them with the run; returns the file's name."""
+def write_corrections(run: Storage, corrections: list[Correction], new_classes: Sequence[str] = ()) -> str:
+    """Keep them, and classes that they add, with the run; returns the file's name."""
+    if new_classes:
+        run.write_json(_CLASSES, [*added_classes(run), *new_classes])
     numbers = [int(f.rsplit("/", 1)[-1][:4]) for f in _names(run)]
     name = f"{FOLDER}/{max(numbers, default=0) + 1:04d}.json"
     run.write_json(name, [asdict(c) for c in corrections])
@@ -56,6 +60,16 @@ def read_corrections(run: Storage) -> dict[str, Correction]:
     return found
 
 
+def added_classes(run: Storage) -> list[str]:
+    """Classes that reviewers have added, in the order in which they came."""
+    return list(run.read_json(_CLASSES)) if run.exists(_CLASSES) else []
+
+
+def with_new_classes(names: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Classes with those behind them that they lack: the ids that there are stay what they are."""
+    return list(dict.fromkeys([*names, *new]))
+
+
 def digest_of(corrections: dict[str, Correction]) -> str:
     """'' where there are none."""
     if not corrections:
@@ -65,7 +79,7 @@ def digest_of(corrections: dict[str, Correction]) -> str:
 
 
 def _names(run: Storage) -> list[str]:
-    return [f for f in run.files(FOLDER) if f.endswith(".json")]
+    return [f for f in run.files(FOLDER) if f.endswith(".json") and f.rsplit("/", 1)[-1] != "classes.json"]
 
 
 def as_boxes(correction: Correction, names: list[str]) -> np.ndarray:
@@ -79,7 +93,7 @@ def as_boxes(correction: Correction, names: list[str]) -> np.ndarray:
         raise DfssdError(
             f"corrected labels name classes that the data has not: {', '.join(map(repr, unknown))}",
             where=correction.source,
-            todo=f"rename them in the labelling program (the classes are {', '.join(names)}), or add them to the data",
+            todo=f"rename them in the labelling program (the classes are {', '.join(names)}), or --add-classes NAME",
         )
     rows = [[names.index(str(b[0])), *map(float, b[1:])] for b in correction.boxes]
     return np.array(rows, np.float32).reshape(-1, 5)

@@ -20,7 +20,13 @@ from dfssd.data.preparation import grouping
 from dfssd.data.preparation.assignment import Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.preparation.bad_files import write_bad
 from dfssd.data.preparation.checking import check_all, drop_duplicates, set_white_levels, stop_if_too_bad
-from dfssd.data.preparation.corrections import lay_over, read_corrections, write_provenance
+from dfssd.data.preparation.corrections import (
+    added_classes,
+    lay_over,
+    read_corrections,
+    with_new_classes,
+    write_provenance,
+)
 from dfssd.data.preparation.summary import budget, contact_sheet, statements, summarise
 from dfssd.data.preparation.val_from_labels import take_val, without_val
 from dfssd.data.preparation.versions import Previous, read_previous
@@ -42,11 +48,12 @@ def prepare(
     run = Storage(store.uri.rpartition("/")[0])
     data = resolve_zip(config.data, run)
     source = read_source(data, config.format, config.names)
+    source.names = with_new_classes(source.names, added_classes(run))
     classes = len(source.names)
     print(
         f"data: {len(source.items)} images as {source.format}, {classes} classes: {', '.join(source.names)}", flush=True
     )
-    good, bad, thumbnails = check_all(source, config, store, run_settings or Run(), cluster)
+    good, bad, thumbnails, looked_at = check_all(source, config, store, run_settings or Run(), cluster)
     corrections = read_corrections(run)
     corrected = lay_over(good, source.names, corrections)
     stop_if_too_bad(bad, len(good) + len(bad), config, store)
@@ -75,6 +82,7 @@ def prepare(
     summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
     summary["duplicates_with_other_labels"] = conflicts
     summary["version"] = meta["version"]
+    summary["files"] = looked_at
     summary["corrected_images"] = corrected
     summary["data_settings"] = config.model_dump(mode="json")
     own = [f"{corrected} images have corrected labels"] if corrected else []

@@ -62,7 +62,6 @@ def summarise(
     return {
         "format": source.format,
         "names": source.names,
-        "files": len(source.items),
         "images": len(rows),
         "splits": per_split,
         "labelled_images": sum(r.labelled for r in rows),
