@@ -133,8 +133,11 @@ class Family(ABC):
         return moved
 
     def compile(self, model: nn.Module) -> None:
-        """Compile a network in place, by parts: gradients are also taken at the maps that its head receives (`distill.balance`),
-        and inside one compiled graph nothing leads from its outputs back to them."""
+        """Compile a network in place, by parts.
+
+        Gradients are also taken at the maps that its head receives (`distill.balance`), and inside one compiled graph nothing
+        leads from its outputs back to them.
+        """
         for part in model.children():
             compile_part(part)
 
