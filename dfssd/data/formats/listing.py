@@ -84,7 +84,8 @@ def is_hidden(name: str) -> bool:
 def normal(path: str) -> str:
     """A full path without `.`, `..` and doubled slashes; links are not followed."""
     if "://" not in path:
-        return os.path.abspath(Path(path).expanduser())  # noqa: PTH100  (pathlib keeps '..')
+        # pathlib keeps '..', and ends in an error where `~name` is no user's.
+        return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
     scheme, _, rest = path.partition("://")
     return f"{scheme}://{posixpath.normpath('/' + rest).lstrip('/')}" if scheme != "file" else path
 
@@ -98,7 +99,10 @@ def join(folder: str, relative: str) -> str:
 
 def printable(path: str) -> str:
     """A path that can be written: bytes of a name that are no UTF-8 appear as \\xNN."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a letter, as JSON may spell it
+        return path.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass
