@@ -254,6 +254,7 @@ def test_hooks_are_gone_from_what_is_saved(prepared):
 
 
 @pytest.mark.slow  # minutes of compiling
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("taps", [(), (2, 15)])
 def test_compiled_networks_give_the_same_losses_and_gradients(prepared, taps):
     """Hooks of tapped layers included."""

@@ -21,7 +21,20 @@ from dfssd.models.head import HeadOutput, TeacherOutput
 from dfssd.models.pairing import Pairing
 from dfssd.models.targets import Targets
 
+MOST_PARTS = 256  # that are compiled for themselves, before the rest is left as it is
 Raw = dict[str, HeadOutput]  # head output by branch; there is always `head.MAIN`
+
+
+def compile_part(module: nn.Module) -> None:
+    """`torch.compile` one part of a network, of which there may be many, with backward passes that can be repeated."""
+    import torch._dynamo.config as dynamo  # seconds, which only who compiles should wait for
+    import torch._functorch.config as functorch
+
+    # All parts share a code object, whose compiled forms are counted together.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_PARTS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, MOST_PARTS)
+    functorch.donated_buffer = False  # balance goes backwards through the head and keeps the graph
+    module.compile(dynamic=False)  # sizes are those of a micro-batch, but differ from part to part
 
 
 class Loss(Protocol):
@@ -118,6 +131,15 @@ class Family(ABC):
         """A loaded detector made quick for inference; its boxes are decoded in float32 whatever `dtype` is."""
         moved: nn.Module = model.to(device, dtype, memory_format=memory_format)  # type: ignore[call-overload]
         return moved
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile a network in place, by parts.
+
+        Gradients are also taken at the maps that its head receives (`distill.balance`), and inside one compiled graph nothing
+        leads from its outputs back to them.
+        """
+        for part in model.children():
+            compile_part(part)
 
     @abstractmethod
     def raw(self, model: nn.Module, images_bchw: Tensor) -> Raw:

@@ -56,9 +56,9 @@ def build_session(job: TrainJob, workers: WorkerGroup, device: torch.device) -> 
     student = _student(detector, teaching, config.distill).to(device).train()
     student.to(memory_format=torch.channels_last)
     if config.train.compile:
-        detector.compile()
+        family_of(detector).compile(detector)
         if teaching:
-            teaching.teacher.model.compile()
+            family_of(teaching.teacher.model).compile(teaching.teacher.model)
     wrapped = workers.share_gradients(student)
     candidates = read_pseudo(run.at(str(job.pseudo)), shared) if job.pseudo and config.unlabelled_batch() else {}
     policy = _policy(job, manifest, candidates) if job.distill_settings() else None

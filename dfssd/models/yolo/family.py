@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from ultralytics.nn.tasks import DetectionModel
 
-from dfssd.models.family import Family, Raw, TeacherNetwork
+from dfssd.models.family import Family, Raw, TeacherNetwork, compile_part
 from dfssd.models.pairing import Pairing
 from dfssd.models.yolo import detector
 from dfssd.models.yolo.detection_loss import DetectionLoss
@@ -57,6 +57,10 @@ class Yolo(Family):
         fused: Any = super().ready(model.fuse(verbose=False), device, dtype, memory_format)
         fused.model[-1].dfl.float()  # boxes are decoded in float32
         return fused  # type: ignore[no-any-return]
+
+    def compile(self, model: Any) -> None:
+        for layer in model.model:
+            compile_part(layer)
 
     def raw(self, model: Any, images_bchw: Tensor) -> Raw:
         return branches(model(images_bchw))
