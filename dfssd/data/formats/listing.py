@@ -237,14 +237,14 @@ class Tree:
                 self.hidden += 1
             elif _no_utf8(entry.name):
                 self.unnameable.append(printable(entry.path))
-            elif entry.is_symlink() and not Path(entry.path).exists():
+            elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110  (False where it may not be seen)
                 self.dangling.append(entry.path)
             else:
                 self._note_link(top, entry)
                 if entry.is_file():
                     files[entry.name] = entry.path
                 elif entry.is_dir() and deep:
-                    if any(Path(entry.path, mark).exists() for mark in RUN_MARKS):
+                    if any(os.path.exists(f"{entry.path}/{mark}") for mark in RUN_MARKS):  # noqa: PTH110
                         self.runs.append(entry.path)
                     else:
                         self._scan(top, entry.path, deep, (*above, real))
