@@ -223,6 +223,17 @@ def test_a_task_with_several_pictures_that_are_not_told_apart_is_no_label(tmp_pa
         read(tmp_path)
 
 
+def test_a_further_file_name_in_a_task_is_no_second_picture(tmp_path):
+    """Tasks of this program hold `image` and `file`."""
+    box = {"type": "rectanglelabels", "to_name": "image", "value": {**PERCENT, "rectanglelabels": ["pit"]}}
+    tasks = studio(tmp_path, lambda k: [box])
+    for task in tasks:
+        task["data"]["file"] = "000.png"
+    put(tmp_path / "export.json", json.dumps(tasks))
+    source = read(tmp_path)
+    assert tally(source) == ({"pit": N}, {}, 0) and not source.counts["joined"]
+
+
 def test_a_bare_line_of_a_table_is_a_picture_without_a_box(tmp_path):
     pictures(tmp_path)
     x, y, w, h = (int(v) for v in BOX)
