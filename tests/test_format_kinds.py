@@ -469,6 +469,7 @@ def test_lists_and_yamls_in_other_folders(tmp_path):
         "val: valid/images",
         "train: train.txt",
         "train: /no/where/images",
+        "train: /",
         "test: ../tset",
     ],
 )

@@ -223,6 +223,17 @@ def test_a_task_with_several_pictures_that_are_not_told_apart_is_no_label(tmp_pa
         read(tmp_path)
 
 
+def test_a_further_file_name_in_a_task_is_no_second_picture(tmp_path):
+    """Tasks of this program hold `image` and `file`."""
+    box = {"type": "rectanglelabels", "to_name": "image", "value": {**PERCENT, "rectanglelabels": ["pit"]}}
+    tasks = studio(tmp_path, lambda k: [box])
+    for task in tasks:
+        task["data"]["file"] = "000.png"
+    put(tmp_path / "export.json", json.dumps(tasks))
+    source = read(tmp_path)
+    assert tally(source) == ({"pit": N}, {}, 0) and not source.counts["joined"]
+
+
 def test_a_bare_line_of_a_table_is_a_picture_without_a_box(tmp_path):
     pictures(tmp_path)
     x, y, w, h = (int(v) for v in BOX)
@@ -395,6 +406,29 @@ def test_what_no_program_should_write_is_a_bad_label_with_a_reason(tmp_path, kin
         assert tally(read(tmp_path))[1] == {reason: 1}
     except DfssdError as error:
         assert reason in str(error) or "no class names" in str(error)
+
+
+PIT = {"label": "pit", "points": [[20, 10], [36, 22]]}
+HUGE = {"shapes": [PIT], "imagePath": "000.png"}
+BEYOND = {
+    "a side of 400 digits": ("000.json", {**HUGE, "imageWidth": 10**400, "imageHeight": 48}, "size_mismatch"),
+    "a box of 400 digits": ("a.json", coco_sheet([0], bbox=[1, 1, 10**400, 5]), "label_nan"),
+    "half a letter in a name": ("a.json", [{**CREATEML[0], "image": "\ud800.png"}], "without_image"),
+    "half a letter in a class": ("000.json", {**HUGE, "shapes": [{**PIT, "label": "p\ud800"}]}, "no line of text"),
+    "two lines in a class": ("000.json", {**HUGE, "shapes": [{**PIT, "label": "p\nit"}]}, "no line of text"),
+    "the home of nobody": ("data.yaml", "train: ~nobody-here/images\nnames: [pit]\n", "leads nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_numbers_and_letters_beyond_what_a_machine_holds(tmp_path, kind):
+    """Found by putting odd values into every place of each format."""
+    name, content, said = BEYOND[kind]
+    broken(tmp_path, name, content)
+    try:
+        assert any(said in reason for reason in tally(read(tmp_path))[1])
+    except DfssdError as error:
+        assert said in str(error)
 
 
 @pytest.mark.parametrize("text", ['["remember the milk",', '["milk"]', '{"categories": [1]}'])

@@ -149,6 +149,8 @@ def check_label(label: Label, width: int, height: int, classes: int) -> Boxes | 
         return Problem("label_nan", f"box {int(np.flatnonzero(~np.isfinite(boxes).all(1))[0])}")
     if label.pixels:
         w, h = label.size if label.size and min(label.size) > 0 else (width, height)
+        if max(w, h) > images.MAX_PIXELS:
+            return Problem("label_size_mismatch", f"label says a side of more than {images.MAX_PIXELS} px")
         if abs(w / h - width / height) > 0.02 * width / height:
             swapped = abs(h / w - width / height) < 0.02 * width / height
             hint = "; drawn before the picture was turned as its EXIF data says?" if swapped else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -78,6 +79,8 @@ def check_names(names: Sequence[str], where: str) -> list[str]:
     """
     names = [n.strip() for n in names]
     for name, times in Counter(names).items():
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # control characters, half letters
+            raise DfssdError(f"a class name is no line of text: {name!a}", where=where, todo="rename the class")
         if not name:
             raise DfssdError(f"class {names.index('')} has no name", where=where, todo="give every class a name")
         if times > 1:

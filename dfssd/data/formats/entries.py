@@ -106,7 +106,7 @@ class Resolver:
         result, seen = Split(), set()
         for entry in entries:
             path = self.find(entry)
-            if path is None:
+            if path is None or path == "/":  # a whole disk is no split
                 raise DfssdError(
                     f"'{key}: {entry}' leads nowhere",
                     where=f"{yaml} (looked in {', '.join(map(repr, self.bases))})",

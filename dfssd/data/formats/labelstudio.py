@@ -94,12 +94,12 @@ def _task(task: dict[str, Any]) -> tuple[str, list[dict[str, Any]] | None, int]:
 
 
 def _pages(task: dict[str, Any], address: str, results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]] | None]:
-    """Results of each picture of a task; None where it is not clear which picture of several they are about."""
+    """Results of each picture that a task's results are about; None where it is not clear which of several that is."""
     data = task.get("data") or task
     pages = {key: v for key, v in data.items() if isinstance(v, str) and is_image(task_image(v))}
     targets = {str(r.get("to_name") or "") for r in results if isinstance(r, dict)}
     if len(pages) > 1 and targets and targets <= pages.keys():
-        return {page: [r for r in results if r.get("to_name") == key] for key, page in pages.items()}
+        return {pages[key]: [r for r in results if r.get("to_name") == key] for key in sorted(targets)}
     several = len(pages) > 1 and len(targets) > 1
     several |= any(isinstance(r, dict) and (r.get("item_index") or 0) for r in results)
     return {address: None if several else results}

@@ -84,7 +84,8 @@ def is_hidden(name: str) -> bool:
 def normal(path: str) -> str:
     """A full path without `.`, `..` and doubled slashes; links are not followed."""
     if "://" not in path:
-        return os.path.abspath(Path(path).expanduser())  # noqa: PTH100  (pathlib keeps '..')
+        # pathlib keeps '..', and ends in an error where `~name` is no user's.
+        return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
     scheme, _, rest = path.partition("://")
     return f"{scheme}://{posixpath.normpath('/' + rest).lstrip('/')}" if scheme != "file" else path
 
@@ -98,7 +99,10 @@ def join(folder: str, relative: str) -> str:
 
 def printable(path: str) -> str:
     """A path that can be written: bytes of a name that are no UTF-8 appear as \\xNN."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a letter, as JSON may spell it
+        return path.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass
@@ -233,14 +237,14 @@ class Tree:
                 self.hidden += 1
             elif _no_utf8(entry.name):
                 self.unnameable.append(printable(entry.path))
-            elif entry.is_symlink() and not Path(entry.path).exists():
+            elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110  (False where it may not be seen)
                 self.dangling.append(entry.path)
             else:
                 self._note_link(top, entry)
                 if entry.is_file():
                     files[entry.name] = entry.path
                 elif entry.is_dir() and deep:
-                    if any(Path(entry.path, mark).exists() for mark in RUN_MARKS):
+                    if any(os.path.exists(f"{entry.path}/{mark}") for mark in RUN_MARKS):  # noqa: PTH110
                         self.runs.append(entry.path)
                     else:
                         self._scan(top, entry.path, deep, (*above, real))

@@ -12,7 +12,7 @@ import numpy as np
 
 from dfssd.config import Data
 from dfssd.data.checks import Label, Problem
-from dfssd.data.formats.class_names import instead_of_numbers, reconcile
+from dfssd.data.formats.class_names import check_names, instead_of_numbers, reconcile
 from dfssd.data.formats.listing import LABEL_SUFFIXES, OTHER_PICTURES, Tree, is_image, printable, refuse_query
 from dfssd.data.formats.matching import Pictures, Reference
 from dfssd.errors import DfssdError
@@ -128,7 +128,7 @@ def assemble(
     paths = tree.pictures(named={s.reference.name.rpartition("/")[2] for s in sheets})
     source = Source(tree.root, fmt, list(names), [], list(declared))
     matched = Pictures(tree.root, paths, tree.sheets).match([s.reference for s in sheets])
-    source.names = source.names or sorted({c for s in sheets for c in s.classes})
+    source.names = source.names or check_names(sorted({c for s in sheets for c in s.classes}), tree.root)
     ids = {n: k for k, n in enumerate(source.names)}
     of_picture: dict[str, list[Sheet]] = {}
     for sheet, picture in zip(sheets, matched, strict=True):
