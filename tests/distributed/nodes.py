@@ -171,7 +171,17 @@ def start_nodes(
         place.start(name, [str(BIN / "ray"), "start", *words, *own[k]], env, hidden=hidden)
         if k == 0:
             _until_listening(place, port)
+        if not isolated:
+            _until_there(place, ray / "session_latest/sockets", k + 1)
     return f"127.0.0.2:{port}"
+
+
+def _until_there(place: Place, sockets: Path, nodes: int) -> None:
+    """Nodes of one folder take the first free name for their sockets: two that start at once take the same, and one dies."""
+    deadline = time.monotonic() + 90
+    while len(list(sockets.glob("raylet*"))) < nodes:
+        assert time.monotonic() < deadline, "".join(log.read_text()[-1000:] for log in sorted(place.root.glob("?.log")))
+        time.sleep(0.2)
 
 
 def _until_listening(place: Place, port: int) -> None:
