@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from dfssd.config import Data
 from dfssd.data.checks import Checked
+from dfssd.data.formats.read import read_source
 from dfssd.data.formats.source import Source
 from dfssd.data.preparation.checking import check_one
 
@@ -86,6 +88,10 @@ def coco(root: Path, sheet: dict | None = None, place: str = "annotations.json")
     pictures(root / "images")
     put(root / place, json.dumps(sheet or coco_sheet(), ensure_ascii=False))
     return root
+
+
+def read(path: Path, names: Sequence[str] = (), fmt: str = "auto") -> Source:
+    return read_source(str(path), fmt, names)
 
 
 def tally(source: Source) -> tuple[dict[str, int], Counter[str], int]:

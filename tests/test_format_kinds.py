@@ -18,6 +18,7 @@ from layouts import (
     picture,
     pictures,
     put,
+    read,
     tally,
     texts,
     voc,
@@ -28,14 +29,9 @@ from layouts import (
 
 from dfssd.data.formats.coco import _around, _unpack
 from dfssd.data.formats.parsing import Unparsable, parse_xml, parse_yaml
-from dfssd.data.formats.read import read_source
 from dfssd.errors import DfssdError
 
 HEAD = "path: .\ntrain: images\nval: images\n"
-
-
-def read(path, names=(), fmt="auto"):
-    return read_source(str(path), fmt, names)
 
 
 def check_all_read(path, names=()):

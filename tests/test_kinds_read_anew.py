@@ -17,6 +17,7 @@ from layouts import (
     picture,
     pictures,
     put,
+    read,
     tally,
     texts,
     voc,
@@ -26,8 +27,7 @@ from layouts import (
 
 from dfssd.config import Data
 from dfssd.data.checks import Checked, ImageFacts, Label, check_label
-from dfssd.data.formats.class_names import told_apart
-from dfssd.data.formats.read import read_source
+from dfssd.data.formats.class_names import spelt_alike
 from dfssd.data.formats.source import Item
 from dfssd.data.formats.unpack import resolve_zip
 from dfssd.data.formats.yolo import is_cr7
@@ -39,10 +39,6 @@ from dfssd.runtime.storage import Storage
 
 X, Y, W, H = BOX
 PERCENT = {"x": 100 * X / WIDTH, "y": 100 * Y / HEIGHT, "width": 100 * W / WIDTH, "height": 100 * H / HEIGHT}
-
-
-def read(path, names=()):
-    return read_source(str(path), "auto", names)
 
 
 def stored_names(root):
@@ -215,7 +211,7 @@ def test_several_annotations_of_a_task_are_counted(tmp_path):
     assert source.counts["opinions"] == 1 and tally(source)[0] == {"pit": N}
 
 
-def test_a_task_with_several_pictures_that_are_not_told_apart_is_no_label(tmp_path):
+def test_a_task_with_several_pictures_that_are_not_spelt_alike_is_no_label(tmp_path):
     two_pictures_a_task(tmp_path)
     path = tmp_path / "export.json"
     put(path, path.read_text().replace('"to_name": "front"', '"to_name": "img-1"'))
@@ -290,10 +286,10 @@ def test_classes_that_cannot_be_meant(tmp_path, said):
 
 
 def test_names_that_differ_in_case_alone_are_said():
-    assert told_apart(["oil spot", "pit", "Oil_Spot", "dent"]) == [
+    assert spelt_alike(["oil spot", "pit", "Oil_Spot", "dent"]) == [
         "classes 'oil spot' and 'Oil_Spot' differ in case and marks alone: two classes, or one in two spellings?"
     ]
-    assert told_apart(["scratch", "+", "-", "划痕", "划 痕2"]) == []
+    assert spelt_alike(["scratch", "+", "-", "划痕", "划 痕2"]) == []
 
 
 SPLITS = {"Train": range(4), "Validation": range(4, 6), "Test": range(6, N)}

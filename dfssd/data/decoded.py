@@ -142,13 +142,13 @@ class DecodedCache:
                 info = file.stat()
                 yield info.st_mtime_ns, info.st_size, file
 
-    def _say_disk_is_full(self, most: float, wanted: float) -> None:
+    def _say_disk_is_full(self, most: int, wanted: int) -> None:
         """A full disk costs time in every epoch and is otherwise seen by nobody."""
         if most < wanted and not self._faulty:
             print(
                 f"WARNING: the disk of {self.folder} has room for {max(0, most) / 2**30:.1f} "
                 f"of up to {wanted / 2**30:.1f} GiB of decoded images ({FREE_SHARE:.0%} of it stays "
-                f"free): the others are decoded again in every epoch. "
+                "free): the others are decoded again in every epoch. "
                 "Free some space, or give a folder on another disk: --decoded-dir DIR",
                 flush=True,
             )

@@ -8,14 +8,14 @@ from dfssd.errors import DfssdError
 from dfssd.pipeline.budget import unlabelled_images
 from dfssd.pipeline.context import Context, Planned, Result
 from dfssd.pipeline.settings import given_weights
-from dfssd.pipeline.stages import STAGES, best_teacher, row_of
+from dfssd.pipeline.stages import best_teacher, row_of, teachers
 from dfssd.pseudo.quality import Quality, doubt, measure
 from dfssd.report import quality as report
 from dfssd.report.pictures import draw
 from dfssd.review.exports import Proposal, label_studio
 from dfssd.review.sheets import captioned, table
 from dfssd.runtime.artefact import Stage
-from dfssd.runtime.artefact_names import DATASET, PSEUDO, ArtefactName, is_finished, val_score
+from dfssd.runtime.artefact_names import DATASET, PSEUDO, is_finished, val_score
 from dfssd.runtime.storage import Storage
 from dfssd.runtime.tracking import Tracker
 
@@ -66,8 +66,7 @@ def label_stage(context: Context, stage: Stage, run_id: str) -> Result:
 
 def who_labels(run: Storage, number: int) -> str:
     """Which of a round's teachers labels and teaches from then on, and why, in a line; '' where there is one only."""
-    teachers = [ArtefactName(row.role, number) for row in STAGES if row.teaches]
-    finished = [name for name in teachers if is_finished(run, name)]
+    finished = [name for name in teachers(number) if is_finished(run, name)]
     if len(finished) < 2:
         return ""
     scores, best = {name: val_score(run, name) for name in finished}, best_teacher(run, number)

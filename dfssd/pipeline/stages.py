@@ -262,17 +262,20 @@ def plan(config: Config, names: Sequence[ArtefactName]) -> Iterator[ArtefactName
                 yield from (ArtefactName(role, number) for role in again)
 
 
+def teachers(number: int) -> list[ArtefactName]:
+    """What may teach in a round, in the order of the table."""
+    return [ArtefactName(row.role, number) for row in STAGES if row.teaches]
+
+
 def best_teacher(run: Storage, number: int) -> ArtefactName:
     """The teacher that labels in a round, and teaches from then on: the best on val of those that are finished."""
-    teachers = [ArtefactName(row.role, number) for row in STAGES if row.teaches]
-    return better_on_val(run, teachers) or TEACHER.of_round(number)
+    return better_on_val(run, teachers(number)) or TEACHER.of_round(number)
 
 
 def finished_models(run: Storage) -> list[ArtefactName]:
     """Finished trainings: teachers round by round, then the students."""
     found, number = list[ArtefactName](), 1
-    teachers = [ArtefactName(row.role) for row in STAGES if row.teaches]
-    while own := [t.of_round(number) for t in teachers if is_finished(run, t.of_round(number))]:
+    while own := [t for t in teachers(number) if is_finished(run, t)]:
         found += own
         number += 1
     others = [ArtefactName(row.role) for row in STAGES if row.training and not row.teaches]

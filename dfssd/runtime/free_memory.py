@@ -23,8 +23,7 @@ def free_memory(proc: str = "/proc/meminfo", cgroup: str = "/sys/fs/cgroup") -> 
         with suppress(OSError, ValueError, KeyError):  # another version of cgroup, or "max"
             most, taken = (int((Path(cgroup) / name).read_text()) for name in (limit, used))
             stat = (Path(cgroup) / limit).with_name("memory.stat").read_text()
-            kept = dict(line.split() for line in stat.splitlines())[
-                files
-            ]  # the kernel gives it up where others need it
-            least = min(least, max(0, most - taken + int(kept)))
+            # What files take the kernel gives up where others need it.
+            kept = int(dict(line.split() for line in stat.splitlines())[files])
+            least = min(least, max(0, most - taken + kept))
     return least

@@ -146,7 +146,7 @@ def instead_of_numbers(given: Sequence[str], count: int, where: str) -> list[str
     return names
 
 
-def told_apart(names: Sequence[str]) -> list[str]:
+def spelt_alike(names: Sequence[str]) -> list[str]:
     """Sentences about names that differ by nothing but case and marks between words: one class, spelt in two ways?"""
     alike: dict[str, list[str]] = {}
     for name in names:

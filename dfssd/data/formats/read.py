@@ -15,7 +15,7 @@ from typing import Any
 from dfssd.config.choices import FORMATS
 from dfssd.data.checks import Problem
 from dfssd.data.formats import labelstudio, other_formats
-from dfssd.data.formats.class_names import LIST_FILES, told_apart
+from dfssd.data.formats.class_names import LIST_FILES, spelt_alike
 from dfssd.data.formats.cvat import read_cvat
 from dfssd.data.formats.foreign import PACKED, no_pictures, recognise
 from dfssd.data.formats.listing import Tree, is_image, printable, refuse_query
@@ -62,7 +62,7 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
     source = read_yolo(tree, store.uri) if is_yaml else _Detector(tree, fmt).source()
     source = source.with_names(names)
     source.bad += listing_faults(tree)
-    source.notes = tree.notes() + source.notes + told_apart(source.names)
+    source.notes = tree.notes() + source.notes + spelt_alike(source.names)
     if not source.names:
         broken = [(item.uri, item.label.problem) for item in source.items if item.label and item.label.problem]
         if broken or source.bad:
