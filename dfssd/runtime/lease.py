@@ -7,12 +7,15 @@ its number has not moved for WATCH_S of our own time, so that no clock is compar
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +26,8 @@ from dfssd.runtime.storage import Storage
 BEAT_S = 10.0  # between two signs of life
 WATCH_S = 45.0  # without one, after which a holder elsewhere is dead
 GRACE_S = 8.0  # that a living one on this machine gets to end: a killed driver's workers outlive it for a moment
-CONFIRM_S = 0.5  # after which an object store, which knows no exclusive write, is asked whose lease it is
+CONFIRM_S = 0.5  # after which a storage that knows no locks is asked whose lease it is
+LOCK = ".lock"  # in the folder of the leases; an empty file that stays
 
 
 def machine() -> str:
@@ -118,8 +122,9 @@ class Lease:
     ) -> None:
         self._done.set()
         try:
-            if not self.lost and self._is_ours(self._raw()):
-                self.store.delete(self.file)
+            with self._alone():
+                if not self.lost and self._is_ours(self._raw()):
+                    self.store.delete(self.file)
         except OSError as failed:
             print(f"WARNING: the lease {self.store.path(self.file)} is left behind: {failed}", flush=True)
 
@@ -158,55 +163,48 @@ class Lease:
 
     def _take(self) -> bool:
         """Write the lease where there is none; false where somebody else has one, or was faster."""
-        data = json.dumps(self._own).encode()
-        if self.store.is_local:
-            return self._take_local(data)
-        if self.store.exists(self.file):
-            return False
-        self.store.write(self.file, data)
-        time.sleep(CONFIRM_S)
-        return self._is_ours(self._raw())
-
-    def _take_local(self, data: bytes) -> bool:
-        draft = f"{self.file}.{self._own['token']}"
-        self.store.write(draft, data)
-        try:
-            os.link(self.store.path(draft), self.store.path(self.file))  # whole, and by one alone
-        except FileExistsError:
-            return False
-        except OSError:  # a filesystem without links: whole, and by one alone but for a moment
+        with self._alone() as alone:
             if self.store.exists(self.file):
                 return False
-            self.store.write(self.file, data)
+            self.store.write(self.file, json.dumps(self._own).encode())
+        if not alone:
             time.sleep(CONFIRM_S)
-        finally:
-            self.store.delete(draft)
         return self._is_ours(self._raw())
 
     def _remove(self, seen: bytes) -> None:
         """Remove the lease of a dead holder; one that somebody else has taken meanwhile stays."""
-        if not self.store.is_local:
+        with self._alone():
             if self._raw() == seen:
                 self.store.delete(self.file)
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Between a look at the lease and what is done about it nobody else does anything. Gives false where that cannot be
+        had (an object store, a file system without locks), and a moment remains in which two may act."""
+        if not self.store.is_local:
+            yield False
             return
-        aside = f"{self.file}.{self._own['token']}.dead"
-        try:
-            Path(self.store.path(self.file)).rename(self.store.path(aside))
-        except FileNotFoundError:
-            return
-        if self.store.read(aside) != seen:
-            os.link(self.store.path(aside), self.store.path(self.file))
-        self.store.delete(aside)
+        folder = Path(self.store.path(""))
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOCK).open("w") as lock:  # the system lets go of it when its process dies
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                alone = True
+            except OSError:
+                alone = False
+            yield alone
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_S):
             try:
-                if not self._is_ours(self._raw()):
-                    self.lost = True
+                with self._alone():
+                    self.lost = not self._is_ours(self._raw())
+                    if not self.lost:
+                        self._own["beat"] += 1
+                        self.store.write_json(self.file, self._own)
+                if self.lost:
                     print(f"WARNING: another driver has taken over '{self.name}'", flush=True)
                     return
-                self._own["beat"] += 1
-                self.store.write_json(self.file, self._own)
             except OSError:  # storage is tried again for long enough; the stage itself says what is wrong with it
                 continue
 

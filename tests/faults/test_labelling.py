@@ -30,6 +30,7 @@ from dfssd.runtime.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 420  # some six shards
+MARK = "DFSSD_TEST_STORAGE"  # in the environment of a driver and of all that it starts
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,9 @@ def killed(run_uri, tmp_path_factory):
     while len(_shards(run)) < 2 and time.monotonic() < deadline:
         assert process.poll() is None, first.read_text()[-3000:]
         time.sleep(0.02)
-    started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    psutil.wait_procs(started, timeout=60)  # Ray's workers outlive a killed driver for a moment, and may commit a shard
+    _wait_for_the_end_of_its_ray(storage)
     before = {name: (storage / "r" / "pseudo" / name).stat().st_mtime_ns for name in _shards(run)}
     assert not run.exists("pseudo/stage.json")
     assert _start(storage, second).wait(timeout=300) == 0, second.read_text()[-3000:]
@@ -82,7 +82,26 @@ def killed(run_uri, tmp_path_factory):
 def _start(storage, log):
     flags = "--imgsz 64 --gpu never --run-name r --num-actors 1 --tta flips"
     command = [sys.executable, str(ROOT / "jobs" / "pseudo_label.py"), "--storage-path", str(storage), *flags.split()]
-    return subprocess.Popen(command, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    environment = {**os.environ, MARK: str(storage)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _wait_for_the_end_of_its_ray(storage):
+    """Ray's workers outlive a killed driver for a moment, and may commit a shard; some are no longer its children, so they
+    are known by what they inherited."""
+    deadline = time.monotonic() + 90
+    while left := [p for p in psutil.process_iter() if _inherited(p) == str(storage)]:
+        assert time.monotonic() < deadline, [p.cmdline() for p in left]
+        time.sleep(0.1)
+
+
+def _inherited(process):
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:  # it has ended, or is not ours
+        return None
 
 
 def _shards(run):
@@ -99,7 +118,9 @@ def test_a_killed_driver_goes_on_with_what_is_missing(killed):
     storage, said, before = killed
     run = Storage(str(storage)).at("r")
     assert 2 <= len(before) < 6, "killed in the middle"
-    assert f"resumed, {len(before)} of" in said
+    assert f"resumed, {len(before)} of" in said, [
+        line for line in said.splitlines() if "resumed" in line or "damaged" in line
+    ]
     for name, written in before.items():
         assert (storage / "r" / "pseudo" / name).stat().st_mtime_ns == written, f"{name} was labelled again"
     ids = _ids_on_storage(run)
