@@ -404,6 +404,16 @@ def test_what_no_program_should_write_is_a_bad_label_with_a_reason(tmp_path, kin
         assert reason in str(error) or "no class names" in str(error)
 
 
+def test_frames_of_a_video_without_a_shape_are_unlabelled_and_said(tmp_path):
+    """CVAT writes no more of a frame than its shapes, so nobody can tell a clean one from one that nobody looked at."""
+    pictures(tmp_path / "images", range(3), "frame_{:06d}.png")
+    track = TRACK.replace('frame="x"', 'frame="1"')
+    put(tmp_path / "annotations.xml", f"<annotations>{track}</annotations>")
+    source = read(tmp_path)
+    assert [item.label is None for item in sorted(source.items, key=lambda i: i.uri)] == [True, False, True]
+    assert any(note.startswith("2 pictures have no shape in what cvat wrote") for note in source.notes)
+
+
 PIT = {"label": "pit", "points": [[20, 10], [36, 22]]}
 HUGE = {"shapes": [PIT], "imagePath": "000.png"}
 BEYOND = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -10,18 +11,22 @@ from xml.etree.ElementTree import Element
 from dfssd.data.checks import Label
 from dfssd.data.formats.listing import Tree
 from dfssd.data.formats.matching import Reference, slashes
-from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned
+from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, turned, with_untouched
 from dfssd.data.formats.source import Sheet, Source, given_split
+
+FRAME = re.compile(r"(^|/)frame_\d+\.\w+$")
 
 
 def read_cvat(tree: Tree, roots: dict[str, Element]) -> Source:
     """CVAT's own XML ("CVAT for images", "CVAT for video"); `roots` are parsed files by path."""
     sheets: list[Sheet] = []
     declared: list[str] = []
+    is_video = False
     for path, root in roots.items():
         declared += [(n.findtext("name") or "").strip() for n in root.iter("label")]
         frames: dict[str, list[Element]] = {}
         for track in root.iter("track"):
+            is_video = True
             for node in track:
                 if node.get("outside") != "1" and node.get("frame") is not None:
                     node.set("label", track.get("label") or "")
@@ -36,7 +41,9 @@ def read_cvat(tree: Tree, roots: dict[str, Element]) -> Source:
         for frame, nodes in frames.items():
             name = f"frame_{frame.zfill(6)}."
             sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_cvat_shapes, nodes, None)))
-    return collect(tree, "cvat", sheets, [d for d in declared if d])
+    source = collect(tree, "cvat", sheets, [d for d in declared if d])
+    silent = sum(i.label is None and FRAME.search(i.uri) is not None for i in source.items) if is_video else 0
+    return with_untouched(source, silent)
 
 
 def _cvat_shapes(nodes: Sequence[Element], size: tuple[str, str] | None) -> tuple[list[str], Label]:

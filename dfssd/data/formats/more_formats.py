@@ -15,7 +15,7 @@ import numpy as np
 from dfssd.data.checks import Label
 from dfssd.data.formats.listing import Tree
 from dfssd.data.formats.matching import Reference, slashes
-from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of
+from dfssd.data.formats.shapes import Shape, around, collect, guarded, label_of, with_untouched
 from dfssd.data.formats.source import Source
 from dfssd.errors import DfssdError
 
@@ -36,17 +36,7 @@ def read_supervisely(tree: Tree, contents: dict[str, Any]) -> Source:
         reference = Reference(path, name if "." in name else f"{name}.")  # early exports leave the picture's ending out
         if content["objects"]:
             sheets.append(guarded(reference, path, partial(_supervisely_shapes, content)))
-    return _with_untouched(collect(tree, "supervisely", sheets), len(contents) - len(sheets))
-
-
-def _with_untouched(source: Source, untouched: int) -> Source:
-    """Both programs list every picture that was loaded, so one without a shape is clean or was never looked at."""
-    if untouched:
-        source.notes.append(
-            f"{untouched} pictures have no shape in what {source.format} wrote, which may mean that nobody has looked at "
-            "them: they are unlabelled (--missing-labels background says that they are free of defects)"
-        )
-    return source
+    return with_untouched(collect(tree, "supervisely", sheets), len(contents) - len(sheets))
 
 
 def _supervisely_shapes(content: dict[str, Any]) -> tuple[list[str], Label]:
@@ -126,7 +116,7 @@ def read_via(tree: Tree, contents: dict[str, Any]) -> Source:
                 untouched += 1
                 continue
             sheets.append(guarded(Reference(path, name), f"{path}#{name}", partial(_via_shapes, one, key)))
-    return _with_untouched(collect(tree, "via", sheets), untouched)
+    return with_untouched(collect(tree, "via", sheets), untouched)
 
 
 def _regions(picture: dict[str, Any]) -> list[dict[str, Any]]:

@@ -51,3 +51,13 @@ def guarded(reference: Reference, called: str, read: Callable[[], tuple[list[str
     if label.problem is None and "" in classes:
         classes, label = [], unusable("label_columns", "a shape has no class")
     return Sheet(reference, classes, label, "", called)
+
+
+def with_untouched(source: Source, untouched: int) -> Source:
+    """Where a program lists every picture that was loaded, one without a shape is clean or was never looked at."""
+    if untouched:
+        source.notes.append(
+            f"{untouched} pictures have no shape in what {source.format} wrote, which may mean that nobody has looked at "
+            "them: they are unlabelled (--missing-labels background says that they are free of defects)"
+        )
+    return source
