@@ -60,3 +60,18 @@ def test_a_local_ray():
     assert found["uv"] is False and found["dedup"] is False, "Ray read its settings before they were set"
     assert found["early_s"] < 1, "a background start does not hold up the job"
     assert "CPUs" in found["free"]
+
+
+def test_two_jobs_that_start_at_once_choose_two_ports():
+    """Ray listens seconds after the port was chosen."""
+    choose = "from dfssd.runtime import cluster; print(cluster._free_port(18265), flush=True); input()"
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", choose], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ports = [job.stdout.readline().strip() for job in jobs]
+    assert len(set(ports)) == 2 and all(ports)
+    for job in jobs:
+        job.communicate("\n")
+    again = subprocess.run([sys.executable, "-c", choose], input="\n", capture_output=True, text=True)
+    assert again.stdout.strip() == min(ports), "a job that has ended leaves nothing behind"

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ SETTLE_S = 4.0  # of these seconds at most are spent on waiting for more than wo
 
 T = TypeVar("T")
 _started: threading.Event | None = None  # of a Ray that is being started in the background
+_claims: list[socket.socket] = []  # ports that this process has chosen
 
 
 def start_early() -> None:
@@ -134,15 +136,30 @@ def _settings() -> dict[str, Any]:
 
 
 def _free_port(first: int) -> int:
-    """The first port of loopback, from this one on, that nobody listens on."""
+    """The first port of loopback, from this one on, that nobody listens on, and that no other job is about to take."""
     for port in range(first, first + 200):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+        if _claim(port):
             return port
     return first
+
+
+def _claim(port: int) -> bool:
+    """Is the port this job's? Ray listens on it seconds from now, and a job that starts meanwhile would choose it too."""
+    if not sys.platform.startswith("linux"):
+        return True
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0dfssd-dashboard-{port}")  # a name without a file, which ends with this process
+    except OSError:
+        name.close()
+        return False
+    _claims.append(name)
+    return True
 
 
 def _object_store_bytes() -> int:
