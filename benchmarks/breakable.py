@@ -66,9 +66,12 @@ class Proxy:
             ConnectionError: whoever sent it is gone, and what the dead have not delivered shall not come late.
         """
         found = _WRITE.match(data)
-        while found and self._mode == "pass" and self.holds(found[1].decode()):
+        path = found[1].decode() if found else ""
+        held = bool(path) and self._mode == "pass" and self.holds(path)
+        while held:
             time.sleep(0.02)
-            with contextlib.suppress(BlockingIOError):
+            held = self._mode == "pass" and self.holds(path)
+            with contextlib.suppress(BlockingIOError):  # after it: who died before the write was let go is noticed
                 if not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                     raise ConnectionError
 

@@ -3,6 +3,7 @@
 import http.server
 import json
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -75,10 +76,12 @@ def hanging_server():
 
 
 class Switch:
-    """The client of a real store behind a switch: what happens while it is off fails as a dead server's calls do."""
+    """The client of a real store behind a switch: what happens while it is off fails as a dead server's calls do, and while
+    `answers` is not set nobody gets an answer."""
 
-    def __init__(self, monkeypatch, slow_s=0.0):
-        self.on, self.calls, self.slow_s = True, 0, slow_s
+    def __init__(self, monkeypatch):
+        self.on, self.calls, self.answers = True, 0, threading.Event()
+        self.answers.set()
         real = outbox_module.connect
 
         def open_client(uri):
@@ -90,7 +93,7 @@ class Switch:
 
                     def checked(*args, **kwargs):
                         switch.calls += 1
-                        time.sleep(switch.slow_s)
+                        switch.answers.wait(120)
                         if not switch.on:
                             raise ConnectionError("http://user:URIPASS@host does not answer")
                         return call(*args, **kwargs)
@@ -102,6 +105,15 @@ class Switch:
         for module in (outbox_module, tracker_module):
             monkeypatch.setattr(module, "connect", open_client)
             monkeypatch.setattr(module, "RETRY_S", 0.2)
+
+
+def _wait_until_idle(runs):
+    """A call that was under way when an outbox was closed goes on by itself: it must have failed before the server is back,
+    or it would make a run that nobody knows of. Then the outbox's thread waits for further calls."""
+    box, deadline = runs.outbox, time.monotonic() + 120
+    while box._jobs or not box._change._waiters:
+        assert time.monotonic() < deadline, box._jobs
+        time.sleep(0.01)
 
 
 def _finish(run, name="label_only", steps=6):
@@ -143,14 +155,15 @@ def test_how_busy_the_machine_is_goes_with_the_numbers(storage, mlflow, monkeypa
     for one in (run_id, runs.parent()):
         runs.dataset(one, "data/manifest.parquet", "d1", {"images": 9})
         runs.dataset(one, "data/manifest.parquet", "d1", {"images": 9})  # by each stage
-    assert runs.close(20)
-    tracker, deadline, step = Tracker(runs.uri, run_id, system=True), time.monotonic() + 30, 0
+    assert runs.close(60)
+    # A call that fails after more than SLOW_S, as a busy machine's may, is repeated after a minute.
+    tracker, deadline, step = Tracker(runs.uri, run_id, system=True), time.monotonic() + 200, 0
     while "system/cpu_utilization_percentage" not in (found := mlflow.get_run(run_id)).data.metrics:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, (found.data.metrics, tracker.undelivered)
         step += 1
         tracker.log({"loss/total": 1.0}, step)
         time.sleep(0.05)
-    tracker.close(20)
+    tracker.close(60)
     assert {"loss/total", "system/system_memory_usage_percentage", "system/disk_usage_percentage"} <= set(
         found.data.metrics
     )
@@ -254,8 +267,8 @@ def test_a_broken_server_stops_nothing_and_costs_seconds_once(
     monkeypatch.setattr(outbox_module, "ANSWER_S", 0.5)
     import mlflow  # noqa: F401  (its import is not what is timed)
 
-    Outbox(uri).ask(lambda c: None, None)  # the first call loads more of it
-    runs, begun = Runs(Storage(str(tmp_path)), "exp", "r"), time.monotonic()
+    runs, waits = Runs(Storage(str(tmp_path)), "exp", "r"), []
+    _note_waits(runs.outbox, waits)
     for stage in ("dataset", "teacher", "label_only", "pseudo", "quality", "student", "report"):
         assert runs.stage(stage, None, {"a": 1}) == ""
         runs.metrics("x", {"a": 1.0})
@@ -264,41 +277,79 @@ def test_a_broken_server_stops_nothing_and_costs_seconds_once(
     assert runs.stage("student", "known", {"a": 1}) == "known"  # never replaced by nothing
     runs.end_parent("FINISHED")
     assert not runs.close()
-    assert time.monotonic() - begun < 3, "seven stages wait for it once"
+    assert sum(waits) <= 0.5, "seven stages wait for it once"
     said = capsys.readouterr().out
     assert "dfssd track replay" in said
-    while "not reachable" not in said and kind != "hangs":  # a busy machine's 500 comes later than what waits for it
-        assert time.monotonic() - begun < 20, said
+    asked_by, real = set(), tracker_module.connect
+    note = lambda to: (asked_by.add(threading.current_thread().name), real(to))[1]  # noqa: E731
+    monkeypatch.setattr(tracker_module, "connect", note)
+    tracker = Tracker(uri, "x" * 32)
+    for step in range(200):
+        tracker.log({"loss": 1.0}, step)  # a put into a queue
+    begun = time.monotonic()
+    tracker.close(patience_s=200)
+    assert time.monotonic() - begun < 100, "it is given up after one call that hangs"
+    assert len(tracker.undelivered) == 200 and asked_by == {"mlflow-metrics"}  # none lost silently
+    said, deadline = said + capsys.readouterr().out, time.monotonic() + 60
+    while "not reachable" not in said:  # a busy machine's 500 comes later than what waits for it
+        assert time.monotonic() < deadline, said
         time.sleep(0.05)
         said += capsys.readouterr().out
-    tracker = Tracker(uri, "x" * 32)
-    begun = time.monotonic()
-    for step in range(200):
-        tracker.log({"loss": 1.0}, step)
-    assert time.monotonic() - begun < 0.5  # logging is a put into a queue
-    tracker.close(patience_s=3)
-    assert time.monotonic() - begun < 5 and len(tracker.undelivered) == 200  # none lost silently
-    assert "did not reach MLflow" in capsys.readouterr().out
+    assert "200 numbers did not reach MLflow" in said
+
+
+def _note_waits(box, waits):
+    """Note for how long each call was ready to wait, where what it waits for was not there yet."""
+    wait_for = box._change.wait_for
+
+    def noted(condition, timeout=None):
+        if timeout is not None and not condition():
+            waits.append(timeout)
+        return wait_for(condition, timeout)
+
+    box._change.wait_for = noted
+
+
+def test_what_waits_for_a_hanging_call_is_counted_among_what_is_missing(monkeypatch, capsys):
+    """The thread has not yet seen it when the training ends."""
+    called, answer = threading.Event(), threading.Event()
+
+    def hang(uri):
+        called.set()
+        answer.wait(120)
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(tracker_module, "connect", hang)
+    tracker = Tracker("http://127.0.0.1:1", "x" * 32)
+    tracker.log({"loss": 1.0, "lr": 0.1}, 1)
+    assert called.wait(60)
+    tracker.log({"loss": 1.0, "lr": 0.1}, 2)
+    tracker.close(patience_s=0.1)
+    answer.set()
+    tracker._thread.join(60)
+    assert "4 numbers did not reach MLflow" in capsys.readouterr().out
 
 
 def test_numbers_are_delivered_once_the_server_is_back(storage, mlflow, monkeypatch):
     runs = Runs(storage, "exp", "r")
     run_id = runs.stage("teacher", None, {})
+    monkeypatch.setattr(tracker_module, "SLOW_S", 1e9)  # it fails at once, however slow this machine is
     tracker = Tracker(runs.uri, run_id)
-    deliver_rows, failures = tracker._deliver, []
+    deliver_rows, failures, failed = tracker._deliver, [], threading.Event()
 
     def flaky(client):
         if len(failures) < 3:
             failures.append(1)
+            failed.set()
             raise ConnectionError("down")
         deliver_rows(client)
 
     monkeypatch.setattr(tracker, "_deliver", flaky)
     for step in range(20):
         tracker.log({"loss": float(step)}, step)
-        time.sleep(0.02)
+        assert failed.wait(60)
     tracker.close(60)
-    assert failures and not tracker.undelivered
+    assert len(failures) == 3 and not tracker.undelivered
     assert _steps(mlflow, run_id, "loss") == list(range(20))
 
 
@@ -322,6 +373,7 @@ def test_what_was_missed_is_delivered_when_the_stage_is_skipped(storage, mlflow,
     assert runs.stage("label_only", None, {"lr": 0.1}, keep=stage.record_run_id) == ""
     deliver_later(runs, run, "label_only")
     runs.close(1)
+    _wait_until_idle(runs)
     switch.on = True
     for _ in range(2):  # and once more: nothing is there twice
         run.delete(replay_module.MARKS)
@@ -371,6 +423,7 @@ def test_killed_resumed_while_mlflow_is_down_and_resumed_again_is_one_run(storag
     assert second.stage("label_only", stage.recorded_run_id(), {}, keep=stage.record_run_id) == run_id
     stage.record_run_id("")
     assert stage.recorded_run_id() == run_id and not second.close(0.5)
+    _wait_until_idle(second)
     switch.on = True
     third = Runs(storage, "exp", "r")
     assert third.stage("label_only", stage.recorded_run_id(), {}, keep=stage.record_run_id) == run_id
@@ -384,21 +437,24 @@ def test_an_id_that_comes_late_reaches_the_worker(storage, mlflow, monkeypatch):
     """A slow server: the stage does not wait for it, and its numbers arrive all the same."""
     monkeypatch.setattr(outbox_module, "SQLITE_S", 0.2)
     monkeypatch.setattr(tracker_module, "LOOK_S", 0.1)
-    Switch(monkeypatch, slow_s=0.3)
+    switch, waits = Switch(monkeypatch), []
     run = storage.at("r")
     stage = Stage(run, ArtefactName("label_only"), {"lr": 0.1})
     stage.begin(False)
-    runs, begun = Runs(storage, "exp", "r"), time.monotonic()
+    runs = Runs(storage, "exp", "r")
+    _note_waits(runs.outbox, waits)
+    switch.answers.clear()
     assert runs.stage("label_only", None, {"lr": 0.1}, keep=stage.record_run_id) == ""
-    assert time.monotonic() - begun < 1
+    assert sum(waits) <= 0.2
     tracker = Tracker(runs.uri, "", stage.store)
     for step in range(1, 7):
         tracker.log({"loss/total": 1.0}, step)
-    deadline = time.monotonic() + 30
-    while not stage.recorded_run_id() and time.monotonic() < deadline:
+    switch.answers.set()
+    deadline = time.monotonic() + 100
+    while not stage.recorded_run_id():
+        assert time.monotonic() < deadline, runs.outbox._jobs
         time.sleep(0.1)
-    time.sleep(0.2)
-    tracker.close(30)
+    tracker.close(60)
     assert not tracker.undelivered and _steps(mlflow, stage.recorded_run_id(), "loss/total") == [1, 2, 3, 4, 5, 6]
 
 
@@ -420,10 +476,10 @@ def test_a_create_whose_answer_was_lost_is_not_made_twice(storage, mlflow, monke
     box = Outbox("sqlite:///x", lambda uri: Lossy())
     runs = Runs(storage, "exp", "r")
     box.post(lambda c: made.append(runs._open(c, "", "name", dict, {"a": 1}, "once")))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while len(made) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert made[0] == made[1] and mlflow.get_run(made[0]).data.params == {"a": "1"}
+    assert len(made) == 2 and made[0] == made[1] and mlflow.get_run(made[0]).data.params == {"a": "1"}
 
 
 @pytest.mark.slow  # sqlite waits for the lock
@@ -489,7 +545,9 @@ def test_no_secret_is_printed_or_logged(storage, mlflow, monkeypatch, capsys):
     assert run.data.params["run.storage_path"] == "s3://***@b/x?secret_key=***&region=eu"
     assert "PASS" not in str(run.data.tags) + str(run.inputs.dataset_inputs[0].dataset.source)
     switch.on = False
-    assert Runs(storage, "exp", "other").stage("teacher", None, {}) == ""
+    other = Runs(storage, "exp", "other")
+    assert other.stage("teacher", None, {}) == "" and not other.close(0)
+    _wait_until_idle(other)
     said = capsys.readouterr().out
     assert "not reachable" in said and "URIPASS" not in said and "//***@host" in said
     assert "PASS" not in str(DfssdError("x", where="http://user:URIPASS@h/x", todo="see s3://b?access_key=URIPASS"))
@@ -503,13 +561,25 @@ def test_where_runs_go(tmp_path, monkeypatch, capsys):
     assert metric_name("time/data wait (s)") == "time/data wait s" and json.dumps(metric_name("a%b"))
 
 
-def test_a_process_killed_while_the_tables_are_made_leaves_no_half_file(tmp_path, tables):
+HALF_MADE = """
+import os, signal, sys
+from pathlib import Path
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from dfssd.runtime.outbox import connect
+
+@event.listens_for(Engine, "before_cursor_execute")
+def look(*_):
+    if sum(f.stat().st_size for f in Path(sys.argv[1]).glob("mlflow.db.*.part")) > 50_000:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+connect(f"sqlite:///{sys.argv[1]}/mlflow.db")
+"""
+
+
+def test_a_process_killed_while_the_tables_are_made_leaves_no_half_file(tmp_path):
     """A half-made mlflow.db is never opened again: its migration fails for ever."""
-    code = f"from dfssd.runtime.outbox import connect; connect('sqlite:///{tmp_path}/mlflow.db')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
-    deadline = time.monotonic() + 120
-    while not any(f.stat().st_size > 50_000 for f in tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    command = [sys.executable, "-c", HALF_MADE, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr[-3000:]
     assert any(tmp_path.iterdir()) and not (tmp_path / "mlflow.db").exists()

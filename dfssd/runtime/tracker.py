@@ -112,9 +112,11 @@ class Tracker:
             self._system.close()
         self._queue.put(None)
         self._thread.join(patience_s)
-        if self.undelivered:
+        with self._queue.mutex:  # a call that hangs keeps the thread from what has come meanwhile
+            left = len(self.undelivered) + sum(len(rows) for rows in self._queue.queue if rows)
+        if left:
             print(
-                f"WARNING: {len(self.undelivered)} numbers did not reach MLflow yet; they are in history.json",
+                f"WARNING: {left} numbers did not reach MLflow yet; they are in history.json",
                 flush=True,
             )
 

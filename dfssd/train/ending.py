@@ -48,9 +48,9 @@ class Watch:
     def stored(self, step: int) -> None:
         """Tell who asked that a checkpoint is stored; call it after each."""
         if self.asked.is_set():
-            self.asked.clear()
             print(f"asked to end: the checkpoint of step {step} is stored", flush=True)
             self.store.delete(REQUEST)
+            self.asked.clear()  # last: who looks meanwhile would take the request for another one
 
     def close(self) -> None:
         self._done.set()

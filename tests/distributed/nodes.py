@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 BIN = Path(sys.executable).parent
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -33,6 +34,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def start_cluster(connect: bool = False, **own: object) -> Any:
+    """A `ray.cluster_utils.Cluster` with a head of these resources. Once more where another program took the dashboard's port
+    that was just free, or the machine was too busy for Ray's patience."""
+    from ray.cluster_utils import Cluster
+
+    for attempt in range(3):
+        head = {**own, "include_dashboard": True, "dashboard_port": free_port()}
+        try:
+            return Cluster(initialize_head=True, connect=connect, head_node_args=head)
+        except Exception as error:
+            if attempt == 2:
+                raise
+            print(f"Ray did not start, once more: {error}")
 
 
 class Place:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import ray
-from nodes import BIN, free_port
+from nodes import BIN, start_cluster
 from pydantic import ValidationError
 from small import give_teacher_and_candidates, make_job, tiny_config
 
@@ -80,11 +80,7 @@ def test_the_loop_listens_to_whom_the_notices_ask(prepared, monkeypatch):
 @pytest.fixture
 def growing(request):
     """A head of one CPU (or as a test says), and a way to add a node of one CPU to it."""
-    from ray.cluster_utils import Cluster
-
-    own = {"num_cpus": getattr(request, "param", 1), "object_store_memory": 120 * 2**20}
-    own |= {"include_dashboard": True, "dashboard_port": free_port()}
-    cluster = Cluster(initialize_head=True, connect=True, head_node_args=own)
+    cluster = start_cluster(connect=True, num_cpus=getattr(request, "param", 1), object_store_memory=120 * 2**20)
     yield cluster
     ray.shutdown()
     cluster.shutdown()

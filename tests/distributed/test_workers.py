@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
-from nodes import free_port
+from held import held
+from nodes import start_cluster
 from small import give_teacher_and_candidates, make_job, tiny_config
 
 from dfssd.config import Run
@@ -26,17 +28,16 @@ from dfssd.train.worker import fit
 
 ROOT = Path(__file__).parents[2]
 ONE_CPU = Resources(cpus=1, threads=1, gpu=False)
+pytestmark = pytest.mark.timeout(1200)  # each start of a group takes a busy machine a minute and more
 
 
 @pytest.fixture(scope="module")
 def two_nodes():
     """A Ray of two nodes with a CPU each, on loopback: what asks for two CPUs on one of them waits for ever."""
-    from ray.cluster_utils import Cluster
-
     own = {"num_cpus": 1, "object_store_memory": 120 * 2**20}
-    head = {**own, "include_dashboard": True, "dashboard_port": free_port()}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
-    cluster.add_node(**own)
+    cluster = start_cluster(**own)
+    cluster.add_node(wait=False, **own)
+    cluster.wait_for_nodes(timeout=240)
     ray.init(address=cluster.address, log_to_driver=False)
     yield
     ray.shutdown()
@@ -46,19 +47,23 @@ def two_nodes():
 
 def _training_workers():
     """Of this test's own Ray."""
-    mine = psutil.Process().children(recursive=True)
-    return [p for p in mine if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            found += [process] if "RayTrainWorker" in " ".join(process.cmdline()) else []
+    return found
 
 
-def _kill_a_worker_after(checkpoint, killed, listening):
+def _kill_a_worker_after(checkpoints, killed, listening):
     """SIGKILL one training worker while, or just after, its first checkpoint is written; before, look where they listen."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and not killed:
-        if checkpoint.exists() and (workers := _training_workers()):
-            found = [c.laddr.ip for p in workers for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-            listening.extend(found)
-            workers[-1].kill()
-            killed.append(workers[-1].pid)
+        if list(checkpoints.glob("step_*")) and len(workers := _training_workers()) == 2:
+            with suppress(psutil.Error):
+                each = [c for p in workers for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+                workers[-1].kill()
+                listening.extend(c.laddr.ip for c in each)
+                killed.append(workers[-1].pid)
         time.sleep(0.05)
 
 
@@ -70,9 +75,13 @@ def test_two_workers_survive_the_death_of_one(prepared, two_nodes):
     job = make_job("student", str(prepared / "r"), config)
     killed: list[int] = []
     listening: list[str] = []
-    first = prepared / "r" / "student" / "train" / "step_0000005"
-    killer = threading.Thread(target=_kill_a_worker_after, args=(first, killed, listening), daemon=True)
-    killer.start()
+    student = prepared / "r" / "student"
+
+    def kill():
+        with held(student / "best.pt"):  # which is written at the end: it is not reached before a worker was killed
+            _kill_a_worker_after(student / "train", killed, listening)
+
+    threading.Thread(target=kill, daemon=True).start()
     result = fit(job, worker_resources(config.run))
     assert killed, "the run ended before a worker could be killed"
     assert len(listening) >= 4 and set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
@@ -216,6 +225,10 @@ def test_failures_count_since_the_last_progress(prepared, two_nodes, monkeypatch
 
 
 def test_what_can_never_be_scheduled_says_so_at_once(two_nodes):
+    deadline = time.monotonic() + 200
+    while ray.available_resources().get("CPU", 0) < 2:  # the group of the test before gives its own back
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.2)
     with pytest.raises(DfssdError, match="need 6 CPUs, the cluster has 2"):
         worker_resources(Run(num_workers=2, cpus_per_worker=3))
     resources = worker_resources(Run(num_workers=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from dfssd.runtime import retry, storage
@@ -32,8 +33,19 @@ class _Files:
         return checked
 
 
+class _Clock:
+    """Seconds that pass while somebody sleeps, and not otherwise: a busy machine does not use up what a storage is given."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def install(monkeypatch: Any, rule: Rule) -> None:
-    """From here on every Storage asks the rule before it does anything; ("write", path) stands for a local write."""
+    """From here on every Storage asks the rule before it does anything; ("write", path) stands for a local write. What is
+    tried again is so at once."""
     init, write = storage.Storage.__init__, storage._write_local
 
     def faulty(self: Any, uri: str) -> None:
@@ -48,7 +60,8 @@ def install(monkeypatch: Any, rule: Rule) -> None:
 
     monkeypatch.setattr(storage.Storage, "__init__", faulty)
     monkeypatch.setattr(storage, "_write_local", checked)
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    clock = _Clock()
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep))
     monkeypatch.setattr(retry, "_failing", {})
 
 

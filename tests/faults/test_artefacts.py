@@ -132,6 +132,7 @@ def test_a_power_cut_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda self, to: (order.append(f"{self} -> {to}"), replace(self, to))[1])
     Storage(str(tmp_path)).write("a/x.json", b"new")
     file = f"{tmp_path}/a/x.json"
+    order = [one for one in order if str(tmp_path) in one]  # and none of threads that other tests have left
     assert order == [f"{file}.part", f"{file}.part -> {file}", f"{tmp_path}/a"]
 
 
@@ -182,7 +183,7 @@ def test_a_damaged_shard_of_an_unfinished_labelling_is_labelled_again(tmp_path, 
 def _hold(folder, ready, leave):
     with Lease(Storage(folder), "teacher"):
         ready.set()
-        leave.wait(60)
+        leave.wait(600)
 
 
 @pytest.fixture
@@ -192,10 +193,12 @@ def other(tmp_path):
     ready, leave = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(str(tmp_path), ready, leave))
     process.start()
-    assert ready.wait(60)
-    yield process, leave
-    process.kill()
-    process.join()
+    try:
+        assert ready.wait(240), process.exitcode
+        yield process, leave
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_second_driver_is_refused_and_told_who_the_first_is_until_that_one_dies(tmp_path, other, monkeypatch):
@@ -213,12 +216,11 @@ def test_a_second_driver_is_refused_and_told_who_the_first_is_until_that_one_die
     process.join()
     begun = time.monotonic()
     with Lease(Storage(str(tmp_path)), "teacher"):
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < lease_module.WATCH_S, "it is seen to be dead, and not watched"
     assert [p.name for p in (tmp_path / "leases").iterdir()] == [lease_module.LOCK]
 
 
 def test_a_holder_elsewhere_is_watched_not_compared_by_clock(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease_module, "WATCH_S", 1.0)
     store = Storage(str(tmp_path)).at("leases")
     there = {"host": "far", "pid": 7, "since": "2001-01-01 00:00:00 UTC", "machine": "far", "token": "t", "beat": 0}
     store.write_json("teacher.json", there)
@@ -229,12 +231,16 @@ def test_a_holder_elsewhere_is_watched_not_compared_by_clock(tmp_path, monkeypat
             there["beat"] += 1
             store.write_json("teacher.json", there)
 
-    thread = threading.Thread(target=beat)
+    monkeypatch.setattr(lease_module, "WATCH_S", 300.0)  # a busy machine's beats may be late
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
-    with pytest.raises(DfssdError, match="process 7 on far"), Lease(Storage(str(tmp_path)), "teacher"):
-        pass
-    stop.set()
-    thread.join()
+    try:
+        with pytest.raises(DfssdError, match="process 7 on far"), Lease(Storage(str(tmp_path)), "teacher"):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+    monkeypatch.setattr(lease_module, "WATCH_S", 0.5)
     with Lease(Storage(str(tmp_path)), "teacher"):  # it gives no sign of life any more
         assert store.read_json("teacher.json")["host"] != "far"
 
@@ -252,7 +258,7 @@ def test_of_many_that_come_at_once_after_a_death_one_gets_it(tmp_path, monkeypat
                 with Lease(Storage(str(tmp_path)), "x") as lease:
                     got.append(lease)
                     for _ in range(3):  # it holds on until the others have been refused, however late they come
-                        every.acquire(timeout=60)
+                        every.acquire(timeout=200)
             except DfssdError as error:
                 refused.append(error)
                 every.release()

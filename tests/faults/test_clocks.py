@@ -66,5 +66,5 @@ def test_a_lease_is_held_and_expires_by_its_own_time(tmp_path, jumping, monkeypa
     store.write_json("x.json", {"host": "far", "pid": 7, "machine": "far", "token": "t", "beat": 0})
     begun = time.monotonic()
     with Lease(Storage(str(tmp_path)), "x") as lease:
-        assert 0.8 <= time.monotonic() - begun < 5
+        assert 0.8 <= time.monotonic() - begun < 60, "not an hour, nor a day"
         lease.check()

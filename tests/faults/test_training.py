@@ -224,13 +224,15 @@ def test_asked_to_end_between_two_validations_it_leaves_a_checkpoint_and_loses_n
     _, whole = _run(prepared, "label_only", **few)
     job = make_job("label_only", str(other / "r"), tiny_config(other, **few))
     interrupt = Interrupt()
+    monkeypatch.setattr(ending, "SEEN_S", 200.0)  # nobody is late, however busy the machine is
+    monkeypatch.setattr(ending, "LIMIT_S", 300.0)
     watch, asked = Watch(job.store, interrupt.ask), threading.Thread(target=ask_for_checkpoint, args=(job.store,))
     lr = loop.learning_rate
 
     def deadly(config, step, steps):
         if step == 2:
             asked.start()
-            assert watch.asked.wait(20)
+            assert watch.asked.wait(200)
         if step == 5:
             raise Killed
         return lr(config, step, steps)
@@ -243,17 +245,32 @@ def test_asked_to_end_between_two_validations_it_leaves_a_checkpoint_and_loses_n
         m.setattr(loop, "learning_rate", deadly)
         loop.train(job, WorkerGroup(), torch.device("cpu"), lambda m, s: None, save, interrupt)
     watch.close()
-    asked.join(20)
+    asked.join(200)
     assert not job.store.exists(REQUEST) and job.store.folders("train")[0] in ("step_0000003", "step_0000004")
     train_in_process(job)
     a, b = (read_detector(j.store.read("last.pt"), "x").state_dict() for j in (whole, job))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_request_that_is_met_is_not_taken_for_another_one(tmp_path, monkeypatch):
+    """The storage needs a moment to remove it, in which the watch looks many times."""
+    store, asked, second = Storage(str(tmp_path)), [], threading.Event()
+    monkeypatch.setattr(ending, "LOOK_S", 0.001)
+    watch = Watch(store, lambda: asked.append(1) or (len(asked) > 1 and second.set()))
+    store.write_json(REQUEST, {"seen": False})
+    assert watch.asked.wait(60)
+    delete = store.delete
+    monkeypatch.setattr(store, "delete", lambda name: (second.wait(0.3), delete(name)))
+    watch.stored(7)
+    watch.close()
+    assert asked == [1] and not store.exists(REQUEST)
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_signal_asks_for_a_checkpoint_and_then_does_what_it_did(tmp_path, monkeypatch, answers):
     store, done, saved = Storage(str(tmp_path)), threading.Event(), []
-    monkeypatch.setattr(ending, "SEEN_S", 0.5 if not answers else 20.0)
+    monkeypatch.setattr(ending, "SEEN_S", 0.5 if not answers else 200.0)
+    monkeypatch.setattr(ending, "LIMIT_S", 300.0)
     monkeypatch.setattr(ending, "LOOK_S", 0.05)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -261,7 +278,7 @@ def test_a_signal_asks_for_a_checkpoint_and_then_does_what_it_did(tmp_path, monk
         ending.Signals(store)
         watch = Watch(store, lambda: saved.append(done.is_set())) if answers else None
         os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while not done.is_set() and time.monotonic() < deadline:
             time.sleep(0.05)
             if watch:
@@ -290,11 +307,13 @@ def test_a_signal_in_the_last_step_ends_the_job_all_the_same(prepared, monkeypat
 
     monkeypatch.setattr(worker, "_trainer", lambda *args: Trainer())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = threading.enumerate()
     try:
         signal.signal(signal.SIGINT, lambda *args: late.append(args))
         with pytest.raises(KeyboardInterrupt):
             worker._until_no_progress(job, None, (), None)
-        time.sleep(0.8)
+        for thread in (t for t in threading.enumerate() if t not in before):
+            thread.join(200)  # it asks in vain, and then does not abort
         assert not late and not job.store.exists(REQUEST)
     finally:
         for number, handler in handlers.items():
