@@ -216,7 +216,8 @@ def worth(config: Config, run: Storage, manifest: Manifest) -> dict[str, Any]:
     scores, evidence = ScoreCounts.empty(len(manifest.names)), Evidence.empty(len(manifest.names))
     for image_id in sorted(candidates):
         scores.add(candidates[image_id])
-        evidence.add(candidates[image_id], withheld[image_id])
+        if image_id in withheld:  # the data set may have unlabelled images of its own
+            evidence.add(candidates[image_id], withheld[image_id])
     rate = labelled_rates(manifest.labelled_rows(), len(manifest.names))
     result: dict[str, Any] = {
         "silent": sum(not len(b) for b in candidates.values()),
