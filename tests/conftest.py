@@ -26,6 +26,7 @@ os.environ |= {
     "YOLO_CONFIG_DIR": str(_SCRATCH / "yolo"),
     "YOLO_OFFLINE": "true",
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # where there are two, one that waits leaves its core to others
     "MPLCONFIGDIR": str(_SCRATCH / "mpl"),
 }
 for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_MODE"):

@@ -22,7 +22,9 @@ def git(folder, *words):
 def uploaded(tmp_path, monkeypatch):
     """A copy of the package without .git above it, as a submitted job sees it; the code runs from there."""
     copy = tmp_path / "job" / "dfssd"
-    shutil.copytree(PACKAGE, copy)
+    shutil.copytree(
+        PACKAGE, copy, ignore=shutil.ignore_patterns("*.pyc.*")
+    )  # half-written by other processes, soon gone
     monkeypatch.setattr(module, "__file__", str(copy / "runtime" / "code_version.py"))
     monkeypatch.delenv("DFSSD_COMMIT", raising=False)
     return copy

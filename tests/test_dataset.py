@@ -19,6 +19,7 @@ from dfssd.data.loaders import training_loader, validation_batches
 from dfssd.data.manifest import Row, read_manifest
 from dfssd.data.sampling import Draw
 from dfssd.errors import DfssdError
+from dfssd.runtime.lease import began
 from dfssd.runtime.storage import Storage
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ held.release()
     draws = [[Draw("labelled", (4 * b + k) % len(rows), 31 * b + k, b < 2) for k in range(4)] for b in range(3)]
     with (tmp_path / "job").open("wb") as file:
         pickle.dump((Streams({"labelled": dataset}), draws), file)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["main runs", "2 processes"]
     here = list(training_loader(Streams({"labelled": dataset}), draws, 0, CPU, 1))
@@ -157,13 +158,13 @@ next(batches)
 print(*(p.pid for p in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, timeout=300)
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2
-    until = time.monotonic() + 30
-    while time.monotonic() < until and any(Path(f"/proc/{pid}").exists() for pid in pids):
+    until = time.monotonic() + 120
+    while time.monotonic() < until and any(began(pid) for pid in pids):  # one that nobody has buried yet is dead, too
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(began(pid) for pid in pids), [Path(f"/proc/{pid}/status").read_text() for pid in pids if began(pid)]
 
 
 def test_how_many_processes_load(monkeypatch):
@@ -210,17 +211,19 @@ def test_processes_share_the_table_of_images_and_do_not_copy_it():
 
 @pytest.fixture
 def far_away(prepared, monkeypatch):
-    """The same images behind an object store that is slow to answer; what it was asked for, and for how many at a time."""
-    asked, running, most = [], [0], [0]
-    lock = threading.Lock()
+    """The same images behind an object store that answers nobody before it was asked for five at a time; what it was asked
+    for, and for how many at a time."""
+    asked, running, most, patience = [], [0], [0], [120.0]
+    changed = threading.Condition()
 
     def read(uri):
-        with lock:
+        with changed:
             asked.append(uri)
             running[0] += 1
             most[0] = max(most[0], running[0])
-        time.sleep(0.02)
-        with lock:
+            changed.notify_all()
+            if not changed.wait_for(lambda: most[0] > 4, timeout=patience[0]):
+                patience[0] = 0.0  # they come one by one: said once, and the test fails
             running[0] -= 1
         return Path(uri.removeprefix("s3://b/")).read_bytes()
 

@@ -25,7 +25,7 @@ def _run(out, *more, script="gpu"):
 
 
 def test_it_runs_with_nothing_but_what_it_says(tmp_path):
-    found, table = _run(tmp_path)
+    found, table = _run(tmp_path, "--minutes", "60")  # on a slow machine, too
     assert list(found["sections"]) == ["end to end", "step", "labelling", "validation", "64 px, 2+2, fp32"]
     assert not found["skipped"] and set(found["headline"]) == {
         "training (img/s)", "data wait (share)", "labelling (img/s)", "labelling with flips (img/s)",

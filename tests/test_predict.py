@@ -3,6 +3,8 @@
 import csv
 import json
 import threading
+import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -210,7 +212,8 @@ def test_a_file_that_still_grows_is_left_alone(tmp_path, monkeypatch):
         if size is not None:
             (folder / "x.png").write_bytes(whole[:size])
 
-    monkeypatch.setattr(line.time, "sleep", grow)
+    own = SimpleNamespace(sleep=grow, monotonic=time.monotonic, perf_counter=time.perf_counter)
+    monkeypatch.setattr(line, "time", own)  # not that of other threads
     line.watch(labelling, folder, poll_s=1.0, rounds=16)
     assert labelling.pictures == 1 and not (folder / "unreadable").exists()
 

@@ -206,7 +206,7 @@ def test_runtimes_tell_their_makers_nothing(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-1500:]
     assert not [p for p in (tmp_path / "home").rglob("*") if "onnxruntime" in p.name or "intel" in p.name.lower()]

@@ -91,6 +91,7 @@ def test_a_marked_image_is_what_an_empty_one_is():
 @pytest.mark.parametrize("case", CASES)
 def test_the_losses_are_those_of_before(case):
     """Made at commit 4795be4. Sums over boxes run in another order now, which moves the last bit; other processors round
-    otherwise in the networks."""
+    otherwise in the networks: by 5e-4 where features of a fresh network, which hardly vary, are standardised (AVX2 and SSE
+    against AVX-512)."""
     worst = differences(case)
-    assert max(worst.values()) < 2e-5, worst
+    assert all(value < (2e-3 if key.startswith("feat/") else 2e-4) for key, value in worst.items()), worst

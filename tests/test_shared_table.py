@@ -1,7 +1,7 @@
 """Many files: read side by side, and once for all processes of a machine."""
 
+import os
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,16 +21,20 @@ def shards(tmp_path, monkeypatch):
     for k in range(140):
         boxes = np.full((k % 3, 7), k / 200, np.float32)
         write_table(store, f"shard-{k:05d}.parquet", pseudo_table([f"{k:04d}", f"{k:04d}x"], "t", [boxes, None]))
-    read, running, most = [], [0], [0]
-    real = Storage.read
+    read, running, most, patience = [], [0], [0], [120.0]
+    real, changed = Storage.read, threading.Condition()
 
     def slow(self, name):
+        """Answers nobody before it was asked for three at a time."""
         if name.endswith(".parquet"):
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-            time.sleep(0.002)
-            running[0] -= 1
-            read.append(name)
+            with changed:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+                changed.notify_all()
+                if not changed.wait_for(lambda: most[0] > 2, timeout=patience[0]):
+                    patience[0] = 0.0  # they come one by one: said once, and the test fails
+                running[0] -= 1
+                read.append(name)
         return real(self, name)
 
     monkeypatch.setattr(Storage, "read", slow)
@@ -120,7 +124,10 @@ def test_a_machine_keeps_the_tables_that_were_asked_for_last(tmp_path, monkeypat
         store.write_json("stage.json", {})
     kept = []
     for store in (stores[0], stores[1], stores[0], stores[2]):
-        time.sleep(0.02)
+        for file in tmp_path.glob(
+            "dfssd-tables-*/*.arrow"
+        ):  # the clock of a file system may be too coarse to tell two apart
+            os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns - 10**12))
         read_pseudo(store, shared=True)
         kept.append({p.name for p in tmp_path.glob("dfssd-tables-*/*.arrow")})
     assert [len(k) for k in kept] == [1, 2, 2, 2] and kept[0] < kept[3]  # of the three the second is gone

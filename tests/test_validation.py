@@ -325,7 +325,7 @@ def test_the_report_in_a_browser(page, tmp_path, dark):
              f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
              "--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
              "--dump-dom", file.as_uri()],
-            capture_output=True, text=True, timeout=90,
+            capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         said = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
         assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]

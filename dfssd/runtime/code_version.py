@@ -35,7 +35,7 @@ def _described(package: Path) -> str:
             ["git", "-C", str(package), "describe", "--always", "--dirty=+", "--exclude", "*"],
             capture_output=True,
             text=True,
-            timeout=10,
+            timeout=60,  # on a busy machine; a version that is another one each time says nothing
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
