@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from dfssd.errors import DfssdError
+from dfssd.runtime.retry import retried
 from dfssd.runtime.storage import Storage
 
 BEAT_S = 10.0  # between two signs of life
@@ -184,9 +185,13 @@ class Lease:
         if not self.store.is_local:
             yield False
             return
-        folder = Path(self.store.path(""))
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOCK).open("w") as lock:  # the system lets go of it when its process dies
+        file = Path(self.store.path(LOCK))
+
+        def opened() -> IO[str]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return file.open("w")
+
+        with retried(opened, str(file)) as lock:  # the system lets go of it when its process dies
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 alone = True

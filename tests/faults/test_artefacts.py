@@ -283,6 +283,12 @@ def test_who_is_late_to_remove_a_dead_lease_never_touches_the_one_that_came_afte
         assert not late._take()
 
 
+def test_a_folder_of_leases_that_cannot_be_made_is_a_user_error(tmp_path):
+    (tmp_path / "run").write_text("a file in the run's place")
+    with pytest.raises(StorageError, match="the storage refuses"), Lease(Storage(str(tmp_path / "run")), "x"):
+        pass
+
+
 def test_who_was_taken_for_dead_does_not_finish(tmp_path):
     run = Storage(str(tmp_path))
     stage = Stage(run, N("teacher"), {})
