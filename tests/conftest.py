@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ |= {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # A machine that is busy, or filled by others: Ray's processes get time to start, and none is killed for want of memory.
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    "RAY_gcs_server_port_wait_time_s": "300",
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_memory_monitor_refresh_ms": "0",
@@ -60,6 +62,15 @@ def _no_ray_in_the_background() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dfssd.pipeline.run._start_ray_early", lambda *args: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_sigterm() -> Iterator[None]:
+    """A command that runs in this process leaves its handler of SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if signal.getsignal(signal.SIGTERM) != before:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

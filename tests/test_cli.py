@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,14 +166,6 @@ def _ends(capsys, name, *words):
         run(name, words)
     said = capsys.readouterr()
     return ended.value.code, said.err, said.out
-
-
-@pytest.fixture(autouse=True)
-def _own_sigterm():
-    """A command that runs in this process leaves its handler of SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def shown_by(capsys, *sections):

@@ -324,10 +324,12 @@ def test_the_report_in_a_browser(page, tmp_path, dark):
             [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=20000",
              f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
              "--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-             "--dump-dom", file.as_uri()],
+             "--disable-dev-shm-usage", "--dump-dom", file.as_uri()],
             capture_output=True, text=True, timeout=200,
         )  # fmt: skip
-        said = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
+        probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
+        assert probe, (done.returncode, done.stdout[-500:], done.stderr[-3000:])
+        said = json.loads(unescape(probe[1]))
         assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         assert said["dark"] == dark and said["wide"] <= 0 and said["broken"] == 0 and not said["bad"], said
         table = said["table"]  # scrolls under its first column, and shows that; what the line asks for comes first
