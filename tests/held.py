@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -28,12 +28,15 @@ def held(*files: Path) -> Iterator[None]:
             pipe.unlink(missing_ok=True)
 
 
-def wait_for_the_end(mark: str, limit_s: float = 240) -> None:
-    """Until no process is left that was started with this mark. Ray's workers outlive a killed driver for a moment, and may
-    still write; some are no longer its children, so all are known by what they inherited."""
+def end_all(mark: str, limit_s: float = 240) -> None:
+    """Kill what is left of all that was started with this mark. Ray's workers outlive a killed driver for a moment, may start
+    others, and write; some are no longer its children, so all are known by what they inherited."""
     deadline = time.monotonic() + limit_s
     while left := [p for p in psutil.process_iter() if _inherited(p) == mark]:
-        assert time.monotonic() < deadline, [p.as_dict(["pid", "status", "cmdline"]) for p in left if p.is_running()]
+        assert time.monotonic() < deadline, left
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
         time.sleep(0.1)
 
 

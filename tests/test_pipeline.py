@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from held import MARK, held, wait_for_the_end
+from held import MARK, end_all, held
 from small import narrow_layout
 
 from dfssd.config.file import read_config
@@ -69,7 +69,7 @@ def finished(strip, tmp_path_factory):
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
         assert not stage or not record.exists()
-        wait_for_the_end(str(storage))
+        end_all(str(storage))
         logs.append(log.read_text())
     return storage, logs
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from held import MARK, held, wait_for_the_end
+from held import MARK, end_all, held
 from small import tiny_config
 
 from dfssd.config import Data
@@ -77,7 +77,7 @@ def killed(run_uri, tmp_path_factory):
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        wait_for_the_end(str(storage))
+        end_all(str(storage))
     before = {name: (storage / "r" / "pseudo" / name).stat().st_mtime_ns for name in _shards(run)}
     assert not run.exists("pseudo/stage.json")
     assert _start(storage, second).wait(timeout=600) == 0, second.read_text()[-3000:]
