@@ -36,6 +36,7 @@ for _name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_MODE"):
 (_SCRATCH / "r").mkdir()
 (_SCRATCH / "token").write_text(secrets.token_hex(32))
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +63,13 @@ def _no_ray_in_the_background() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dfssd.pipeline.run._start_ray_early", lambda *args: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(autouse=True)
