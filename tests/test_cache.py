@@ -76,6 +76,11 @@ def test_a_full_disk_is_no_error(tmp_path, store, capsys, monkeypatch):
         module.tempfile, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     assert len(cache.read("s3://b/1")) == 8000 and "No space left" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "read_uri", lambda uri: b"x" * 8000)
+    monkeypatch.setattr(module.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert len(cache.read("s3://b/2")) == 8000 and "No space left" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()), "nothing half-written stays on it"
 
 
 def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):

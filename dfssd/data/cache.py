@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from dfssd.errors import DfssdError
@@ -61,14 +62,19 @@ class DiskCache:
     def _keep(self, place: Path, data: bytes) -> None:
         if len(data) > self.limit * (1 - SLACK):
             return
+        part = None
         try:
             self._written += len(data)
             if self._written > SLACK * self.limit:
                 self._make_room(len(data))
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="part-", delete=False) as part:
-                part.write(data)
-            Path(part.name).replace(place)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="part-", delete=False) as file:
+                part = Path(file.name)
+                file.write(data)
+            part.replace(place)
         except OSError as error:
+            if part is not None:
+                with suppress(OSError):
+                    part.unlink()  # it would fill a full disk for nothing
             print(f"WARNING: {self.folder} did not take a file: {error}", flush=True)
 
     def _make_room(self, needed: int) -> None:

@@ -204,7 +204,10 @@ def _aside(labelling: Labelling, file: Path, folder: Path) -> None:
     target = place / file.name
     while target.exists():
         target = target.with_name(f"{target.stem}_{target.suffix}")
-    file.rename(target)
+    try:
+        file.rename(target)
+    except FileNotFoundError:  # taken away since it was looked at
+        return
     labelling.bad += 1
     labelling.say(f"WARNING: cannot be read, moved to {target}")
 
