@@ -211,7 +211,9 @@ def test_pseudo_labels_are_whole_and_resumable(finished, local_ray):
     before = read_pseudo(run.at("pseudo"))
     assert set(before) == {r.image_id for r in manifest.unlabelled_rows()}
     run.at("pseudo").delete("shard-00000.parquet")
-    labeller.label(tiny_config(storage), run, "pseudo", manifest, ["teacher/best.pt"], lambda metrics, step: None)
+    labeller.label(
+        tiny_config(storage, amp="auto"), run, "pseudo", manifest, ["teacher/best.pt"], lambda metrics, step: None
+    )
     after = read_pseudo(run.at("pseudo"))
     assert set(after) == set(before)
     for key in before:

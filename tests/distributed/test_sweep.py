@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from held import MARK, end_all
 from small import SWEEP_BASE
 
 from dfssd.runtime.storage import Storage
@@ -36,7 +37,7 @@ def start(storage: Path, strip: Path, log: Path, *more: str) -> subprocess.Popen
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(storage)},
     )
 
 
@@ -73,6 +74,7 @@ def swept(strip, tmp_path_factory):
     wait_for(lambda: len(list(storage.glob("s/trials/*/result.json"))) >= 1, process, first)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    end_all(str(storage))
     before = {p: p.stat().st_mtime_ns for p in storage.glob("s/trials/*/*/best.pt")}
     process, killed = start(storage, strip, second, "--resume", "--register", "small"), []
     threading.Thread(target=kill_a_trial, args=(second, killed), daemon=True).start()

@@ -87,16 +87,24 @@ def test_a_proxy_holds_a_write_and_drops_it_when_its_sender_dies():
                 threading.Thread(target=lambda one=one: got.append(one.recv(1000)), daemon=True).start()
 
         threading.Thread(target=serve, daemon=True).start()
-        held = set()
+        held, gone = set(), threading.Event()
         proxy.holds = lambda path: "held" in path and (held.add(path) or True)
         clients = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(3)]
         for client, name in zip(clients, ("free", "held1", "held2"), strict=True):
             client.sendall(f"PUT /b/{name}?x HTTP/1.1\r\n\r\n".encode())
         _until(lambda: sum(b"free" in g for g in got) == 1 and held == {"/b/held1", "/b/held2"})
-        clients[1].close()
-        proxy.holds = lambda path: False
-        _until(lambda: any(b"held2" in g for g in got))
-        time.sleep(0.1)
+
+        def let_go(path):
+            """At the last moment, when the write is let go, the sender of one dies."""
+            if "held1" in path:
+                clients[1].close()
+                time.sleep(0.3)
+                gone.set()
+            return False
+
+        proxy.holds = let_go
+        _until(lambda: any(b"held2" in g for g in got) and gone.is_set())
+        time.sleep(0.3)
         assert not any(b"held1" in g for g in got)
         proxy.close()
 

@@ -308,4 +308,4 @@ def _wait_for_quiet(store):
     before = -1
     while (count := len(store.files("checked"))) != before:
         before = count
-        time.sleep(1)
+        time.sleep(4)

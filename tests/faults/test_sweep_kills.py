@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from held import MARK, end_all
 from small import SWEEP_BASE
 
 from dfssd.runtime.storage import Storage
@@ -29,7 +30,7 @@ SCHEDULERS = {
 def _start(storage, strip, log):
     command = [sys.executable, str(ROOT / "jobs/sweep.py"), str(storage / "own.py"), "--data", str(strip)]
     command += ["--storage-path", str(storage), "--run-name", "s", "--gpu", "never"]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(storage)}
     with log.open("w") as stream:
         return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=env)
 
@@ -61,6 +62,7 @@ def test_a_trial_and_the_driver_are_killed_and_the_same_command_ends_it(strip, t
     finally:
         process.kill()
         process.wait()
+        end_all(str(tmp_path))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("s/trials/*/result.json")}
     process = _start(tmp_path, strip, second)
     assert process.wait(timeout=600) == 0, second.read_text()[-4000:]
