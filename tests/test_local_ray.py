@@ -87,9 +87,14 @@ def test_two_jobs_that_start_at_once_choose_two_ports():
         subprocess.Popen([sys.executable, "-c", choose], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    ports = [job.stdout.readline().strip() for job in jobs]
-    assert len(set(ports)) == 2 and all(ports)
-    for job in jobs:
-        job.communicate("\n")
-    again = subprocess.run([sys.executable, "-c", choose], input="\n", capture_output=True, text=True)
+    try:
+        ports = [job.stdout.readline().strip() for job in jobs]
+        assert len(set(ports)) == 2 and all(ports)
+        for job in jobs:
+            job.communicate("\n", timeout=120)
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+    again = subprocess.run([sys.executable, "-c", choose], input="\n", capture_output=True, text=True, timeout=300)
     assert again.stdout.strip() == min(ports), "a job that has ended leaves nothing behind"

@@ -218,6 +218,13 @@ def test_a_file_that_still_grows_is_left_alone(tmp_path, monkeypatch):
     assert labelling.pictures == 1 and not (folder / "unreadable").exists()
 
 
+def test_a_picture_that_is_taken_away_before_it_is_put_aside_ends_nothing(tmp_path):
+    said = []
+    labelling = line.Labelling(Bright(), tmp_path / "out", draw=False, say=said.append)
+    line._aside(labelling, tmp_path / "gone.png", tmp_path)
+    assert labelling.bad == 0 and not said
+
+
 def test_user_errors_end_with_2(tmp_path, capsys):
     _picture(tmp_path / "x.png")
     for words, said in (

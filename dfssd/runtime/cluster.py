@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -38,7 +39,7 @@ SETTLE_S = 4.0  # of these seconds at most are spent on waiting for more than wo
 
 T = TypeVar("T")
 _started: threading.Event | None = None  # of a Ray that is being started in the background
-_claims: list[socket.socket] = []  # ports that this process has chosen
+_claims: dict[int, socket.socket] = {}  # ports that this process has chosen
 
 
 def start_early() -> None:
@@ -149,16 +150,19 @@ def _free_port(first: int) -> int:
 
 
 def _claim(port: int) -> bool:
-    """Is the port this job's? Ray listens on it seconds from now, and a job that starts meanwhile would choose it too."""
-    if not sys.platform.startswith("linux"):
+    """Is the port this job's? Ray listens on it seconds from now, and a job that starts meanwhile would choose it too.
+
+    By a socket of Linux' own kind, whose name has no file and ends with this process; elsewhere nobody is asked.
+    """
+    if port in _claims or not sys.platform.startswith("linux"):
         return True
     name = socket.socket(socket.AF_UNIX)
     try:
-        name.bind(f"\0dfssd-dashboard-{port}")  # a name without a file, which ends with this process
-    except OSError:
+        name.bind(f"\0dfssd-dashboard-{port}")
+    except OSError as error:
         name.close()
-        return False
-    _claims.append(name)
+        return error.errno != errno.EADDRINUSE  # where such names are forbidden nobody is asked either
+    _claims[port] = name
     return True
 
 

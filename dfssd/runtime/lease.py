@@ -28,6 +28,7 @@ BEAT_S = 10.0  # between two signs of life
 WATCH_S = 45.0  # without one, after which a holder elsewhere is dead
 GRACE_S = 8.0  # that a living one on this machine gets to end: a killed driver's workers outlive it for a moment
 CONFIRM_S = 0.5  # after which a storage that knows no locks is asked whose lease it is
+LOCK_S = 20.0  # that a lock is waited for
 LOCK = ".lock"  # in the folder of the leases; an empty file that stays
 
 
@@ -165,12 +166,30 @@ class Lease:
     def _take(self) -> bool:
         """Write the lease where there is none; false where somebody else has one, or was faster."""
         with self._alone() as alone:
-            if self.store.exists(self.file):
+            if not self._create(json.dumps(self._own).encode()):
                 return False
-            self.store.write(self.file, json.dumps(self._own).encode())
         if not alone:
             time.sleep(CONFIRM_S)
         return self._is_ours(self._raw())
+
+    def _create(self, data: bytes) -> bool:
+        """Write the lease unless there is one: in a folder whole and by one alone, also where locks bind one machine only."""
+        if self.store.exists(self.file):
+            return False
+        if not self.store.is_local:
+            self.store.write(self.file, data)
+            return True
+        draft = f"{self.file}.{self._own['token']}"
+        self.store.write(draft, data)
+        try:
+            os.link(self.store.path(draft), self.store.path(self.file))
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            self.store.write(self.file, data)
+        finally:
+            self.store.delete(draft)
+        return True
 
     def _remove(self, seen: bytes) -> None:
         """Remove the lease of a dead holder; one that somebody else has taken meanwhile stays."""
@@ -181,7 +200,8 @@ class Lease:
     @contextmanager
     def _alone(self) -> Iterator[bool]:
         """Between a look at the lease and what is done about it nobody else does anything. Gives false where that cannot be
-        had (an object store, a file system without locks), and a moment remains in which two may act."""
+        had (an object store, a file system without locks, a process that stands still with the lock), and a moment remains
+        in which two may act."""
         if not self.store.is_local:
             yield False
             return
@@ -192,17 +212,19 @@ class Lease:
             return file.open("w")
 
         with retried(opened, str(file)) as lock:  # the system lets go of it when its process dies
+            alone = _locked(lock)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                alone = True
-            except OSError:
-                alone = False
-            yield alone
+                yield alone
+            finally:
+                if alone:
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # also of a process that was forked meanwhile
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_S):
             try:
                 with self._alone():
+                    if self._done.is_set():
+                        return
                     self.lost = not self._is_ours(self._raw())
                     if not self.lost:
                         self._own["beat"] += 1
@@ -212,6 +234,21 @@ class Lease:
                     return
             except OSError:  # storage is tried again for long enough; the stage itself says what is wrong with it
                 continue
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file; false where it cannot be, or its holder keeps it for longer than what is done under it ever takes."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return False
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

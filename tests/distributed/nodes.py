@@ -39,6 +39,7 @@ def free_port() -> int:
 def start_cluster(connect: bool = False, **own: object) -> Any:
     """A `ray.cluster_utils.Cluster` with a head of these resources. Once more where another program took the dashboard's port
     that was just free, or the machine was too busy for Ray's patience."""
+    import ray
     from ray.cluster_utils import Cluster
 
     for attempt in range(3):
@@ -48,6 +49,7 @@ def start_cluster(connect: bool = False, **own: object) -> Any:
         except Exception as error:
             if attempt == 2:
                 raise
+            ray.shutdown()
             print(f"Ray did not start, once more: {error}")
 
 

@@ -1,6 +1,7 @@
 """Damage what stages leave, and run two drivers at once: it is noticed, named, and mended or refused."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import threading
@@ -281,6 +282,16 @@ def test_who_is_late_to_remove_a_dead_lease_never_touches_the_one_that_came_afte
             holder.check()
         thread.join()
         assert not late._take()
+
+
+def test_a_process_that_stands_still_with_the_lock_holds_up_nobody_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "LOCK_S", 0.3)
+    (tmp_path / "leases").mkdir()
+    with (tmp_path / "leases" / lease_module.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with Lease(Storage(str(tmp_path)), "x") as lease:
+            lease.check()
+        assert [p.name for p in (tmp_path / "leases").iterdir()] == [lease_module.LOCK]
 
 
 def test_a_folder_of_leases_that_cannot_be_made_is_a_user_error(tmp_path):
