@@ -124,9 +124,8 @@ def test_a_machine_keeps_the_tables_that_were_asked_for_last(tmp_path, monkeypat
         store.write_json("stage.json", {})
     kept = []
     for store in (stores[0], stores[1], stores[0], stores[2]):
-        for file in tmp_path.glob(
-            "dfssd-tables-*/*.arrow"
-        ):  # the clock of a file system may be too coarse to tell two apart
+        # The clock of a file system may be too coarse to tell two apart.
+        for file in tmp_path.glob("dfssd-tables-*/*.arrow"):
             os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns - 10**12))
         read_pseudo(store, shared=True)
         kept.append({p.name for p in tmp_path.glob("dfssd-tables-*/*.arrow")})

@@ -119,6 +119,7 @@ def _check(root, place, env):
         seen = subprocess.run(look, env=env, capture_output=True, text=True, timeout=120)
         a_node = json.loads(seen.stdout)
         assert len(a_node) == 2 and a_node[0] == a_node[1], (f"{actor}s a node: " + seen.stdout, seen.stderr)
+        assert actor != "TeacherActor" or a_node == [1, 1], seen.stdout
     names = [
         o["Key"]
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket="dfssd")
