@@ -426,7 +426,10 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     _the_point_is_that_of_the_line(
         file, read_manifest(Storage(str(storage / "r")).at("dataset")), results["label_only"]
     )
-    everything = measure_files(config, [str(file)], str(strip))[str(file)]
+    wide = config.model_copy(update={"train": config.train.model_copy(update={"imgsz": 96})})
+    everything = measure_files(wide, [str(file)], str(strip), ("train.imgsz",))[str(file)]
+    assert any("takes 64 px: --imgsz 96 has no effect on it" in note for note in everything["remarks"])
+    assert everything["imgsz"] == 64
     assert sum(c["boxes"] for c in everything["by_class"].values()) > sum(c["boxes"] for c in two["by_class"].values())
     print_files(found, "test")
     assert "chosen on val" in capsys.readouterr().out

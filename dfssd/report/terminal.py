@@ -10,9 +10,16 @@ from dfssd.config import Config
 from dfssd.data.formats.listing import IMAGE_SUFFIXES
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import mask
-from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import published, verdict
-from dfssd.evaluate.verdict import common_point, disagreement, equal_footing, escapes_in_words, labels_in_words, on_test
+from dfssd.evaluate.verdict import (
+    common_point,
+    disagreement,
+    doubts,
+    equal_footing,
+    escapes_in_words,
+    labels_in_words,
+    on_test,
+)
 from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.artefact_names import LABEL_ONLY
 from dfssd.runtime.storage import Storage
