@@ -311,6 +311,20 @@ def test_a_dry_run_of_files_says_what_it_would_measure_and_measures_nothing(tmp_
         job(["--weights", str(tmp_path / "b.onnx"), *words])
 
 
+def test_where_numbers_go_is_looked_at_before_anything_is_measured(tmp_path, monkeypatch):
+    from dfssd.evaluate import files
+    from dfssd.jobs.evaluate import job
+
+    monkeypatch.setattr(files, "measure_files", lambda *a: {"a.pt": {"map50": 0.5}})
+    monkeypatch.setattr("dfssd.report.terminal.print_files", lambda *a: None)
+    job(["--weights", "a.pt", "--out", str(tmp_path / "new" / "folder" / "n.json")])
+    assert json.loads((tmp_path / "new" / "folder" / "n.json").read_text()) == {"a.pt": {"map50": 0.5}}
+    monkeypatch.setattr(files, "measure_files", lambda *a: pytest.fail("it measures"))
+    for out, said in ((tmp_path, "--out is a folder"), (tmp_path / "new/folder/n.json/m.json", "--out: ")):
+        with pytest.raises(DfssdError, match=said):
+            job(["--weights", "a.pt", "--out", str(out)])
+
+
 def test_a_file_of_settings_is_read_and_flags_win(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("train: {imgsz: 96, lr: 0.01}\ndistill:\n  taps: [4, 15]\nrounds: 2\nthresholds.tau: 0.3\n")

@@ -167,6 +167,9 @@ def test_a_class_that_val_hardly_shows_keeps_the_common_score():
     point = escapes.operating_point(Pictures.of(records, 3), NAMES, 0.05)
     assert point["thresholds"]["c"] == point["score"] < point["thresholds"]["b"]
     assert any("c: the common score" in n for n in point["notes"])
+    few = escapes.operating_point(Pictures.of(records[:12], 3), NAMES, 0.05)["notes"]
+    assert any("fewer than 10 val pictures show a, b, c: the common score" in n for n in few), "nothing was tried"
+    assert not any("cross-validation" in n for n in few)
 
 
 def test_a_rate_out_of_reach_and_no_defects_are_said():
@@ -236,18 +239,39 @@ def test_no_event_is_not_certainty():
     assert low == 0 and high == pytest.approx(1 - 0.025 ** (1 / 30), abs=1e-9)
     assert intervals.rate_interval(np.zeros(0, bool), np.zeros(0)) == (0.0, 1.0)
     assert intervals.trials_needed(0.02) == 149  # the rule of three
+    assert intervals.trials_needed(0) == np.inf and np.isfinite(intervals.trials_needed(1e-18))
 
 
 def test_few_pictures_are_said_in_plain_words():
     records = made_up(30, seed=3)
     keep = [r for r in records if len(r["target_cls"])] + [r for r in records if not len(r["target_cls"])][:6]
     pictures = Pictures.of(keep, 3)
-    notes = escapes.doubts(escapes.measure(pictures, np.full(3, 0.3), NAMES), 0.02, "test")
+    notes = verdict.doubts(escapes.measure(pictures, np.full(3, 0.3), NAMES), 0.02, "test")
     assert notes[0].startswith("6 clean test pictures cannot measure overkill (the interval is ")
     assert "cannot confirm an escape rate of 2.0%" in notes[1] and "149" in notes[1]
     none = Pictures.of([r for r in records if len(r["target_cls"])], 3)
-    notes = escapes.doubts(escapes.measure(none, np.full(3, 0.3), NAMES), 0.02, "test")
+    notes = verdict.doubts(escapes.measure(none, np.full(3, 0.3), NAMES), 0.0, "test")
     assert notes[0].startswith("No clean test picture: overkill cannot be measured")
+    assert notes[1].endswith("cannot confirm an escape rate of 0.0%: no number of pictures can.")
+
+
+def test_a_score_chosen_on_few_pictures_lets_more_pass_than_was_asked_and_says_so():
+    """How much more, by the truth: scores of new pictures from the same source."""
+    rng = np.random.default_rng(0)
+
+    def drawn(count):
+        shows, none = np.ones((count, 1), bool), (np.zeros(0),)
+        return Pictures(rng.beta(2, 1, (count, 1)), shows, np.arange(count), none, none)
+
+    for rate, count, said in ((0.05, 3, True), (0.05, 9, False), (0.05, 40, False), (0.02, 20, True), (0.0, 40, True)):
+        new = drawn(20_000).best[:, 0]
+        passed = [(new < escapes.single_threshold(drawn(count), rate)[0]).mean() for _ in range(400)]
+        expected = intervals.rate_of_new(rate, count)
+        assert np.mean(passed) == pytest.approx(expected, abs=3.5 * np.std(passed) / 20 + 1e-3)
+        notes = [n for n in escapes.operating_point(drawn(count), ["a"], rate)["notes"] if "cannot choose" in n]
+        assert bool(notes) == said and all(f"lets {expected:.1%} of new ones pass" in n for n in notes), (rate, count)
+    assert "19 would do" in escapes.operating_point(drawn(3), ["a"], 0.05)["notes"][0]
+    assert "3 defective pictures cannot" in escapes.operating_point(drawn(3), ["a"], 0.05, "")["notes"][0]
 
 
 def test_curves_agree_with_ultralytics_at_the_score_of_best_f1():

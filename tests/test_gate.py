@@ -124,6 +124,17 @@ def test_the_words_follow_the_numbers(numbers, said, model):
     assert ("--publish-best" in line) == (model == "label_only")
 
 
+def test_an_interval_over_a_handful_of_images_decides_nothing():
+    """Of 5 images the bootstrap holds the truth in 79 of 100, of 20 in 92: above zero it is no proof."""
+    for images, said in ((5, "may have paid"), (gate.FEW_GROUPS, "paid")):
+        line = gate.verdict({**_result(0.05, 0.02, 0.08), "images": images})
+        assert line.startswith(f"The unlabelled images {said}: ") and "holds zero" not in line
+        assert ("5 of them cannot say how sure" in line) == (images == 5)
+    many_alike = gate.verdict({**_result(0.05, 0.02, 0.08), "images": 40, "groups": 7})
+    assert "may have paid" in many_alike and "7 of them cannot say" in many_alike
+    assert "cannot say how sure" in gate.verdict({**_result(-0.05, -0.08, -0.02), "images": 5})
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("width", [0.001, 0.1])
 def test_a_headline_does_not_point_against_the_other_measure(sign, width):

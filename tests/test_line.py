@@ -1,6 +1,7 @@
 """At the line: letterbox and NMS without torch agree with Ultralytics', drift is seen and not invented."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,17 @@ def test_a_model_whose_runtime_is_missing_is_a_sentence_for_predict_and_evaluate
     for opens in (lambda: open_model(str(engine)), lambda: measure_file(str(engine), Config())):
         with pytest.raises(DfssdError, match=r"cannot be opened: .*[tT]ensor"):
             opens()
+
+
+def test_a_size_or_threads_that_a_file_has_no_use_for_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dfssd.evaluate.open_model.open_exported", lambda path, threads: SimpleNamespace(imgsz=96))
+    for name in ("m.onnx", "m.engine"):
+        (tmp_path / name).touch()
+    assert open_model(str(tmp_path / "m.onnx"), 96, 2).imgsz == 96
+    with pytest.raises(DfssdError, match=r"--imgsz 64: the input of this model is 96 px"):
+        open_model(str(tmp_path / "m.onnx"), 64)
+    with pytest.raises(DfssdError, match=r"--threads has no effect on an \.engine"):
+        open_model(str(tmp_path / "m.engine"), threads=2)
 
 
 def test_a_model_from_elsewhere_is_refused(tmp_path):

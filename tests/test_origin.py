@@ -97,7 +97,10 @@ def test_predict_takes_the_point_and_size_of_the_run(run, monkeypatch, capsys):
     file = run.path("student", "best.pt")
     np.testing.assert_allclose(open_model(file).thresholds(), [0.2, 0.2])
     assert "WARNING" not in capsys.readouterr().out
-    np.testing.assert_allclose(open_model(file, 96).thresholds(), [0.25, 0.25])
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    np.testing.assert_allclose(open_model(file, 96, 3).thresholds(), [0.25, 0.25])
+    assert threads == [3]
     assert sides == [64, 96] and "no operating point was chosen for this .pt at 96 px" in capsys.readouterr().out
 
 

@@ -94,6 +94,17 @@ def test_a_second_run_replaces_the_lines_of_the_same_pictures(tmp_path):
     assert len((tmp_path / "out" / LINES).read_text().splitlines()) == 3 and next(again.lines())["verdict"] == "pass"
 
 
+def test_what_was_drawn_before_is_no_picture(tmp_path, monkeypatch):
+    """`dfssd predict MODEL .` twice: its results lie below the folder that it reads."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "drawn").mkdir()
+    pictures = [_picture(tmp_path / place) for place in ("x.png", "drawn/y.png")]
+    for place in (".", str(tmp_path), f"../{tmp_path.name}"):
+        line.predict(line.Labelling(Bright(), line.Path("predictions"), say=lambda text: None), pictures)
+        found = line.find_pictures([place], line.Path("predictions"))
+        assert sorted(p.name for p in found) == ["x.png", "y.png"], place
+
+
 def test_another_model_into_the_same_folder(tmp_path):
     """Lines say which model found what; classes that only the earlier one knew are no crash at the end."""
     first = Results(tmp_path, ["crack"], "1" * 12)
@@ -232,6 +243,7 @@ def test_user_errors_end_with_2(tmp_path, capsys):
         (["no.onnx", str(tmp_path / "y.png")], "no such picture"),
         (["no.onnx"], "--watch"),
         (["no.onnx", str(tmp_path / "x.png"), "--score", "3"], "--score 3.0: must be from 0 to 1"),
+        (["no.onnx", str(tmp_path / "x.png"), "--poll-s", "1"], "--poll-s has no effect without --watch"),
     ):
         with pytest.raises(SystemExit) as error:
             run("predict", words)

@@ -192,7 +192,18 @@ def test_last_weights_are_measured_beside_the_best(measured):
     assert f"; with the weights of the last step, which nothing chose, mAP50 {gained:+.1f} points" in on_test(two)
 
 
-def test_what_a_user_sees_last(measured, capsys, tmp_path):
+def _in_a_bucket(opened, path):
+    """Opens storages below a path as if they lay in a bucket."""
+
+    def opens(self, uri):
+        opened(self, uri.removeprefix("s3://bucket"))
+        if self.root.startswith(path):
+            self.is_local, self.uri = False, f"s3://bucket{self.root}"
+
+    return opens
+
+
+def test_what_a_user_sees_last(measured, capsys, tmp_path, monkeypatch):
     """Verdict on val and test, escapes and rejects, and commands that name only files that are there."""
     from dfssd.report.terminal import print_results
 
@@ -231,6 +242,18 @@ def test_what_a_user_sees_last(measured, capsys, tmp_path):
     print_results(config)  # the better one is at the line: the command does not put the other one there
     text = capsys.readouterr().out
     assert "--imgsz 64 --publish-best --overwrite" in text and "label_only/best.pt" in text.split("next:")[1]
+    export = {"model": "student", "files": {"student.onnx": 2**20}, "parity": {}, "speedup": None}
+    run.write_json("export/export.json", {**export, "latency": {"timings": {}, "note": "quiet"}})
+    run.write_json("export/stage.json", {"inputs": {"report": "of now"}})
+    print_results(config)
+    assert f"dfssd predict {run.path('export/student.onnx')} " in capsys.readouterr().out
+    monkeypatch.setattr(Storage, "__init__", _in_a_bucket(Storage.__init__, config.run.storage_path))
+    print_results(config)  # what lies in a bucket is named by its address, and no command names it as a file
+    text = capsys.readouterr().out
+    assert f"report    s3://bucket{run.path('report/report.html')}\n" in text
+    assert f"fetch s3://bucket{run.path('export/student.onnx')}, then dfssd predict student.onnx PICTURES" in text
+    assert not re.search(r"^  (dfssd|yolo) predict", text, re.M) and "yolo takes" not in text
+    monkeypatch.undo()
     run.at("export").delete()
     run.at("report").delete("stage.json")
 
@@ -403,7 +426,10 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     _the_point_is_that_of_the_line(
         file, read_manifest(Storage(str(storage / "r")).at("dataset")), results["label_only"]
     )
-    everything = measure_files(config, [str(file)], str(strip))[str(file)]
+    wide = config.model_copy(update={"train": config.train.model_copy(update={"imgsz": 96})})
+    everything = measure_files(wide, [str(file)], str(strip), ("train.imgsz",))[str(file)]
+    assert any("takes 64 px: --imgsz 96 has no effect on it" in note for note in everything["remarks"])
+    assert everything["imgsz"] == 64
     assert sum(c["boxes"] for c in everything["by_class"].values()) > sum(c["boxes"] for c in two["by_class"].values())
     print_files(found, "test")
     assert "chosen on val" in capsys.readouterr().out

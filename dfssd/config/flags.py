@@ -63,8 +63,8 @@ def parse(
     base = base or Config()
     keys = expand(shown)
     if file := _value_of("--config", words):
-        named = _named(words)
-        base = read_config(file, base, [key for key in keys if _flag_of(key) not in named])
+        flags = named(words)
+        base = read_config(file, base, [key for key in keys if _flag_of(key) not in flags])
     model = _model(keys, base, {**extra, **COMMON})
     text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
     parsed = tyro.cli(
@@ -94,7 +94,7 @@ def _refuse_without_effect(
     words: Sequence[str], parsed: Any, keys: Sequence[str], modes: Mapping[str, Sequence[str]], extra: Mapping[str, Any]
 ) -> None:
     """Refuse flags that do nothing in the mode that the others ask for."""
-    given = _named(words)
+    given = named(words)
     for name, (_, info) in extra.items():
         if _word(name) in given and (mode := _of(info)) and not _is_on(parsed, mode):
             flag = "--" + mode.replace("_", "-").replace("=", " ")
@@ -123,7 +123,7 @@ def _of(info: FieldInfo) -> str:
     return str(info.json_schema_extra.get("of", "")) if isinstance(info.json_schema_extra, dict) else ""
 
 
-def _named(words: Sequence[str]) -> set[str]:
+def named(words: Sequence[str]) -> set[str]:
     """Flags of a command line, without dashes before and values after."""
     return {
         w.partition("=")[0].replace("_", "-").removeprefix("--no-").removeprefix("--") for w in words if w[:2] == "--"

@@ -8,18 +8,18 @@ Legend: P pictures, C classes. Records are those of `dfssd.evaluate.validation.c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dfssd.evaluate.intervals import rate_interval, trials_needed
+from dfssd.evaluate.intervals import rate_interval, rate_of_new
 
 FLOOR = 0.01  # lowest score that is offered as an operating point: below it nearly everything is a detection
 CLASS_PICTURES = 10  # val pictures that must show a class before it gets a threshold of its own
 FOLDS = 5
-CLEAN_PICTURES = 30  # clean pictures below which overkill is said not to be measurable
 CURVE = np.concatenate([[0.01, 0.02, 0.03, 0.04], np.arange(1, 20) / 20, [0.97, 0.99]])
 
 
@@ -230,8 +230,11 @@ def _steps(pictures: Pictures, c: int, above: float) -> np.ndarray:
     return scores[np.linspace(0, len(scores) - 1, min(24, len(scores))).astype(int)] if len(scores) else scores
 
 
-def operating_point(val: Pictures, names: Sequence[str], max_escape: float) -> dict[str, Any]:
+def operating_point(val: Pictures, names: Sequence[str], max_escape: float, split: str = "val") -> dict[str, Any]:
     """Thresholds chosen on val for at most `max_escape` of the defective pictures; JSON-ready.
+
+    Args:
+        split: what its pictures are called in the notes; '' where they are of none.
 
     Returns:
         max_escape, chosen_on, score (one for all classes), thresholds (by class), reachable, notes (plain sentences).
@@ -245,41 +248,42 @@ def operating_point(val: Pictures, names: Sequence[str], max_escape: float) -> d
         "thresholds": {n: round(float(t), 3) for n, t in zip(names, tau_c, strict=True)},
         "reachable": reachable,
     }
-    defective = int(val.defective.sum())
-    notes = []
+    return {**point, "notes": _notes(val, names, point, by_class, f"{split} pictures".strip())}
+
+
+def _notes(val: Pictures, names: Sequence[str], point: Mapping[str, Any], by_class: bool, pictures: str) -> list[str]:
+    """What has to be known of an operating point, in sentences."""
+    defective, max_escape = int(val.defective.sum()), point["max_escape"]
     if not defective:
-        notes.append("val has no defective picture: no operating point can be chosen")
-    elif not reachable:
-        escaped = int((~val.rejected(tau_c))[val.defective].sum())
+        return [f"no defective picture among the {pictures}: no operating point can be chosen"]
+    notes = []
+    if not point["reachable"]:
+        escaped = int((~val.rejected(thresholds_of(point, names)))[val.defective].sum())
         notes.append(
             f"an escape rate of {max_escape:.1%} cannot be reached: at the lowest usable score of {FLOOR}, "
-            f"{escaped} of {defective} defective val pictures still pass"
+            f"{escaped} of {defective} defective {pictures} still pass"
         )
-    if not by_class and len(names) > 1 and defective:
-        notes.append("thresholds by class were no better in cross-validation on val: the common score is used for all")
+    else:
+        notes += _too_few_to_choose(val, max_escape, pictures)
     few = [n for c, n in enumerate(names) if val.shows[:, c].sum() < CLASS_PICTURES]
-    if few and defective and by_class:
-        notes.append(f"fewer than {CLASS_PICTURES} val pictures show {', '.join(few)}: the common score is used there")
-    return {**point, "notes": notes}
-
-
-def doubts(measured: dict[str, Any], max_escape: float, split: str) -> list[str]:
-    """Plain sentences on what the pictures of a split are too few to say."""
-    notes = []
-    escape, overkill = measured["escape"], measured["overkill"]
-    if overkill["pictures"] < CLEAN_PICTURES:
-        count = overkill["pictures"]
-        who = f"{count} clean {split} picture{'s' * (count != 1)}" if count else f"No clean {split} picture:"
-        said = f"{who} cannot measure overkill" if count else f"{who} overkill cannot be measured"
-        more = f" (the interval is {overkill['low']:.0%} to {overkill['high']:.0%})" if count else ""
-        notes.append(f"{said}{more}; add pictures without defects, with empty label files.")
-    needed = trials_needed(max_escape)
-    if escape["groups"] < needed:
-        notes.append(
-            f"{escape['pictures']} defective {split} pictures ({escape['groups']} apart from near-duplicates) cannot "
-            f"confirm an escape rate of {max_escape:.1%}: that takes {needed} without an escape."
-        )
+    if few and (by_class or len(few) == len(names) > 1):
+        notes.append(f"fewer than {CLASS_PICTURES} {pictures} show {', '.join(few)}: the common score is used there")
+    elif not by_class and len(names) > 1:
+        notes.append("thresholds by class were no better in cross-validation: the common score is used for all")
     return notes
+
+
+def _too_few_to_choose(val: Pictures, max_escape: float, pictures: str) -> list[str]:
+    """A sentence where a score chosen on so few pictures lets twice as many new ones pass as was asked for."""
+    groups = len(set(val.groups[val.defective].tolist()))
+    new = rate_of_new(max_escape, groups)
+    if new <= 2 * max_escape:
+        return []
+    enough = f"; {math.ceil(1 / max_escape) - 1} would do" if max_escape > 0 else ""
+    return [
+        f"{groups} defective {pictures} cannot choose a score for an escape rate of {max_escape:.1%}: one chosen on so few "
+        f"lets {new:.1%} of new ones pass on average{enough}"
+    ]
 
 
 def thresholds_of(point: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:

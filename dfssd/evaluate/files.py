@@ -56,11 +56,12 @@ def measure_files(config: Config, files: Sequence[str], on: str, named: Collecti
         if point is None:
             where = "val" if val else "these pictures themselves (so escapes flatter)"
             chosen = collect_squares(opened.detect, val, opened.imgsz, known) if val else records
-            point = operating_point(Pictures.of(chosen, len(manifest.names)), manifest.names, rate)
+            of = Pictures.of(chosen, len(manifest.names))
+            point = operating_point(of, manifest.names, rate, "val" if val else "")
             point = {**point, "chosen_on": where}
         numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
         seen = opened.origin.seen(rows) if opened.origin else None
-        notes = _notes(file, opened, seen, config, on, len(rows), RATE in named)
+        notes = _notes(file, opened, seen, config, on, len(rows), named)
         results[file] = {
             **numbers, "operating_point": point, "imgsz": opened.imgsz, "seen": seen, "remarks": notes
         }  # fmt: skip
@@ -175,17 +176,25 @@ def side_of(asked: int, origin: Origin | None, named: bool) -> int:
 
 
 def _notes(
-    file: str, opened: Opened, seen: dict[str, int] | None, config: Config, on: str, pictures: int, rate_named: bool
+    file: str,
+    opened: Opened,
+    seen: dict[str, int] | None,
+    config: Config,
+    on: str,
+    pictures: int,
+    named: Collection[str],
 ) -> list[str]:
     """What has to be known beside the numbers of a file."""
     unknown = opened.origin is None and on in SPLITS
     notes = [] if unknown else [in_words(file, seen, pictures, opened.origin is not None)]
     asked, own = config.evaluate.max_escape, (opened.point or {}).get("max_escape")
-    if rate_named and own is not None and own != asked:
+    if RATE in named and own is not None and own != asked:
         notes.append(
             f"{file} brings scores chosen for at most {own:.1%} escapes: --max-escape {asked:g} has no effect on it."
         )
     is_pt = file.endswith(".pt")
+    if SIDE in named and not is_pt and opened.imgsz != config.train.imgsz:
+        notes.append(f"{file} takes {opened.imgsz} px: --imgsz {config.train.imgsz} has no effect on it.")
     if is_pt and opened.imgsz != config.train.imgsz:
         notes.append(f"{file}: measured at {opened.imgsz} px, as in its run.")
     if is_pt and opened.origin and opened.origin.point and not opened.point:

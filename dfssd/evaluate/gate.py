@@ -19,6 +19,9 @@ from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
 
 RESAMPLES = 300
 LEVEL = 95  # percent
+FEW_GROUPS = (
+    20  # below it the bootstrap is too narrow to decide (Cameron, Gelbach & Miller, 2008, section I: "5 to 30")
+)
 MEASURES = ("map50", "map50_95")
 
 
@@ -108,7 +111,9 @@ def verdict(gate: dict[str, Any], unlabelled: bool = True) -> str:
     mAP50-95 decides (`better`); where mAP50 points the other way, the line says that instead of an answer.
     """
     one = gate["map50_95"]
-    said = "paid" if one["low"] > 0 else "did NOT pay" if one["difference"] <= 0 else "may have paid"
+    groups = gate.get("groups", gate["images"])
+    few = groups < FEW_GROUPS
+    said = "paid" if one["low"] > 0 and not few else "did NOT pay" if one["difference"] <= 0 else "may have paid"
     if one["difference"] * gate["map50"]["difference"] < 0:
         up, down = ("mAP50-95", "mAP50") if one["difference"] > 0 else ("mAP50", "mAP50-95")
         said = f"undecided, {up} up, {down} down"
@@ -116,7 +121,6 @@ def verdict(gate: dict[str, Any], unlabelled: bool = True) -> str:
         f"{label} {100 * g['difference']:+.1f} points ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})"
         for label, g in (("mAP50", gate["map50"]), ("mAP50-95", one))
     )
-    groups = gate.get("groups", gate["images"])
     apart = "" if groups == gate["images"] else f" in {groups} groups of near-duplicates"
     what = "unlabelled images" if unlabelled else "teacher"
     asked = f"Whether the {what} paid is" if "undecided" in said else f"The {what}"
@@ -127,8 +131,12 @@ def verdict(gate: dict[str, Any], unlabelled: bool = True) -> str:
     elif "undecided" in said:
         chosen = "student/best.pt" if better(gate) == STUDENT.role else "label_only/best.pt"
         text += f" By mAP50-95, which --publish-best goes by, {chosen} is ahead: look at escapes and rejects before choosing."
-    elif said == "may have paid":
+    elif said == "may have paid" and one["low"] <= 0:
         text += " The interval holds zero: more val images or more seeds would tell."
+    if few:
+        text += (
+            f" {groups} of them cannot say how sure this is: with fewer than {FEW_GROUPS} the intervals are too narrow."
+        )
     return text
 
 

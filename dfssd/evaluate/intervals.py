@@ -48,6 +48,16 @@ def exact_interval(events: float, trials: int) -> tuple[float, float]:
     return low, high
 
 
-def trials_needed(rate: float) -> int:
-    """Pictures without a single event from which a rate below `rate` can be claimed with 95 % confidence (one-sided)."""
-    return math.ceil(math.log(1 - LEVEL) / math.log(1 - rate))
+def trials_needed(rate: float) -> float:
+    """Pictures without a single event from which a rate below `rate` can be claimed with 95 % confidence (one-sided);
+    infinite for a rate of 0."""
+    return math.ceil(math.log(1 - LEVEL) / math.log1p(-rate)) if rate > 0 else math.inf
+
+
+def rate_of_new(rate: float, trials: int) -> float:
+    """Share of new pictures that pass on average at the highest score that lets at most `rate` of `trials` pass.
+
+    Whatever the scores are distributed like: a new one falls into each of the gaps between the known ones equally often
+    (Wilks, Annals of Mathematical Statistics 12, 1941).
+    """
+    return (math.floor(rate * trials + 1e-9) + 1) / (trials + 1)

@@ -19,12 +19,24 @@ def open_model(file: str, imgsz: int = 0, threads: int = 0) -> Detector:
 
     Args:
         imgsz: side of the input (px), of a .pt only: exported models know theirs. 0: as its run measured it, else 640.
+        threads: CPU threads; 0: as the runtime chooses. An .engine has none.
 
     Raises:
-        DfssdError: it is not there, or not a model of this kind.
+        DfssdError: it is not there, not a model of this kind, or has no use for what was asked.
     """
     path = model_path(file)
-    return _Network(path, imgsz) if path.suffix == ".pt" else open_exported(path, threads)
+    if path.suffix == ".pt":
+        return _Network(path, imgsz, threads)
+    if threads and path.suffix == ".engine":
+        raise DfssdError("--threads has no effect on an .engine, which computes on the GPU", todo="leave it out")
+    model = open_exported(path, threads)
+    if imgsz not in (0, model.imgsz):
+        raise DfssdError(
+            f"--imgsz {imgsz}: the input of this model is {model.imgsz} px, and nothing changes it",
+            where=file,
+            todo="leave --imgsz out; a .pt takes any",
+        )
+    return model
 
 
 def model_path(file: str) -> Path:
@@ -62,12 +74,17 @@ class _Network:
 
     Args:
         imgsz: side of the input (px); 0: that of its operating point, without one 640.
+        threads: CPU threads of torch, in this whole process; 0: its own choice.
     """
 
-    def __init__(self, path: Path, imgsz: int) -> None:
+    def __init__(self, path: Path, imgsz: int, threads: int) -> None:
+        import torch
+
         from dfssd.evaluate.origin import origin_of
         from dfssd.models.families import ready_model
 
+        if threads:
+            torch.set_num_threads(threads)
         origin = origin_of(path)
         self.imgsz = imgsz or (origin.imgsz if origin else None) or 640
         self.model: Any

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from dfssd.evaluate.escapes import doubts
+from dfssd.evaluate.intervals import trials_needed
+
+CLEAN_PICTURES = 30  # clean pictures below which overkill is said not to be measurable
 
 
 def share(rate: dict[str, Any]) -> str:
@@ -43,6 +46,26 @@ def escapes_in_words(results: dict[str, Any], models: dict[str, str], split: str
     notes = [note[0].upper() + note[1:].rstrip(".") + "." for note in point["notes"]]
     notes += doubts(results[shown[-1]][split]["line"], point["max_escape"], split)
     return lines + [f"  {note}" for note in dict.fromkeys(notes)]
+
+
+def doubts(measured: dict[str, Any], max_escape: float, split: str) -> list[str]:
+    """Plain sentences on what the pictures of a split are too few to say."""
+    notes = []
+    escape, overkill = measured["escape"], measured["overkill"]
+    if overkill["pictures"] < CLEAN_PICTURES:
+        count = overkill["pictures"]
+        who = f"{count} clean {split} picture{'s' * (count != 1)}" if count else f"No clean {split} picture:"
+        said = f"{who} cannot measure overkill" if count else f"{who} overkill cannot be measured"
+        more = f" (the interval is {overkill['low']:.0%} to {overkill['high']:.0%})" if count else ""
+        notes.append(f"{said}{more}; add pictures without defects, with empty label files.")
+    needed = trials_needed(max_escape)
+    if escape["groups"] < needed:
+        takes = f"that takes {needed} without an escape" if math.isfinite(needed) else "no number of pictures can"
+        notes.append(
+            f"{escape['pictures']} defective {split} pictures ({escape['groups']} apart from near-duplicates) cannot "
+            f"confirm an escape rate of {max_escape:.1%}: {takes}."
+        )
+    return notes
 
 
 def equal_footing(results: dict[str, Any]) -> str:

@@ -7,11 +7,13 @@ With --weights it measures any model files instead (.pt, .onnx, OpenVINO, Tensor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from dfssd.config.flags import parse
+from dfssd.errors import DfssdError
 from dfssd.jobs.stages import at_size_of_run, is_named, reads
 from dfssd.runtime.artefact_names import REPORT
 
@@ -60,7 +62,6 @@ def job(words: Sequence[str]) -> None:
         config = at_size_of_run(config, words, flags.config)
     if flags.weights:
         import json
-        from pathlib import Path
 
         from dfssd.evaluate.files import RATE, SIDE, measure_files, plan_files
 
@@ -69,6 +70,8 @@ def job(words: Sequence[str]) -> None:
             return
         from dfssd.report.terminal import print_files
 
+        if flags.out:
+            _make_room(Path(flags.out))
         named = [key for key in (SIDE, RATE) if is_named(key, words, flags.config)]
         results = measure_files(config, flags.weights, flags.on, named)
         print_files(results, flags.on)
@@ -82,3 +85,19 @@ def job(words: Sequence[str]) -> None:
         from dfssd.report.terminal import print_results
 
         print_results(config)
+
+
+def _make_room(out: Path) -> None:
+    """Make the folder of a file that is written after minutes of measuring.
+
+    Raises:
+        DfssdError: nothing can be written there.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DfssdError(
+            f"--out: {error.strerror}", where=str(out.parent), todo="give a file in another folder"
+        ) from error
+    if out.is_dir():
+        raise DfssdError("--out is a folder", where=str(out), todo="give a file, such as numbers.json in it")

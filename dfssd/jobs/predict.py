@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from dfssd.config.flags import VERSION_HELP, Switch
+from dfssd.config.flags import VERSION_HELP, Switch, named
 
 EXAMPLE = "dfssd predict runs/line3/export/student.onnx new_pictures --out predictions"
 
@@ -29,11 +29,11 @@ class Flags:
         score: One threshold for all classes [from 0 to 1]; -1: the model's operating point (of a .pt: that of its run's
             report; 0.25 of a .pt from elsewhere).
         watch: Folder to watch instead.
-        poll_s: Seconds between two looks at the watched folder [from 0].
+        poll_s: Seconds between two looks at the watched folder [from 0]. Only with --watch.
         draw: Keep pictures with their boxes drawn.
         imgsz: Side of the input (px) of a .pt [from 32 in steps of 32]; 0: that of its operating point, else 640; exported
             models know theirs.
-        threads: CPU threads [from 0]; 0: as the runtime chooses.
+        threads: CPU threads [from 0]; 0: as the runtime chooses. Not of an .engine.
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -68,7 +68,9 @@ def job(words: Sequence[str]) -> None:
         raise DfssdError(f"--imgsz {flags.imgsz}: must be a multiple of 32")
     if bool(flags.watch) == bool(flags.pictures):
         raise DfssdError("give pictures, or a folder to --watch", todo="dfssd predict MODEL PICTURES...")
-    files = find_pictures(flags.pictures) if flags.pictures else []
+    if "poll-s" in named(words) and not flags.watch:
+        raise DfssdError("--poll-s has no effect without --watch", todo="leave it out, or give --watch")
+    files = find_pictures(flags.pictures, Path(flags.out)) if flags.pictures else []
     detector = open_model(flags.model, flags.imgsz, flags.threads)
     score = flags.score if flags.score >= 0 else None
     labelling = Labelling(detector, Path(flags.out), score, flags.draw, lambda said: print(said, flush=True))

@@ -20,6 +20,7 @@ from dfssd.line.drift import Drift, picture_numbers
 from dfssd.line.results import Results
 
 UNREADABLE = "unreadable"  # folder beside the pictures that what cannot be decoded is moved to
+DRAWN = "drawn"  # folder in that of the results
 TRIES = 3  # looks at an unreadable picture before it is moved: it may still be being written
 SAY_S = 5.0
 
@@ -35,18 +36,21 @@ class Detector(Protocol):
     def thresholds(self, score: float | None = None) -> np.ndarray: ...
 
 
-def find_pictures(places: Sequence[str]) -> list[Path]:
+def find_pictures(places: Sequence[str], out: Path | None = None) -> list[Path]:
     """Files and the pictures of folders, below them too, in order.
+
+    Args:
+        out: folder for results: what an earlier labelling has drawn there is no picture of the line.
 
     Raises:
         DfssdError: a place does not exist, or there is no picture.
     """
     found: list[Path] = []
+    drawings = (out / DRAWN).resolve() if out else None
     for place in map(Path, places):
         if place.is_dir():
-            found += sorted(
-                p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and UNREADABLE not in p.parts
-            )
+            pictures = (p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and UNREADABLE not in p.parts)
+            found += sorted(p for p in pictures if p.parent.name != DRAWN or p.parent.resolve() != drawings)
         elif place.is_file():
             found.append(place)
         else:
@@ -106,7 +110,7 @@ class Labelling:
         """Where a drawn picture lies: its folder's and own name, and a number of its path's own, the same after a restart."""
         path = file.absolute()
         own = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-        place = self.results.out / "drawn" / f"{path.parent.name}_{path.stem}_{own}.jpg"
+        place = self.results.out / DRAWN / f"{path.parent.name}_{path.stem}_{own}.jpg"
         place.parent.mkdir(exist_ok=True)
         return place
 

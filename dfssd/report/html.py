@@ -119,7 +119,15 @@ def _engineer(config: Config, run: Storage, results: dict[str, Any]) -> dict[str
 
 def _is_note(text: str) -> bool:
     return any(
-        word in text for word in ("disagree", "cannot measure", "cannot be", "cannot confirm", "common score is used")
+        word in text
+        for word in (
+            "disagree",
+            "cannot measure",
+            "cannot be",
+            "cannot confirm",
+            "cannot choose",
+            "common score is used",
+        )
     )
 
 

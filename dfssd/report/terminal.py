@@ -10,9 +10,16 @@ from dfssd.config import Config
 from dfssd.data.formats.listing import IMAGE_SUFFIXES
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import mask
-from dfssd.evaluate.escapes import doubts
 from dfssd.evaluate.gate import published, verdict
-from dfssd.evaluate.verdict import common_point, disagreement, equal_footing, escapes_in_words, labels_in_words, on_test
+from dfssd.evaluate.verdict import (
+    common_point,
+    disagreement,
+    doubts,
+    equal_footing,
+    escapes_in_words,
+    labels_in_words,
+    on_test,
+)
 from dfssd.report.tables import models_in, render, result_table
 from dfssd.runtime.artefact_names import LABEL_ONLY
 from dfssd.runtime.storage import Storage
@@ -32,9 +39,9 @@ def print_results(config: Config) -> None:
         print(published(results))
     print()
     for label, name in (("report", "report/report.html"), ("numbers", "report/metrics.json")):
-        print(f"{label:9} {run.path(name)}")
+        print(f"{label:9} {_place(run, name)}")
     for stage, label in reversed(models_in(results).items()):
-        print(f"{label}: {run.path(stage, 'best.pt')}")
+        print(f"{label}: {_place(run, stage, 'best.pt')}")
     print_export(config)
 
 
@@ -42,11 +49,11 @@ def print_export(config: Config) -> None:
     """What was exported, with its parity and latency; then what to type next."""
     run = Storage(config.run.storage_path).at(config.run.run_name)
     if run.exists("export/stage.json") and not _is_current(run):
-        print(f"export    {run.path('export')} carries the scores of an earlier report: export again (below)")
+        print(f"export    {_place(run, 'export')} carries the scores of an earlier report: export again (below)")
     elif run.exists("export/stage.json"):
         done = run.read_json("export/export.json")
         for name, size in done["files"].items():
-            print(f"exported  {run.path('export', name)}  ({size / 2**20:.1f} MB)")
+            print(f"exported  {_place(run, 'export', name)}  ({size / 2**20:.1f} MB)")
         for parity in done["parity"].values():
             off = f"{parity['box_px']:.2g} px, {parity['score']:.2g} of score"
             print(
@@ -63,9 +70,22 @@ def print_export(config: Config) -> None:
     print("\nnext:")
     for command in next_commands(config, run):
         print(f"  {command}")
-    print("(yolo takes one score for all classes, dfssd predict the thresholds by class: their boxes differ)")
+    if not run.is_local and _is_current(run):
+        first = _first_file(run)
+        print(f"(at the line: fetch {_place(run, 'export', first)}, then dfssd predict {first} PICTURES)")
+    if run.is_local:
+        print("(yolo takes one score for all classes, dfssd predict the thresholds by class: their boxes differ)")
     if link := runs_page(config, run):
         print(f"runs in MLflow: {link}")
+
+
+def _place(run: Storage, *parts: str) -> str:
+    """Where something of a run lies, as a person finds it: its path on a disk, its URI in an object store."""
+    return run.path(*parts) if run.is_local else mask(run.uri_of(*parts))
+
+
+def _first_file(run: Storage) -> str:
+    return str(next(iter(run.read_json("export/export.json")["files"])))
 
 
 def said(results: dict[str, Any]) -> list[str]:
@@ -85,7 +105,7 @@ def said(results: dict[str, Any]) -> list[str]:
 
 
 def next_commands(config: Config, run: Storage) -> list[str]:
-    """Commands that can be pasted: quoted, at the operating point, and only on files that are there."""
+    """Commands that can be pasted: quoted, at the operating point, and only on files that are on this machine's disks."""
     commands = []
     storage = Storage(config.run.storage_path)
     uri, source = tracking_uri(storage), shlex.quote(_pictures(config, run))
@@ -94,8 +114,8 @@ def next_commands(config: Config, run: Storage) -> list[str]:
     if uri.startswith("sqlite"):
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
     if _is_current(run):
-        first = next(iter(run.read_json("export/export.json")["files"]))
-        commands.append(f"dfssd predict {shlex.quote(run.path('export', first))} {source}")
+        if run.is_local:
+            commands.append(f"dfssd predict {shlex.quote(run.path('export', _first_file(run)))} {source}")
     else:
         place = f"--storage-path {shlex.quote(config.run.storage_path)} --run-name {shlex.quote(config.run.run_name)}"
         again = (
@@ -104,7 +124,7 @@ def next_commands(config: Config, run: Storage) -> list[str]:
         again += " --overwrite" if exported else ""
         commands.append(f"dfssd export {place} --imgsz {config.train.imgsz}{again}")
     best = exported or next((m for m in reversed(models_in(results)) if run.exists(f"{m}/best.pt")), "")
-    if best in results:
+    if best in results and run.is_local:
         score, model = results[best]["operating_point"]["score"], run.path(best, "best.pt")
         commands.append(
             f"yolo predict model={shlex.quote(model)} source={source} imgsz={config.train.imgsz} conf={score}"

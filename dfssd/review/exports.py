@@ -174,9 +174,9 @@ def yolo(proposals: Sequence[Proposal], names: Sequence[str]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("classes.txt", "".join(f"{n}\n" for n in names))
-        stems = Counter(p.file.rsplit(".", 1)[0] for p in proposals)
-        for proposal in proposals:
-            stem = proposal.file.rsplit(".", 1)[0]
+        stems = [p.file.rsplit(".", 1)[0] for p in proposals]
+        times = Counter(stems)
+        for proposal, stem in zip(proposals, stems, strict=True):
             lines = (f"{int(b[CLS])} {b[X]:.6f} {b[Y]:.6f} {b[W]:.6f} {b[H]:.6f}\n" for b in proposal.boxes)
-            archive.writestr(f"labels/{stem if stems[stem] < 2 else proposal.file}.txt", "".join(lines))  # a.jpg, a.png
+            archive.writestr(f"labels/{stem if times[stem] < 2 else proposal.file}.txt", "".join(lines))  # a.jpg, a.png
     return buffer.getvalue()
