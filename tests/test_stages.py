@@ -191,6 +191,41 @@ def test_overwrite_deletes_nothing_before_what_a_stage_needs_is_there(prepared, 
     assert run.files(str(stage)) == before and f"{stage}/stage.json" in before
 
 
+@pytest.mark.parametrize("stage", [TEACHER, PSEUDO], ids=str)
+def test_nothing_of_a_damaged_artefact_is_deleted_before_what_its_stage_needs_is_there(tmp_path, stage, monkeypatch):
+    """The settings are the same, so that it was finished; --overwrite, or a damaged shard, makes it again."""
+    monkeypatch.setattr("dfssd.pipeline.timing.time_step", lambda *args, **more: ("here", 0.1))
+    config = with_run(tiny_config(tmp_path), overwrite=stage == TEACHER)
+    run = run_of(config)
+    for name in (DATASET, TEACHER):
+        _finished(run, name)
+    same = make_stage(config, run, stage)
+    there, damaged = {TEACHER: ("last.pt", "best.pt"), PSEUDO: ("shard-0.parquet", "shard-1.parquet")}[stage]
+    run.write(f"{stage}/{there}", b"whole")
+    run.write(f"{stage}/{damaged}", b"cut")
+    outputs = {name: {**run.digest(f"{stage}/{name}"), "bytes": 5} for name in (there, damaged)}
+    record = (
+        run.read_json(f"{stage}/stage.json") if run.exists(f"{stage}/stage.json") else {"digest": "d", "summary": {}}
+    )
+    run.write_json(f"{stage}/stage.json", {**record, **same.key(), "outputs": outputs})
+
+    def missing(*asked):
+        raise DfssdError("what it needs is not there")
+
+    monkeypatch.setattr(f"{ROWS[stage.role].needs.replace(':', '.')}", missing)
+    before = run.files(str(stage))
+    for one in (config, with_run(config, dry_run=True)):
+        with pytest.raises(DfssdError, match="what it needs is not there"):
+            run_stages(one, [stage])
+        assert run.files(str(stage)) == before and f"{stage}/stage.json" in before
+    with pytest.raises(DfssdError, match="what it needs is not there"):
+        run_stages(with_run(config, overwrite=True), [stage])
+    assert run.files(str(stage)) == before
+    if stage == TEACHER:
+        with pytest.raises(DfssdError, match="it has 3 bytes, 5 were written"):
+            run_stages(with_run(config, overwrite=False), [stage])
+
+
 @pytest.fixture
 def exporting(tmp_path, monkeypatch):
     """A run with a measured student, whose export writes a file a format without a network; and how to ask for it."""

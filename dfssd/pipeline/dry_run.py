@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dfssd.config import Config
-from dfssd.errors import DfssdError
+from dfssd.errors import DamagedFile, DfssdError
 from dfssd.pipeline.budget import with_expected_steps, with_steps
 from dfssd.pipeline.context import Context
 from dfssd.pipeline.data import count_images
@@ -81,9 +81,12 @@ def _state(context: Context, stage: Stage, before: Mapping[ArtefactName, str]) -
     """
     remade = [name for name in stage.inputs if before.get(name, "finished") != "finished"]
     if not remade or any(name not in remade and not is_finished(context.run, name) for name in stage.inputs):
-        if context.config.run.overwrite and stage.differs():
+        if not context.config.run.overwrite:
+            return stage.state()
+        try:
+            return "overwritten" if stage.differs() else stage.state()
+        except DamagedFile:
             return "overwritten"
-        return stage.state()
     there = any(stage.store.exists(name) for name in ("started.json", "stage.json"))
     return "overwritten" if there and context.config.run.overwrite else "new"
 

@@ -96,11 +96,7 @@ def _run_held(context: Context, stage: Stage) -> dict[str, Any]:
     overwrite = context.config.run.overwrite
     if row.renew and (not overwrite or context.config.data.update) and stage.differs():
         resolve(row.renew)(context, stage)
-    if row.needs and (stage.differs() or not is_finished(context.run, name)):
-        if not overwrite:
-            stage.state()  # refuses what was made with other settings
-        resolve(row.needs)(context, stage, ())  # before anything is begun, or deleted
-    state = stage.begin(overwrite)
+    state = stage.begin(overwrite, lambda: resolve(row.needs)(context, stage, ()) if row.needs else None)
     if state == "finished":
         record = stage.store.read_json("stage.json")
         print(f"{name}: finished {record['finished_utc']}, skipped", flush=True)

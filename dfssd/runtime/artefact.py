@@ -8,6 +8,7 @@ What `stage.json` says is checked: sizes where a stage is skipped, sha256 of wha
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,10 +131,10 @@ class Stage:
             return "added to" if state == "finished" else state
         if changed:
             raise self._refusal(state, changed)
-        return self._mended(remove=False) if state == "finished" else state
+        return "interrupted" if state == "finished" and self._made_again() else state
 
     def differs(self) -> bool:
-        """Was what is there made, or begun, with other settings or inputs, or is it damaged?"""
+        """Was what is there made, or begun, with other settings or inputs, or is its record damaged?"""
         try:
             return bool(self._compared(self.key())[1])
         except DamagedFile:
@@ -150,20 +151,14 @@ class Stage:
             return "new", []
         return state, differences({k: recorded[k] for k in ("config", "inputs")}, key)
 
-    def _mended(self, remove: bool) -> str:
-        """'finished', or 'interrupted' where outputs are damaged that the stage makes again.
-
-        Args:
-            remove: remove those, so that they are made again.
+    def _made_again(self) -> dict[str, str]:
+        """By name, what is wrong with outputs of the finished artefact that the stage makes again, one by one.
 
         Raises:
-            DfssdError: other outputs are damaged.
+            DamagedFile: other outputs are damaged.
         """
         remade = REMADE.get(self.name.role, ())
-        outputs = self.record_of(self.name).get("outputs", {})
-        damaged = damaged_outputs(self.store, outputs, read=remade)
-        if not damaged:
-            return "finished"
+        damaged = damaged_outputs(self.store, self.record_of(self.name).get("outputs", {}), read=remade)
         lost = [f"{name}: {why}" for name, why in damaged.items() if not name.startswith(remade or ("\0",))]
         if lost:
             raise DamagedFile(
@@ -171,12 +166,14 @@ class Stage:
                 where=self.store.uri,
                 todo="restore these files from a backup, or add --overwrite to make this stage again",
             )
-        if remove:
-            for name, why in damaged.items():
-                print(f"WARNING: {self.store.path(name)} is damaged ({why}) and is made again", flush=True)
-                self.store.delete(name)
-            self.store.delete("stage.json")
-        return "interrupted"
+        return damaged
+
+    def _remove(self, damaged: dict[str, str]) -> None:
+        """Remove damaged outputs, so that they are made again."""
+        for name, why in damaged.items():
+            print(f"WARNING: {self.store.path(name)} is damaged ({why}) and is made again", flush=True)
+            self.store.delete(name)
+        self.store.delete("stage.json")
 
     def check_inputs(self) -> None:
         """Compare what this stage reads with the sha256 that was written when it was made.
@@ -210,36 +207,42 @@ class Stage:
             todo="take a new --run-name, or add --overwrite to replace it and what was made from it",
         )
 
-    def begin(self, overwrite: bool) -> str:
-        """Return the state; with `overwrite` an artefact that does not match is removed first.
+    def begin(self, overwrite: bool, ready: Callable[[], object] = lambda: None) -> str:
+        """Return the state; with `overwrite` an artefact that does not match, or is damaged, is removed first.
 
         Nothing is removed before all inputs are there: a missing one says nothing about the artefact that was made of it.
+
+        Args:
+            ready: asked before anything is written or removed, where there is something to make; raises where it cannot be.
 
         Raises:
             DfssdError: an input is missing; or, without `overwrite`, the artefact there does not match.
         """
-        key = self.key()
+        key, again = self.key(), dict[str, str]()
         try:
             state, changed = self._compared(key)
-            if state == "finished" and not changed:
-                state = self._mended(remove=True)
+            if state == "finished" and not changed and (again := self._made_again()):
+                state = "interrupted"
         except DamagedFile:
             if not overwrite:
                 raise
             state, changed = "damaged", ["its files"]
-        if not overwrite and self._only_grown(changed):  # what is there counts until the new files are written
-            self.check_inputs()
-            before = self._there_before()
-            self.store.write_json("started.json", {**key, ADDED_TO: before, "mlflow_run_id": None})
-            return "added to" if state == "finished" else state
-        if changed and not overwrite:
+        grows = not overwrite and self._only_grown(changed)
+        if changed and not overwrite and not grows:
             raise self._refusal(state, changed)
         if state == "finished" and not changed:
             return state
+        ready()
         self.check_inputs()
+        if grows:  # what is there counts until the new files are written
+            before = self._there_before()
+            self.store.write_json("started.json", {**key, ADDED_TO: before, "mlflow_run_id": None})
+            return "added to" if state == "finished" else state
         if changed:
             self.store.delete()
             state = "new"
+        if again:
+            self._remove(again)
         if state == "new" or not self.store.exists("started.json"):
             # What was there is gone now; the same command, once this one is interrupted, shall still know of it.
             asked = {ADDED_TO: self._growing(self.config)} if overwrite and self.grows else {}
