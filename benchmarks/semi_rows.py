@@ -37,6 +37,22 @@ from dfssd.train.job import TrainJob
 from dfssd.train.session import Session
 
 NO_DISTILLATION = {"distill.lambda_p": 0, "distill.lambda_l": 0, "distill.lambda_f": 0}
+# What the published DFSSD describes, with its code's numbers, on this project's loop: its own trains nothing (docs/design.md
+# section 5). Hard labels of a moving average of confidences, background elsewhere; a teacher that goes on training.
+PUBLISHED = {
+    "thresholds.threshold_policy": "ema",
+    "distill.score_power": 0,
+    "distill.uncertain": "background",
+    "distill.silent": "background",
+    "distill.teacher_mode": "online",
+    "distill.teacher_lr_factor": 1.0,
+    "distill.prediction": "mse",
+    "distill.divergence": "hw_js",
+    "distill.feature_schedule": "cosine",
+    "distill.taps": [2, 4, 6, 8, 12, 15, 18, 21],
+    "distill.balance": "none",
+    "train.box_loss": "inner_focaler_eiou",
+}
 BASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> stage, teacher it needs, settings
     "label_only": ("label_only", "", {}),
     "label_only_longer": ("label_only", "", {}),  # three times the steps
@@ -47,6 +63,8 @@ BASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> stage, teacher 
     "pseudo_only": ("student", "teacher", NO_DISTILLATION),
     "full": ("student", "mean_teacher", {}),
     "full_without_mean_teacher": ("student", "teacher", {}),
+    "published": ("student", "teacher", PUBLISHED),
+    "yolo_train": ("stock", "", {}),
     "distill_model": ("stock", "teacher", {}),
     "distill_model_pseudo": ("stock", "mean_teacher", {}),  # given our pseudo-labels as label files
 }
@@ -59,6 +77,8 @@ TITLES = {
     "pseudo_only": "student, pseudo-labels of the teacher, no distillation",
     "full": "student, full method (default)",
     "full_without_mean_teacher": "student, full method without the mean teacher",
+    "published": "student, settings of the published DFSSD",
+    "yolo_train": "Ultralytics `yolo train`, labels alone, its own settings",
     "distill_model": "Ultralytics distill_model, labels alone",
     "distill_model_pseudo": "Ultralytics distill_model, our pseudo-labels as labels",
 }
@@ -233,12 +253,13 @@ def worth(config: Config, run: Storage, manifest: Manifest) -> dict[str, Any]:
 
 
 def stock(row: Row, config: Config, folder: Path, teacher: str, device: str) -> dict[str, Any]:
-    """Ultralytics' own distillation at the same steps."""
+    """Ultralytics' own training, or its own distillation, for the same steps."""
     from ultralytics_distill import Arguments, train_stock
 
+    weights = str(folder / teacher / "best.pt") if row.teacher else ""
     train_stock(
         Arguments(
-            storage_path=str(folder.parent), run_name=folder.name, teacher=str(folder / teacher / "best.pt"),
+            storage_path=str(folder.parent), run_name=folder.name, teacher=weights,
             student=config.models.student, steps=config.train.steps, imgsz=config.train.imgsz, seed=config.run.seed,
             close_mosaic=config.train.close_mosaic, pseudo=row.base == "distill_model_pseudo", device=device,
         )

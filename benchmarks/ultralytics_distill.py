@@ -1,11 +1,13 @@
 """One row of benchmarks/distillation.py: Ultralytics' `distill_model` on the data set of a run.
 
 Optimiser, learning rate, weight average, augmentation, batch and steps are those of our rows; the rest is Ultralytics' own.
-Leaves `stock/best.pt` beside the run's other artefacts.
+Without a teacher everything is its own but batch and steps: `yolo train` as a user would type it. Leaves `stock/best.pt`
+beside the run's other artefacts.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ class Arguments:
     storage_path: str
     run_name: str
     teacher: str
-    """Weights that teach (.pt)."""
+    """Weights that teach (.pt); '': nobody, and the settings are Ultralytics' own."""
     steps: int = 800
     imgsz: int = 128
     seed: int = 0
@@ -55,26 +57,22 @@ def train_stock(a: Arguments) -> None:
     storage, train = Storage(str(run)), Train()
     data, epochs = run / "yolo", EPOCHS[a.pseudo]
     batch = train.batch * (2 if a.pseudo else 1)
-    write_data(data, storage, epoch_images=a.steps * batch // epochs, pseudo=a.pseudo)
+    if a.teacher:
+        write_data(data, storage, epoch_images=a.steps * batch // epochs, pseudo=a.pseudo)
+    else:
+        images = write_data(data, storage, epoch_images=0, pseudo=False)
+        epochs = max(round(a.steps / math.ceil(images / batch)), 1)
     torch.set_num_threads(a.threads)
     settings.update({"mlflow": False, "tensorboard": False, "raytune": False})
     model = YOLO(a.student)
-    model.add_callback("on_train_start", lambda trainer: same_average(trainer, train, a.threads))
+    if a.teacher:
+        model.add_callback("on_train_start", lambda trainer: same_average(trainer, train, a.threads))
     model.train(
         data=str(data / "data.yaml"),
-        distill_model=a.teacher,
+        **(like_ours(a, train, epochs, batch) if a.teacher else {}),
         epochs=epochs,
         batch=batch,
-        nbs=batch,
         imgsz=a.imgsz,
-        optimizer="AdamW",
-        lr0=train.lr,
-        lrf=train.lr_final,
-        momentum=0.9,
-        weight_decay=train.weight_decay,
-        warmup_epochs=0.1 * epochs,
-        warmup_bias_lr=0.0,
-        close_mosaic=round(a.close_mosaic * epochs),
         seed=a.seed,
         device=0 if a.device == "cuda" else a.device.removeprefix("cuda:"),
         workers=0,
@@ -93,14 +91,34 @@ def train_stock(a: Arguments) -> None:
     shutil.rmtree(data)
 
 
+def like_ours(a: Arguments, train: Train, epochs: int, batch: int) -> dict[str, object]:
+    """Settings of our rows in Ultralytics' words."""
+    return {
+        "distill_model": a.teacher,
+        "nbs": batch,
+        "optimizer": "AdamW",
+        "lr0": train.lr,
+        "lrf": train.lr_final,
+        "momentum": 0.9,
+        "weight_decay": train.weight_decay,
+        "warmup_epochs": 0.1 * epochs,
+        "warmup_bias_lr": 0.0,
+        "close_mosaic": round(a.close_mosaic * epochs),
+    }
+
+
 def same_average(trainer: object, train: Train, threads: int) -> None:
     """Give Ultralytics our weight average: its own has hardly begun to average after some hundred steps."""
     trainer.ema.decay = lambda x: train.ema_decay * (1 - np.exp(-x / EMA_TAU))  # type: ignore[attr-defined]
     torch.set_num_threads(threads)
 
 
-def write_data(folder: Path, storage: Storage, epoch_images: int, pseudo: bool) -> None:
-    """The run's data set in Ultralytics' layout, lists repeated so that an epoch has `epoch_images` images."""
+def write_data(folder: Path, storage: Storage, epoch_images: int, pseudo: bool) -> int:
+    """The run's data set in Ultralytics' layout, lists repeated so that an epoch has `epoch_images` images; 0: as they are.
+
+    Returns:
+        images of an epoch.
+    """
     manifest = read_manifest(storage.at("dataset"))
     shutil.rmtree(folder, ignore_errors=True)
     labelled = [_write(folder, r.image_id, r.uri, r.boxes) for r in manifest.labelled_rows()]
@@ -110,12 +128,13 @@ def write_data(folder: Path, storage: Storage, epoch_images: int, pseudo: bool) 
         kept = pseudo_labels(manifest, storage)
         rows = {r.image_id: r for r in manifest.unlabelled_rows()}
         streams.append([_write(folder, i, rows[i].uri, boxes) for i, boxes in kept.items()])
-    share = epoch_images // len(streams)
+    share = epoch_images // len(streams) or len(labelled)
     lines = [line for stream in streams for line in (stream * (share // len(stream) + 1))[:share]]
     (folder / "train.txt").write_text("\n".join(lines))
     (folder / "val.txt").write_text("\n".join(val))
     names = "\n".join(f"  {k}: {n}" for k, n in enumerate(manifest.names))
     (folder / "data.yaml").write_text(f"path: {folder}\ntrain: train.txt\nval: val.txt\nnames:\n{names}\n")
+    return len(lines)
 
 
 def pseudo_labels(manifest: Manifest, storage: Storage) -> dict[str, Boxes]:

@@ -1,8 +1,10 @@
-"""What tests do to a run that others start: let it wait at a place until its fault has come, and see all of it end."""
+"""What tests do to work that others start: let it wait at a place, until its fault or enough of it has come, and see all of
+it end."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+PATIENCE_S = 120.0  # for threads that should come at a time
 MARK = "DFSSD_TEST_MARK"  # in the environment of a run and of all that it starts
 
 
@@ -26,6 +29,24 @@ def held(*files: Path) -> Iterator[None]:
     finally:
         for pipe in pipes:
             pipe.unlink(missing_ok=True)
+
+
+class Crowd:
+    """A place where threads wait until `size` of them were there at a time: a proof that they work side by side, on however
+    slow a machine. Where they come one by one it is waited for once; `most` says how many there were."""
+
+    def __init__(self, size: int) -> None:
+        self.most, self._size, self._there, self._patience_s = 0, size, 0, PATIENCE_S
+        self._changed = threading.Condition()
+
+    def join(self) -> None:
+        with self._changed:
+            self._there += 1
+            self.most = max(self.most, self._there)
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self.most >= self._size, timeout=self._patience_s):
+                self._patience_s = 0.0
+            self._there -= 1
 
 
 def end_all(mark: str, limit_s: float = 240) -> None:

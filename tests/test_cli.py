@@ -270,6 +270,8 @@ def test_flags_without_effect_on_a_job_are_refused(name, words, tmp_path, capsys
     ("line", "said"),
     [
         ("evaluate --out n.json", "--out has no effect without --weights"),
+        ("evaluate --names a b", "--names has no effect without --weights and a folder --on"),
+        ("evaluate --weights a.pt --names a b", "--names has no effect without --weights and a folder --on"),
         ("evaluate --on val", "--on has no effect without --weights"),
         ("evaluate --on=test", "--on has no effect without --weights"),
         ("evaluate --weights a.pt --overwrite", "--overwrite has no effect with --weights"),

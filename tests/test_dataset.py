@@ -2,7 +2,6 @@ import dataclasses
 import pickle
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from held import Crowd
 
 from dfssd.config import Train
 from dfssd.data import decoded, loaders, reading
@@ -213,37 +213,30 @@ def test_processes_share_the_table_of_images_and_do_not_copy_it():
 def far_away(prepared, monkeypatch):
     """The same images behind an object store that answers nobody before it was asked for five at a time; what it was asked
     for, and for how many at a time."""
-    asked, running, most, patience = [], [0], [0], [120.0]
-    changed = threading.Condition()
+    asked, readers = [], Crowd(5)
 
     def read(uri):
-        with changed:
-            asked.append(uri)
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-            changed.notify_all()
-            if not changed.wait_for(lambda: most[0] > 4, timeout=patience[0]):
-                patience[0] = 0.0  # they come one by one: said once, and the test fails
-            running[0] -= 1
+        asked.append(uri)
+        readers.join()
         return Path(uri.removeprefix("s3://b/")).read_bytes()
 
     monkeypatch.setattr(reading, "read_uri", read)
     near, rows = _dataset(prepared, mixup=0.4)
     far = [dataclasses.replace(row, uri=f"s3://b/{row.uri}") for row in rows]
     stream = TrainingSet(far, [r.boxes for r in far], Train(imgsz=64, mixup=0.4))
-    return near, stream, far, asked, most
+    return near, stream, far, asked, readers
 
 
 def test_the_images_of_a_batch_are_fetched_side_by_side(far_away):
-    near, far, rows, asked, most = far_away
+    near, far, rows, asked, readers = far_away
     draws = [Draw("labelled", k, 100 + k, k % 4 != 3) for k in range(8)]
     assert any(len(near.plan(d.image, d.seed, d.mosaic).scenes) == 2 for d in draws)
     samples = Streams({"labelled": far}).__getitems__(draws)
-    assert most[0] > 4 and len(asked) == len(set(asked))  # none of them alone later, those of mixup neither
+    assert readers.most >= 5 and len(asked) == len(set(asked))  # none of them alone later, those of mixup neither
     assert all(_same(s, near.augmented(d.image, d.seed, d.mosaic)) for s, d in zip(samples, draws, strict=True))
-    most[0] = 0
+    readers.most = 0
     for _ in validation_batches(ManifestDataset(rows, [r.boxes for r in rows], ["a", "b", "c"], 64)):
-        assert most[0] > 4
+        assert readers.most >= 5
 
 
 def test_it_is_foreseen_which_images_a_sample_needs(far_away):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from held import Crowd
 
 from dfssd.data import shared_table
 from dfssd.data.manifest import Manifest, Row, pseudo_table, read_manifest, read_pseudo, write_manifest, write_table
@@ -21,24 +22,17 @@ def shards(tmp_path, monkeypatch):
     for k in range(140):
         boxes = np.full((k % 3, 7), k / 200, np.float32)
         write_table(store, f"shard-{k:05d}.parquet", pseudo_table([f"{k:04d}", f"{k:04d}x"], "t", [boxes, None]))
-    read, running, most, patience = [], [0], [0], [120.0]
-    real, changed = Storage.read, threading.Condition()
+    read, readers, real = [], Crowd(3), Storage.read
 
     def slow(self, name):
         """Answers nobody before it was asked for three at a time."""
         if name.endswith(".parquet"):
-            with changed:
-                running[0] += 1
-                most[0] = max(most[0], running[0])
-                changed.notify_all()
-                if not changed.wait_for(lambda: most[0] > 2, timeout=patience[0]):
-                    patience[0] = 0.0  # they come one by one: said once, and the test fails
-                running[0] -= 1
-                read.append(name)
+            readers.join()
+            read.append(name)
         return real(self, name)
 
     monkeypatch.setattr(Storage, "read", slow)
-    return store, read, most
+    return store, read, readers
 
 
 def _check(found):
@@ -48,10 +42,10 @@ def _check(found):
 
 
 def test_files_are_read_side_by_side_by_each_where_the_artefact_is_not_finished(shards):
-    store, read, most = shards
+    store, read, readers = shards
     _check(read_pseudo(store))
     _check(read_pseudo(store))
-    assert len(read) == 280 and most[0] > 2
+    assert len(read) == 280 and readers.most >= 3
 
 
 def test_files_of_a_finished_artefact_are_read_once_for_all_processes(shards):

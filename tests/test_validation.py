@@ -404,6 +404,28 @@ def _a_pt_brings_the_point_of_its_run(config, weights, results, folder):
     assert any(f"{train} of these" in note and "its numbers flatter" in note for note in one["remarks"])
 
 
+def _labels_without_names_have_those_of_the_models(config, files, folder, capsys):
+    """A new batch, labelled as text files: nothing says what its classes are called but the models."""
+    from dfssd.evaluate.files import measure_files, plan_files
+
+    manifest = read_manifest(Storage(config.run.storage_path).at("r", "dataset"))
+    rows = [row for row in manifest.rows if row.boxes is not None][:14]
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for row in rows:
+        name = Path(shutil.copy(row.uri, folder / "images")).stem
+        lines = (f"{int(b[0])} {b[1]} {b[2]} {b[3]} {b[4]}\n" for b in row.boxes)
+        (folder / "labels" / f"{name}.txt").write_text("".join(lines))
+    measured = measure_files(config, files, str(folder))
+    assert "the labels have no class names: their numbers are taken for " in capsys.readouterr().out
+    names = {manifest.names[int(box[0])] for row in rows for box in row.boxes}
+    assert names and all(names <= set(one["by_class"]) for one in measured.values())
+    assert all("called as the model's" in line for line in plan_files(config, files, str(folder)))
+    given = config.model_copy(update={"data": config.data.model_copy(update={"names": ("x", "y", "z", "u", "v", "w")})})
+    with pytest.raises(DfssdError, match="no class of the model is among the labels"):
+        measure_files(given, files, str(folder))
+
+
 def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_path, capsys):
     """A .pt and its .onnx give the same numbers; a folder in another format is read as prepare reads it."""
     from dfssd.evaluate.files import measure_files
@@ -432,6 +454,7 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     assert sum(c["boxes"] for c in everything["by_class"].values()) > sum(c["boxes"] for c in two["by_class"].values())
     print_files(found, "test")
     assert "chosen on val" in capsys.readouterr().out
+    _labels_without_names_have_those_of_the_models(config, [str(weights), str(file)], tmp_path / "new", capsys)
     _a_pt_brings_the_point_of_its_run(config, weights, results, str(strip))
     for files, on, said in (
         (["none.pt"], "test", "no such model"),

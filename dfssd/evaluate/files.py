@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dfssd.config import Config
+from dfssd.data.formats.read import NoClassNames
 from dfssd.data.manifest import TEST, VAL, Manifest, Row, read_manifest
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError, nearest
@@ -43,10 +44,11 @@ def measure_files(config: Config, files: Sequence[str], on: str, named: Collecti
     Raises:
         DfssdError: a file or folder is not there, no class of a model is among the labels, or nothing is labelled.
     """
-    manifest, rows, val = _pictures(config, on)
     torch.set_num_threads(max(1, config.run.cpus_per_worker))
     results: dict[str, Any] = {}
     models = {file: _open(file, config, named) for file in files}
+    own = {tuple(opened.names) for opened in models.values()}
+    manifest, rows, val = _pictures(config, on, own.pop() if len(own) == 1 else ())
     networks = {file: opened.timed for file, opened in models.items()}
     rate = _rate(config, list(models.values()), RATE in named)
     for file, opened in models.items():
@@ -86,13 +88,20 @@ def plan_files(config: Config, files: Sequence[str], on: str) -> list[str]:
         DfssdError: a file or folder is not there, or nothing is labelled.
     """
     paths = [model_path(file) for file in files]
-    rows = _pictures(config, on)[1]
     where = f"the split {on}" if on in SPLITS else on
+    try:
+        rows = _pictures(config, on)[1]
+    except NoClassNames:
+        return [f"{path}: would be measured on {where}, whose classes would be called as the model's" for path in paths]
     return [f"{path}: would be measured on {len(rows)} labelled pictures of {where}" for path in paths]
 
 
-def _pictures(config: Config, on: str) -> tuple[Manifest, list[Row], list[Row]]:
-    """Manifest, labelled pictures to measure on, and the val pictures that choose an operating point (or none)."""
+def _pictures(config: Config, on: str, names: Sequence[str] = ()) -> tuple[Manifest, list[Row], list[Row]]:
+    """Manifest, labelled pictures to measure on, and the val pictures that choose an operating point (or none).
+
+    Args:
+        names: classes of the models, in order of their id, where they agree: what those of a folder without names are called.
+    """
     run = Storage(config.run.storage_path).at(config.run.run_name)
     if on in SPLITS:
         if not run.exists("dataset/stage.json"):
@@ -113,7 +122,15 @@ def _pictures(config: Config, on: str) -> tuple[Manifest, list[Row], list[Row]]:
         data = config.data.model_copy(
             update={"data": on, "label_fraction": 1.0, "labels_per_class": 0, "labelled_list": ""}
         )
-        prepare(data, config.run.seed, store)
+        try:
+            prepare(data, config.run.seed, store)
+        except NoClassNames:
+            if not names:
+                raise
+            print(
+                f"the labels have no class names: their numbers are taken for {', '.join(names)}, as the models count"
+            )
+            prepare(data.model_copy(update={"names": tuple(names)}), config.run.seed, store)
         manifest = read_manifest(store)
     rows = [r for r in manifest.rows if r.boxes is not None]
     if not rows:

@@ -46,19 +46,22 @@ READS_FILES = (  # what counts for files; a run's report needs the rest
     *("run.storage_path", "run.run_name", "run.cpus_per_worker", "run.dry_run"),
     *("train.imgsz", "evaluate.max_escape", "evaluate.latency_repeats"),
 )
+NAMES = "data.names"  # and where --on names a folder
 
 
 def job(words: Sequence[str]) -> None:
     config, flags = parse(
         __doc__ or "",
-        reads(REPORT),
+        (*reads(REPORT), NAMES),
         words,
         prog="dfssd evaluate",
         example=EXAMPLE,
-        modes={"weights": READS_FILES},
+        modes={"weights": (*READS_FILES, NAMES)},
         **FLAGS,
     )
     if not flags.weights or flags.on in ("val", "test"):
+        if is_named(NAMES, words, ""):
+            raise DfssdError("--names has no effect without --weights and a folder --on", todo="leave it out")
         config = at_size_of_run(config, words, flags.config)
     if flags.weights:
         import json

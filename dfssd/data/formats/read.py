@@ -39,11 +39,16 @@ JSON_FORMATS = {name: _reader(row.json) for name, row in FORMATS.items() if row.
 ENDINGS = {".xml": ("voc", "cvat"), ".json": tuple(JSON_FORMATS), ".txt": ("yolo", "cr7-det")}
 
 
+class NoClassNames(DfssdError):
+    """Labels are there, but nothing says what their classes are called."""
+
+
 def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
     """Read images and labels below `data`, detecting the format where `fmt` is 'auto'.
 
     Raises:
-        DfssdError: nothing there, unknown layout, or class names missing.
+        DfssdError: nothing there, or unknown layout.
+        NoClassNames: class names are missing.
     """
     if not data:
         raise DfssdError("no data given", todo="add --data FOLDER (or a data.yaml)")
@@ -73,7 +78,7 @@ def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
                 where=repr(data),
                 todo="mend the label files",
             )
-        raise DfssdError(
+        raise NoClassNames(
             "the data has no class names",
             where=repr(data),
             todo="add --names NAME NAME ... in the order of the class ids, or a classes.txt with one name a line",
