@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from onnx import load_from_string
 from small import tiny_config
 
 from dfssd.config import Export
@@ -14,6 +15,7 @@ from dfssd.export import parity, write
 from dfssd.export.formats import int8_bytes, openvino_files
 from dfssd.export.onnx_model import onnx_bytes
 from dfssd.line.detector import LineDetector
+from dfssd.models.families import family_of
 from dfssd.models.yolo.detector import build_detector, detector_bytes, load_detector
 from dfssd.runtime.storage import Storage
 
@@ -123,8 +125,10 @@ def test_openvino_computes_in_float32_because_it_is_told_to(net, onnx, prepared,
 def test_int8_says_what_it_loses(net, onnx, prepared, tmp_path):
     rows = _rows(prepared)[:16]
     images = np.random.default_rng(0).random((16, 3, 64, 64), np.float32)
-    small = int8_bytes(onnx, images)
+    small = int8_bytes(onnx, images, family_of(net).kept_float)
     assert len(small) < 0.4 * len(onnx)
+    kept = family_of(net).kept_float([n.name for n in load_from_string(onnx).graph.node if n.op_type == "Conv"])
+    assert len(kept) == 7  # boxes and scores of three levels, and the bins
     [found] = write.check_parity(net, {"m int8": _open(tmp_path, small)}, rows, NAMES, 64, POINT)
     assert found.precision == "int8" and found.score > 1e-3
     parity.require([found])  # a loss, not an error

@@ -544,7 +544,7 @@ def test_layouts_as_programs_write_them(tmp_path):
     check_all_read(parts)
 
 
-def test_programs_own_formats(tmp_path):
+def test_cvat_for_images(tmp_path):
     x, y, w, h = BOX
     cvat = tmp_path / "cvat"
     pictures(cvat / "images" / "lot")
@@ -560,6 +560,10 @@ def test_programs_own_formats(tmp_path):
     )
     put(cvat / "annotations.xml", f'<?xml version="1.0" encoding="utf-8"?><annotations>{body}</annotations>')
     check_all_read(cvat)
+
+
+def test_label_studio_and_its_skipped_tasks(tmp_path):
+    x, y, w, h = BOX
     studio = tmp_path / "studio"
     pictures(studio / "images", pattern="1a2b-{:03d}.png")
     value = {
@@ -595,6 +599,10 @@ def test_programs_own_formats(tmp_path):
     source = read(studio)
     assert tally(source) == ({"scratch": 3, "pit": 4}, {}, 0)  # a skipped task is unlabelled, not free of defects
     assert sum(i.label is None for i in source.items) == 1
+
+
+def test_labelme_a_table_and_createml(tmp_path):
+    x, y, w, h = BOX
     me = tmp_path / "labelme"
     pictures(me)
     for k in range(N):

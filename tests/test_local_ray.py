@@ -82,7 +82,7 @@ def test_a_local_ray():
 def test_two_jobs_that_start_at_once_choose_two_ports():
     """Ray listens seconds after the port was chosen."""
     first = random.randrange(12_000, 30_000)  # another run of this test may look for ports, too
-    choose = f"from dfssd.runtime import cluster; print(cluster._free_port({first}), flush=True); input()"
+    choose = f"from dfssd.runtime.ports import free_port; print(free_port({first}), flush=True); input()"
     jobs = [
         subprocess.Popen([sys.executable, "-c", choose], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(2)

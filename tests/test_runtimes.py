@@ -51,6 +51,25 @@ class Context:
         return True
 
 
+def _cuda(memory):
+    """`cuda.bindings.runtime` on the host's memory, which `memory` keeps."""
+
+    def malloc(size):
+        memory.append(ctypes.create_string_buffer(size))
+        return 0, ctypes.addressof(memory[-1])
+
+    def copy(to, source, size, kind, stream):
+        ctypes.memmove(to, source, size)
+        return (0,)
+
+    runtime = ModuleType("cuda.bindings.runtime")
+    runtime.cudaError_t = SimpleNamespace(cudaSuccess=0)
+    runtime.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    runtime.cudaMalloc, runtime.cudaMemcpyAsync, runtime.cudaFree = malloc, copy, lambda place: (0,)
+    runtime.cudaStreamCreate, runtime.cudaStreamSynchronize = lambda: (0, 7), lambda stream: (0,)
+    return runtime
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """`tensorrt` and `cuda.bindings.runtime` with the calls that this project makes, and no others."""
@@ -104,19 +123,7 @@ def stand_in(monkeypatch):
     trt.NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
     trt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=engine)
 
-    def malloc(size):
-        built.memory.append(ctypes.create_string_buffer(size))
-        return 0, ctypes.addressof(built.memory[-1])
-
-    def copy(to, source, size, kind, stream):
-        ctypes.memmove(to, source, size)
-        return (0,)
-
-    runtime = ModuleType("cuda.bindings.runtime")
-    runtime.cudaError_t = SimpleNamespace(cudaSuccess=0)
-    runtime.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-    runtime.cudaMalloc, runtime.cudaMemcpyAsync, runtime.cudaFree = malloc, copy, lambda place: (0,)
-    runtime.cudaStreamCreate, runtime.cudaStreamSynchronize = lambda: (0, 7), lambda stream: (0,)
+    runtime = _cuda(built.memory)
     bindings, cuda = ModuleType("cuda.bindings"), ModuleType("cuda")
     bindings.runtime, cuda.bindings = runtime, bindings
     for module in (trt, runtime, bindings, cuda):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from dfssd.data.sampling import StepSampler, epoch_order, repeat_factors, stable_seed
+from dfssd.runtime.storage import Storage
 
 SIZES, PER_STEP = {"labelled": 37, "unlabelled": 101}, {"labelled": 24, "unlabelled": 24}
 
@@ -79,8 +80,9 @@ def test_an_epoch_with_repeat_factors_has_a_fixed_length_and_the_right_means():
         assert sorted(halves[0][step] + halves[1][step]) == sorted(whole)
 
 
-def test_the_report_says_how_often_each_class_is_labelled_and_seen():
+def test_the_report_says_how_often_each_class_is_labelled_and_seen(tmp_path):
     from dfssd.data.manifest import Manifest, Row
+    from dfssd.report.html import repeat_threshold
     from dfssd.report.tables import balance_rows
 
     def row(k, *classes):
@@ -91,3 +93,10 @@ def test_the_report_says_how_often_each_class_is_labelled_and_seen():
     header, rows = balance_rows(manifest, 0.4)
     assert header[0] == "class" and rows[0] == ["common", "10", "100.0%", "10", "1.10"]
     assert rows[1] == ["rare", "1", "10.0%", "2", "2.00"] and rows[2] == ["none", "0", "0.0%", "0", "-"]
+
+    run = Storage(str(tmp_path))  # `dfssd evaluate` has no --repeat-threshold: what counts is what was trained
+    for name, trained in (("teacher", 0.1), ("student", 0.4)):
+        run.write_json(f"{name}/stage.json", {"config": {"train": {"repeat_threshold": trained}}})
+    measured = {name: {"test": {}} for name in ("student", "teacher")}
+    assert repeat_threshold(run, measured) == 0.4
+    assert repeat_threshold(run, {"teacher": measured["teacher"]}) == 0.1

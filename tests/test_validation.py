@@ -129,11 +129,10 @@ def measured(trained, strip):
     again = Storage(str(storage / "again"))
     summary = prepare(Data(data=str(strip), label_fraction=1.0, split_shares=(0.6, 0.2, 0.2)), 0, again.at("dataset"))
     run = Storage(str(storage / "r"))
-    for name in ("best.pt", "stage.json"):
-        if run.exists(f"label_only/{name}"):
-            run.write(f"student/{name}", run.read(f"label_only/{name}"))
-    record = {"summary": summary, "duration_s": 1.0, "finished_utc": "2026-01-01T00:00:00Z"}
-    run.write_json("dataset/stage.json", record)
+    run.write("student/best.pt", run.read("label_only/best.pt"))
+    record = {"config": {}, "summary": summary, "duration_s": 1.0, "finished_utc": "2026-01-01T00:00:00Z"}
+    for name in ("dataset", "label_only", "student"):
+        run.write_json(f"{name}/stage.json", record)
     config = tiny_config(storage)
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"latency_repeats": 5})})
     return config, run, measure(config, run.uri, ["label_only", "student"], 1)

@@ -159,7 +159,7 @@ def read_manifest(dataset: Storage, shared: bool = False) -> Manifest:
         raise DfssdError(
             f"manifest has format version {meta.get('format_version')}, this version reads {FORMAT_VERSION}",
             where=dataset.path("manifest.parquet"),
-            todo="run jobs/prepare.py again under a new --run-name",
+            todo="run dfssd prepare again under a new --run-name",
         )
     # 'white' came later: a manifest without it is of 8-bit pictures only
     columns = {name: table[name].to_pylist() for name in SCHEMA.names if name != "boxes" and name in table.column_names}

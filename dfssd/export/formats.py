@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,14 @@ def with_metadata(onnx: bytes, known: Mapping[str, str]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def int8_bytes(onnx: bytes, images_bchw: np.ndarray) -> bytes:
-    """The ONNX model with int8 weights and activations, except for its head's decoding, where int8 costs whole pixels.
+def int8_bytes(
+    onnx: bytes, images_bchw: np.ndarray, kept_float: Callable[[Sequence[str]], list[str]] = lambda names: []
+) -> bytes:
+    """The ONNX model with int8 weights and activations.
 
     Args:
         images_bchw: (n,3,S,S) float32 unlabelled pictures that set the ranges of activations.
+        kept_float: of its convolutions' names those that stay as they are (`Family.kept_float`).
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -138,11 +141,7 @@ def int8_bytes(onnx: bytes, images_bchw: np.ndarray) -> bytes:
         source, ready, small = (str(Path(folder) / f"{name}.onnx") for name in ("source", "ready", "small"))
         Path(source).write_bytes(onnx)
         quant_pre_process(source, ready, skip_symbolic_shape=True)
-        graph = library.load(ready).graph
-        convolutions = [n.name for n in graph.node if n.op_type == "Conv"]
-        head = max((int(n.split("/model.")[-1].split("/")[0]) for n in convolutions if "/model." in n), default=-1)
-        own = [n for n in convolutions if f"/model.{head}/" in n]
-        final = [n for n in own if "dfl" in n or n.endswith(".2/Conv")]
+        convolutions = [n.name for n in library.load(ready).graph.node if n.op_type == "Conv"]
         quantize_static(
             ready,
             small,
@@ -152,6 +151,6 @@ def int8_bytes(onnx: bytes, images_bchw: np.ndarray) -> bytes:
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["Conv"],
-            nodes_to_exclude=final,
+            nodes_to_exclude=kept_float(convolutions),
         )
         return with_metadata(Path(small).read_bytes(), metadata_of(onnx))

@@ -37,7 +37,7 @@ from dfssd.export.onnx_model import INSIDE_CONF, onnx_bytes
 from dfssd.export.parity import Parity, compare, require
 from dfssd.line import drift
 from dfssd.line.detector import LineDetector, letterbox, network_input
-from dfssd.models.families import class_names, predict, ready_model
+from dfssd.models.families import class_names, family_of, predict, ready_model
 from dfssd.models.nms import MAX_BOXES, NMS_IOU
 from dfssd.runtime.code_version import code_version
 from dfssd.runtime.storage import Storage
@@ -139,7 +139,7 @@ def _files(
     if "tensorrt" in settings.formats:
         files[f"{model}.engine"] = engine_bytes(onnx, imgsz, metadata_of(onnx))
     if settings.int8:
-        files[f"{model}_int8.onnx"] = int8_bytes(onnx, _calibration(manifest, config))
+        files[f"{model}_int8.onnx"] = int8_bytes(onnx, _calibration(manifest, config), family_of(net).kept_float)
     return files
 
 

@@ -141,7 +141,7 @@ class LineDetector:
         digest of the weights).
 
     Raises:
-        ValueError: the model was not written by `jobs/export.py`, or its kind is not known.
+        ValueError: the model was not written by `dfssd export`, or its kind is not known.
     """
 
     def __init__(self, file: str | Path, threads: int = 0, providers: Sequence[str] = ()) -> None:
@@ -156,7 +156,7 @@ class LineDetector:
         else:
             raise ValueError(f"not an exported model: {file} (give an .onnx file, an OpenVINO folder or an .engine)")
         if "dfssd" not in meta:
-            raise ValueError(f"{file} holds no operating point: it was not written by jobs/export.py")
+            raise ValueError(f"{file} holds no operating point: it was not written by dfssd export")
         self.metadata: dict[str, Any] = json.loads(meta["dfssd"])
         self.names: list[str] = self.metadata["names"]
         self.imgsz, self.inside = int(self.metadata["imgsz"]), bool(self.metadata["nms_inside"])

@@ -83,9 +83,7 @@ class Labelling:
         self.results = Results(out, detector.names, str(detector.metadata.get("weights_sha256", ""))[:12])
         if self.results.damaged:
             count = self.results.damaged
-            say(
-                f"WARNING: {count} line(s) of {self.results.file} cannot be read and are left out: their pictures count as new"
-            )
+            say(f"WARNING: {count} line(s) of {self.results.file} cannot be read: their pictures count as new")
         self.drift = Drift(detector.metadata.get("reference", {}))
         self.pictures = self.rejected = self.bad = 0
         self.busy_s = 0.0

@@ -24,8 +24,8 @@ LOCK = ".lock"  # who holds it alone writes lines
 
 
 class Results:
-    """Lines of a folder; an unfinished last one (a killed process) is cut off, and one that cannot be read (a power cut) taken
-    out: its picture counts as not labelled.
+    """Lines of a folder; an unfinished last one (a killed process) is cut off, and any that cannot be read (a power cut)
+    taken out: their pictures count as not labelled.
 
     Args:
         out: folder, made where it is missing. names: class names.

@@ -168,6 +168,11 @@ class Family(ABC):
             f"a {self.name} model cannot be exported", todo="give --formats without a value: nothing is exported"
         )
 
+    def kept_float(self, convolutions: Sequence[str]) -> list[str]:
+        """Of the convolutions of an exported graph, by name, those that int8 leaves as they are: what decodes boxes, where
+        rounding costs whole pixels."""
+        return []
+
     def watch(self, model: nn.Module, see: Callable[[Sequence[Tensor]], None]) -> RemovableHandle:
         """Have `see` called in every pass with the maps that enter the head (as in `HeadOutput.feats`)."""
         raise DfssdError(f"a {self.name} model does not show its features", todo="take another network")

@@ -118,6 +118,6 @@ def _images(context: Context, names: Sequence[ArtefactName]) -> int:
         return count_images(context.config).images
     if not is_finished(context.run, DATASET):
         raise DfssdError(
-            "the data set is not prepared", where=context.run.path(str(DATASET)), todo="run jobs/prepare.py first"
+            "the data set is not prepared", where=context.run.path(str(DATASET)), todo="run dfssd prepare first"
         )
     return int(context.run.read_json(f"{DATASET}/stage.json")["summary"]["images"])

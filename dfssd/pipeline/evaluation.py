@@ -22,7 +22,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         raise DfssdError(
             "there is no finished model to measure",
             where=context.run.uri,
-            todo="run jobs/teacher.py or jobs/distill.py first, or jobs/pipeline.py, which runs all in order",
+            todo="run dfssd teacher or dfssd distill first, or dfssd pipeline, which runs all in order",
         )
     if not context.config.run.dry_run and not context.fit:
         from dfssd.runtime.cluster import connect, task_resources

@@ -33,7 +33,7 @@ def needs(context: Context, stage: Stage, planned: Planned) -> list[str]:
         raise DfssdError(
             "nothing has measured the models, so there is no operating point to export",
             where=context.run.uri,
-            todo="run jobs/evaluate.py first, or jobs/pipeline.py, which runs all in order",
+            todo="run dfssd evaluate first, or dfssd pipeline, which runs all in order",
         )
     if REPORT not in planned:
         size = context.run.read_json(f"{REPORT}/metrics.json")["environment"]["imgsz"]

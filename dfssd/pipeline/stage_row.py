@@ -43,7 +43,7 @@ class StageRow:
         role: what it leaves; the first of the artefact's two names (the other is the round).
         does: one line for documentation and help.
         reads: dotted keys of the settings that it reads. They are the flags of its job, and what must match for a finished
-            artefact to be skipped, but for those that only change speed (`settings.FREE`).
+            artefact to be skipped, but for those that only change speed (`config.free.FREE`).
         inputs: artefacts that it reads, of (config, run, round).
         body: "module:function", imported when it is run; takes (context, stage, MLflow run id), returns the summary and the
             names of the files it has left.

@@ -66,7 +66,7 @@ def render(config: Config, run: Storage, results: dict[str, Any]) -> str:
         quality=quality,
         **_engineer(config, run, results),
         **_reviewer(run, results),
-        **_data(config, run),
+        **_data(run, repeat_threshold(run, results)),
         training=_training(run, results),
         times=_times(run),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -254,14 +254,20 @@ def _quality(run: Storage) -> list[dict[str, Any]]:
     return found
 
 
-def _data(config: Config, run: Storage) -> dict[str, Any]:
+def repeat_threshold(run: Storage, results: dict[str, Any]) -> float:
+    """What the last of the measured models was trained with: the command that measures has no such setting."""
+    name = list(tables.models_in(results))[-1]
+    return float(run.read_json(f"{name}/stage.json")["config"].get("train", {}).get("repeat_threshold", 0.0))
+
+
+def _data(run: Storage, repeat_threshold: float) -> dict[str, Any]:
     """Splits, what was set aside, near-duplicates and leaks."""
     summary, manifest = run.at("dataset").read_json("stage.json")["summary"], read_manifest(run.at("dataset"))
     bad = ", ".join(f"{n} {reason}" for reason, n in summary["bad_files"].items()) or "none"
     shown, alike = run.exists("dataset/groups.png"), tables.alike(summary)
     return {
         "splits": _table("Splits", tables.split_rows(summary)),
-        "balance": _table("Labelled classes", tables.balance_rows(manifest, config.train.repeat_threshold)),
+        "balance": _table("Labelled classes", tables.balance_rows(manifest, repeat_threshold)),
         "data_text": (
             f"{summary['files']} files, {summary['images']} images; set aside: {bad}. {alike[0].upper()}{alike[1:]}; "
             f"{summary['test_images_with_near_duplicate_in_train']} test images have one in train."

@@ -61,7 +61,7 @@ class Stage:
                 raise DfssdError(
                     f"stage '{self.name}' needs the artefact '{name}', which is not finished",
                     where=self.run.path(str(name)),
-                    todo="run that stage first, or jobs/pipeline.py, which runs all in order",
+                    todo="run that stage first, or dfssd pipeline, which runs all in order",
                 )
             digests[str(name)] = self.record_of(name)["digest"]
         return digests
@@ -187,7 +187,7 @@ class Stage:
             if not damaged:
                 continue
             remade = all(one.startswith(REMADE.get(name.role, ("\0",))) for one in damaged)
-            job = "run jobs/pseudo_label.py (or jobs/pipeline.py) again: it makes what is damaged anew"
+            job = "run dfssd pseudo_label (or dfssd pipeline) again: it makes what is damaged anew"
             raise DamagedFile(
                 f"stage '{self.name}' reads '{name}', which is damaged:\n    "
                 + "\n    ".join(f"{file}: {why}" for file, why in damaged.items()),

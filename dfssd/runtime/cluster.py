@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +27,7 @@ from dfssd.runtime.placement import (
     place_actors,
     place_workers,
 )
+from dfssd.runtime.ports import free_port
 from dfssd.runtime.progress import clock
 
 __all__ = ["Actors", "Ask", "Resources"]  # so that whoever asks for room needs one import
@@ -39,7 +37,6 @@ SETTLE_S = 4.0  # of these seconds at most are spent on waiting for more than wo
 
 T = TypeVar("T")
 _started: threading.Event | None = None  # of a Ray that is being started in the background
-_claims: dict[int, socket.socket] = {}  # ports that this process has chosen
 
 
 def start_early() -> None:
@@ -129,41 +126,11 @@ def _settings() -> dict[str, Any]:
         # look for it among all Rays of the machine, and give up where there are several: so it is told which is its own.
         # "local": without it Ray looks for one that somebody has started on this machine with `ray start`, by a file that a
         # cluster which crashed leaves behind, and finds that our settings are none for a cluster that is there.
-        port = _free_port(8265)
+        port = free_port(8265)
         env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
         settings |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
         settings |= {"address": "local", "object_store_memory": _object_store_bytes()}
     return settings | {"runtime_env": {"env_vars": env}}
-
-
-def _free_port(first: int) -> int:
-    """The first port of loopback, from this one on, that nobody listens on, and that no other job is about to take."""
-    for port in range(first, first + 200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if _claim(port):
-            return port
-    return first
-
-
-def _claim(port: int) -> bool:
-    """Is the port this job's? Ray listens on it seconds from now, and a job that starts meanwhile would choose it too.
-
-    By a socket of Linux' own kind, whose name has no file and ends with this process; elsewhere nobody is asked.
-    """
-    if port in _claims or not sys.platform.startswith("linux"):
-        return True
-    name = socket.socket(socket.AF_UNIX)
-    try:
-        name.bind(f"\0dfssd-dashboard-{port}")
-    except OSError as error:
-        name.close()
-        return error.errno != errno.EADDRINUSE  # where such names are forbidden nobody is asked either
-    _claims[port] = name
-    return True
 
 
 def _object_store_bytes() -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from dfssd.config import Data
+from dfssd.data.boxes import CLS
 from dfssd.data.checks import Label, Problem
 from dfssd.data.formats.class_names import check_names, instead_of_numbers, reconcile
 from dfssd.data.formats.listing import LABEL_SUFFIXES, OTHER_PICTURES, Tree, is_image, printable, refuse_query
@@ -91,7 +92,7 @@ class Source:
             new_id = np.array([names.index(n) for n in self.names], np.float64)
             for item in self.items:
                 if item.label is not None and len(item.label.boxes):
-                    ids = item.label.boxes[:, 0]
+                    ids = item.label.boxes[:, CLS]
                     known = (ids >= 0) & (ids < len(new_id)) & (ids == np.round(ids))
                     ids[known] = new_id[ids[known].astype(int)]
                     ids[~known] = -1
@@ -133,7 +134,7 @@ def assemble(
     of_picture: dict[str, list[Sheet]] = {}
     for sheet, picture in zip(sheets, matched, strict=True):
         if sheet.label.problem is None:
-            sheet.label.boxes[:, 0] = [ids.get(c, -1) for c in sheet.classes]
+            sheet.label.boxes[:, CLS] = [ids.get(c, -1) for c in sheet.classes]
         if picture is not None:
             of_picture.setdefault(picture, []).append(sheet)
         else:

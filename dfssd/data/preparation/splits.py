@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dfssd.data.boxes import CLS
+
 
 def shuffle_key(seed: int, image_id: str) -> str:
     """Pseudo-random but fixed rank of an image; it depends on nothing but seed and content."""
@@ -24,7 +26,7 @@ def class_counts(boxes: Sequence[np.ndarray | None], classes: int) -> np.ndarray
     counts = np.zeros((len(boxes), classes + 1))
     for row, one in enumerate(boxes):
         if one is not None and len(one):
-            counts[row, np.unique(one[:, 0].astype(int))] = 1
+            counts[row, np.unique(one[:, CLS].astype(int))] = 1
         else:
             counts[row, classes] = 1
     return counts

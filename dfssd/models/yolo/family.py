@@ -19,7 +19,7 @@ from dfssd.models.yolo import detector
 from dfssd.models.yolo.detection_loss import DetectionLoss
 from dfssd.models.yolo.detector import branches
 from dfssd.models.yolo.pair import pair
-from dfssd.models.yolo.predict import Decoder, predict
+from dfssd.models.yolo.predict import Decoder, decoding, predict
 from dfssd.models.yolo.taps import Taps
 
 
@@ -81,6 +81,9 @@ class Yolo(Family):
 
     def decoder(self, model: nn.Module) -> Decoder:
         return Decoder(model)
+
+    def kept_float(self, convolutions: Sequence[str]) -> list[str]:
+        return decoding(convolutions)
 
     def watch(self, model: Any, see: Callable[[Sequence[Tensor]], None]) -> RemovableHandle:
         handle: RemovableHandle = model.model[-1].register_forward_pre_hook(lambda module, inputs: see(inputs[0]))

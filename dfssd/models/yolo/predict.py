@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,3 +82,10 @@ class Decoder(nn.Module):
                 setattr(head, key, value)
         boxes: Tensor = output[0] if isinstance(output, tuple) else output
         return boxes
+
+
+def decoding(convolutions: Sequence[str]) -> list[str]:
+    """Names of the convolutions of an exported graph (that of `Decoder`) which end its head, or add up the bins."""
+    head = max((int(n.split("/model.")[-1].split("/")[0]) for n in convolutions if "/model." in n), default=-1)
+    own = [n for n in convolutions if f"/model.{head}/" in n]
+    return [n for n in own if "dfl" in n or n.endswith(".2/Conv")]
