@@ -437,6 +437,25 @@ def test_the_dry_run_says_what_will_be_made_again(prepared, capsys, monkeypatch)
     assert run.exists("teacher/stage.json")
 
 
+def test_the_dry_run_times_only_what_is_to_run_and_says_things_once(prepared, capsys, monkeypatch):
+    timed = []
+    monkeypatch.setattr("dfssd.pipeline.timing.time_step", lambda *args, **more: timed.append(args) or ("here", 0.1))
+    config = with_run(tiny_config(prepared), dry_run=True)
+    config = config.model_copy(update={"models": config.models.model_copy(update={"teacher": config.models.student})})
+    _finished(run_of(config), DATASET)
+    dry_run(Context(config), [TEACHER, LABEL_ONLY])
+    assert len(timed) == 1 and capsys.readouterr().out.count(f"model: {config.models.student} ") == 1
+    timed.clear()
+    monkeypatch.setattr("dfssd.pipeline.dry_run._states", lambda context, names: dict.fromkeys(names, "finished"))
+    dry_run(Context(config), [TEACHER, LABEL_ONLY, PSEUDO])
+    said = capsys.readouterr().out
+    assert (
+        not timed
+        and re.search(rf"teacher\W+finished\W+{config.train.steps}\W+0:00", said)
+        and "no step to time" in said
+    )
+
+
 def test_publish_best_exports_the_better_student_by_its_own_name_and_replaces_nothing(tmp_path):
     """Also after the report has been made again and says the opposite; what was exported is then out of date, and says so."""
     config = tiny_config(tmp_path)

@@ -34,8 +34,8 @@ def dry_run(context: Context, stages: Sequence[ArtefactName]) -> None:
     timer, images = step_timer(config), _images(context, names)
     rows, times = [], []
     for name in names:
-        steps, seconds = _expected(context, name, images, timer)
-        times.append(0.0 if states[name] == "finished" else seconds)
+        steps, seconds = _expected(context, name, images, None if states[name] == "finished" else timer)
+        times.append(seconds)
         rows.append([str(name), states[name], steps, _clock(times[-1])])
     rows.append(["all", "", "", _clock(None if None in times else sum(t or 0.0 for t in times))])
     print(render(f"plan ({timer.title})", ["stage", "state", "steps", "expected time"], rows))
@@ -63,12 +63,15 @@ def _states(context: Context, names: Sequence[ArtefactName]) -> dict[ArtefactNam
         DfssdError: what would stop the stage.
     """
     states: dict[ArtefactName, str] = {}
+    told: set[str] = set()
     for name in names:
         stage, row = make_stage(context.config, context.run, name), row_of(name)
         state = _state(context, stage, states)
         if row.needs and state != "finished":
             for line in resolve(row.needs)(context, stage, tuple(states)):
-                print(line)
+                if line not in told:
+                    print(line)
+                told.add(line)
         states[name] = state
     return states
 
@@ -91,17 +94,25 @@ def _state(context: Context, stage: Stage, before: Mapping[ArtefactName, str]) -
     return "overwritten" if there and context.config.run.overwrite else "new"
 
 
-def _expected(context: Context, name: ArtefactName, images: int, timer: StepTimer) -> tuple[str, float | None]:
-    """(steps, seconds) that a stage will take; None where a step cannot be timed."""
+def _expected(context: Context, name: ArtefactName, images: int, timer: StepTimer | None) -> tuple[str, float | None]:
+    """(steps, seconds) that a stage will take; None where a step cannot be timed.
+
+    Args:
+        timer: None of a finished stage, which takes no time.
+    """
     config, training = context.config, row_of(name).training
     if training:
         job = train_job(config, context.run, name)
+        if timer is None:
+            return str(job.steps), 0.0
         step_s = timer(job.model_spec, job.distills or name.round > 1, job.distills)
         if step_s is None:
             return str(job.steps), None
         # Validation of a tenth of the images, ten times, costs about a third of a training step an image.
         validation = 10 * images / 10 / config.train.batch * step_s / 3
         return str(job.steps), job.steps * step_s + validation + RAY_START_S
+    if timer is None:
+        return "", 0.0
     if name.role == PSEUDO.role:
         views = (4 if config.pseudo.tta == "flips" else 1) * max(1, len(config.pseudo.label_teachers))
         return "", RAY_START_S + images * views / 50
