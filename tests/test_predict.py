@@ -198,6 +198,29 @@ def test_a_watched_folder_and_a_restart(tmp_path):
     assert third.pictures == 1 and [one["verdict"] for one in third.results.lines()] == ["pass", "pass"]
 
 
+@pytest.mark.parametrize("damage", [b'{"file": "cut\n', b"\x00\x00\xff\n", b"[1]\n", b'{"file": "x.png"}\n'])
+def test_a_damaged_line_stops_no_watcher(tmp_path, damage):
+    """A power cut, or a line that another process has written behind an unfinished one: its picture is labelled again."""
+    (tmp_path / "in").mkdir()
+    for name in "123":
+        _picture(tmp_path / "in" / f"{name}.png")
+
+    def watched():
+        labelling = line.Labelling(Bright(), tmp_path / "out", draw=False, say=said.append)
+        line.watch(labelling, tmp_path / "in", poll_s=0.0, rounds=2)
+        return labelling.pictures
+
+    said = []
+    assert watched() == 3
+    file = tmp_path / "out" / LINES
+    first, _, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + damage + last)
+    assert watched() == 1 and any("1 line(s) of " in text for text in said)
+    assert len(file.read_text().splitlines()) == 3 == len(json.loads((tmp_path / "out" / "boxes.json").read_text()))
+    said.clear()
+    assert watched() == 0 and not any("line(s)" in text for text in said)
+
+
 def test_deep_pictures_are_read_with_the_white_level_of_the_model(tmp_path):
     """12 bits in a 16-bit file: without it a defect of value 4000 would be as dark as 15 of 255, and pass."""
     image = np.full((40, 60), 1400, np.uint16)

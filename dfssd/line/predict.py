@@ -81,6 +81,9 @@ class Labelling:
         self.detector, self.draw, self.say = detector, draw, say
         self.tau_c, self.white = detector.thresholds(score), float(detector.metadata.get("white", 0.0))
         self.results = Results(out, detector.names, str(detector.metadata.get("weights_sha256", ""))[:12])
+        if self.results.damaged:
+            count = self.results.damaged
+            say(f"WARNING: {count} line(s) of {self.results.file} cannot be read: their pictures count as new")
         self.drift = Drift(detector.metadata.get("reference", {}))
         self.pictures = self.rejected = self.bad = 0
         self.busy_s = 0.0

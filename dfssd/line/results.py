@@ -19,15 +19,20 @@ import numpy as np
 from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY
 
 LINES = "pictures.jsonl"
+_KEYS = {"file", "stamp", "width", "height", "verdict", "boxes"}  # of a line; earlier versions wrote no model
 LOCK = ".lock"  # who holds it alone writes lines
 
 
 class Results:
-    """Lines of a folder; an unfinished last one (a killed process) is cut off.
+    """Lines of a folder; an unfinished last one (a killed process) is cut off, and any that cannot be read (a power cut)
+    taken out: their pictures count as not labelled.
 
     Args:
         out: folder, made where it is missing. names: class names.
         model: what finds the boxes, as each line says: the beginning of its weights' sha256; '' where that is not known.
+
+    Attributes:
+        damaged: lines that could not be read.
     """
 
     def __init__(self, out: Path, names: Sequence[str], model: str = "") -> None:
@@ -35,12 +40,14 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         self.file = out / LINES
         self.done: dict[str, str] = {}
+        self.damaged = 0
         if self.file.exists():
             with self._alone():
                 data = self.file.read_bytes()
                 whole = data[: data.rfind(b"\n") + 1]
                 if len(whole) < len(data):
                     self.file.write_bytes(whole)
+                self.damaged = sum(_line(text) is None for text in whole.decode(errors="replace").splitlines())
                 self._tidy()
             self.done = {one["file"]: one["stamp"] for one in self.lines()}
 
@@ -59,8 +66,8 @@ class Results:
             yield from newest.values()
 
     def _newest(self) -> dict[str, dict[str, Any]]:
-        with self.file.open(encoding="utf-8") as stream:
-            return {one["file"]: one for one in map(json.loads, stream)}
+        with self.file.open(encoding="utf-8", errors="replace") as stream:
+            return {one["file"]: one for one in map(_line, stream) if one}
 
     def _tidy(self) -> None:
         """Take out lines that a newer one of the same picture has replaced; a kill leaves the old file or the new one."""
@@ -118,6 +125,15 @@ class Results:
                 table.writerows([one["file"], one["verdict"], *row] for row in rows)
         places[1].write_text(json.dumps(pictures, indent=1), encoding="utf-8")
         places[2].write_text(json.dumps(coco(pictures, self.names)), encoding="utf-8")
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """One picture as it was written; None of a line that is not whole."""
+    try:
+        one = json.loads(text)
+    except ValueError:
+        return None
+    return one if isinstance(one, dict) and one.keys() >= _KEYS else None
 
 
 def coco(pictures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
