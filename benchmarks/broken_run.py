@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from breakable import Proxy, Server
-from places import EVERY, STAGES, TRAININGS, Position, barrier, places, position, written
+from places import EVERY, STAGES, TRAININGS, Position, barrier, lost, places, position, written
 
 ROOT = Path(__file__).parents[1]
 WORKERS = ("RayTrainWorker", "MapWorker", "ray::measure", "ray::Map")
@@ -230,18 +230,11 @@ def break_it(run: Run, kind: str, rng: random.Random) -> Fault:
             _again(run, fault)
         time.sleep(0.25)
     fault.recovery_s = round(time.monotonic() - begun, 1)
-    fault.lost = _lost(fault.at, run.text(offset))
+    fault.lost = lost(fault.at, run.text(offset))
     if position(run.text()) <= fault.at and run.ended() != 0:
         raise AssertionError(f"no further within {LIMIT_S:.0f} s: {fault}\n{run.text()[-3000:]}")
     print(json.dumps(asdict(fault)), flush=True)
     return fault
-
-
-def _lost(at: Position, said: str) -> int:
-    """Steps made again, by what was said after a fault. It may have come when the next stage had begun, and then none was."""
-    resumed = re.search(r"(\w+): resumed at step (\d+) of", said)
-    same = resumed is not None and resumed[1] in STAGES[at[0] : at[0] + 1]
-    return max(at[1] - int(resumed[2]), 0) if resumed and same else 0
 
 
 def plan(steps: int, number: int, seed: int) -> list[tuple[str, Position]]:

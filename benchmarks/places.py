@@ -24,6 +24,13 @@ def position(text: str) -> Position:
     return best
 
 
+def lost(at: Position, said: str) -> int:
+    """Steps made again, by what was said after a fault. It may have come when the next stage had begun, and then none was."""
+    resumed = re.search(r"(\w+): resumed at step (\d+) of", said)
+    same = resumed is not None and resumed[1] in STAGES[at[0] : at[0] + 1]
+    return max(at[1] - int(resumed[2]), 0) if resumed and same else 0
+
+
 def written(path: str) -> Position | None:
     """What a run has reached that writes this file of its storage: a checkpoint, or the record of a finished stage."""
     found = re.search(r"/(\w+)/(?:train/step_(\d+)/|stage\.json)", path)

@@ -47,11 +47,12 @@ def settings(file: str | Path = "", **values: Any) -> Config:
     return checked(tree)
 
 
-def run(config: Config, stages: Sequence[str] = ()) -> FinishedRun:
+def run(config: Config, stages: str | Sequence[str] = ()) -> FinishedRun:
     """Run stages in this process's Ray, skipping those that are finished; return what the run holds.
 
     Args:
-        stages: such as ("teacher", "label_only"), by the names of docs/design.md, section 3; none: all of a pipeline.
+        stages: one or several, such as ("teacher", "label_only"), by the names of docs/design.md, section 3; none: all of
+            a pipeline.
 
     Raises:
         DfssdError: a user error, with the stage left so that the same call goes on; or an unknown stage.
@@ -60,7 +61,7 @@ def run(config: Config, stages: Sequence[str] = ()) -> FinishedRun:
     from dfssd.pipeline.stages import ROWS, wanted
     from dfssd.runtime.artefact_names import ArtefactName
 
-    names = [ArtefactName.parse(stage) for stage in stages]
+    names = [ArtefactName.parse(stage) for stage in ((stages,) if isinstance(stages, str) else stages)]
     for name in names:
         if name.role not in ROWS:
             raise DfssdError(

@@ -40,6 +40,8 @@ def test_a_run_is_made_and_read(strip, tmp_path, capsys):
     config = dfssd.settings(data=str(strip), label_fraction=0.4, storage_path=str(tmp_path), run_name="n")
     with pytest.raises(dfssd.DfssdError, match="did you mean 'dataset'"):
         dfssd.run(config, ["datasets"])
+    with pytest.raises(dfssd.DfssdError, match="did you mean 'dataset'"):
+        dfssd.run(config, "datasets")  # one name is no list of letters
     with pytest.raises(dfssd.DfssdError, match="no stage of this run is finished"):
         dfssd.open_run(str(tmp_path), "n")
     run = dfssd.run(config, ["dataset"])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dfssd.config import Config
-from dfssd.data.formats.read import NoClassNames
+from dfssd.data.formats.class_names import NoClassNames
 from dfssd.data.manifest import TEST, VAL, Manifest, Row, read_manifest
 from dfssd.data.preparation.prepare import prepare
 from dfssd.errors import DfssdError, nearest

@@ -172,9 +172,9 @@ def test_all_faults_come_however_fast_the_job_is_and_a_stopped_run_goes_on(tmp_p
 def test_what_a_fault_cost():
     """It may meet a run that has gone on since it was looked at."""
     said = "typed again\n(RayTrainWorker pid=7) teacher: resumed at step 15 of 60\nteacher: step 16/60 (27 %)\n"
-    assert broken_run._lost((1, 18), said) == 3 and broken_run._lost((1, 14), said) == 0
-    assert broken_run._lost((0, 0), said) == 0 and broken_run._lost((1, 18), "teacher: starts") == 0
-    assert broken_run._lost((1, 58), said.replace("teacher", "mean_teacher")) == 0, "the teacher was finished"
+    assert places.lost((1, 18), said) == 3 and places.lost((1, 14), said) == 0
+    assert places.lost((0, 0), said) == 0 and places.lost((1, 18), "teacher: starts") == 0
+    assert places.lost((1, 58), said.replace("teacher", "mean_teacher")) == 0, "the teacher was finished"
 
 
 def _until(condition):

@@ -24,6 +24,10 @@ NO_NAMES: tuple[Any, ...] = (None, "", "null", "~", [], {})  # what a data.yaml 
 _TODO = "write it as 'names: [scratch, pit]', or with the ids 0, 1, 2, ... as keys"
 
 
+class NoClassNames(DfssdError):
+    """Labels are there, but nothing says what their classes are called."""
+
+
 def names_of_yaml(content: dict[str, Any], where: str) -> list[str]:
     """Class names of a parsed data.yaml by id; [] where it has none.
 

@@ -15,7 +15,7 @@ from typing import Any
 from dfssd.config.choices import FORMATS
 from dfssd.data.checks import Problem
 from dfssd.data.formats import labelstudio, other_formats
-from dfssd.data.formats.class_names import LIST_FILES, spelt_alike
+from dfssd.data.formats.class_names import LIST_FILES, NoClassNames, spelt_alike
 from dfssd.data.formats.cvat import read_cvat
 from dfssd.data.formats.foreign import PACKED, no_pictures, recognise
 from dfssd.data.formats.listing import Tree, is_image, printable, refuse_query
@@ -37,10 +37,6 @@ def _reader(place: str) -> tuple[Callable[[Any], bool], Callable[[Tree, dict[str
 
 JSON_FORMATS = {name: _reader(row.json) for name, row in FORMATS.items() if row.json}
 ENDINGS = {".xml": ("voc", "cvat"), ".json": tuple(JSON_FORMATS), ".txt": ("yolo", "cr7-det")}
-
-
-class NoClassNames(DfssdError):
-    """Labels are there, but nothing says what their classes are called."""
 
 
 def read_source(data: str, fmt: str, names: Sequence[str]) -> Source:
