@@ -3,7 +3,7 @@
     python benchmarks/semi_supervised.py --data cr7-det --label-fraction 0.1 --imgsz 192 --steps 800 --seeds 0 1 2 \
         --teacher yolov8s.pt --student yolov8n.pt --out runs/semi --jobs 2
 
-Several data sets at once: give --data, --label-fraction, --imgsz, --steps once each or once for each data set. Rows run in
+Several settings at once: give --data, --label-fraction, --imgsz, --steps once for all or once for each setting. Rows run in
 --jobs processes side by side, each with one thread; a row that is finished is not run again, one that was stopped goes on
 from its checkpoint. `--export DIR` writes a small copy of each data set to carry to another machine; `--table DIR` only
 writes the tables. Needs torch, torchvision, ultralytics, pyarrow, pydantic, numpy, scipy, cv2 and pillow; no Ray, no
@@ -103,13 +103,13 @@ class Task:
 def all_tasks(a: argparse.Namespace) -> list[Task]:
     """Rows by order of the settings' first seeds, so that a first answer comes early."""
     tasks = []
-    spread = [v if len(v) == len(a.data) else v * len(a.data) for v in (a.label_fraction, a.imgsz, a.steps)]
+    settings = spread(data=a.data, label_fraction=a.label_fraction, imgsz=a.imgsz, steps=a.steps)
     rows = with_needs(a.rows)
     for row in rows:
         for seed in a.seeds:
             if row.base in ONE_SEED and seed != a.seeds[0]:
                 continue
-            for data, fraction, imgsz, steps in zip(a.data, *spread, strict=True):
+            for data, fraction, imgsz, steps in settings:
                 setting = f"{Path(data).name}_{fraction:g}_{imgsz}px_{steps}"
                 config = Config(
                     run=Run(seed=seed),
@@ -121,6 +121,19 @@ def all_tasks(a: argparse.Namespace) -> list[Task]:
                 folder = Path(a.out) / setting / f"seed{seed}"
                 tasks.append(Task(row, setting, data, fraction, with_settings(config, a.set), folder, a.device))
     return tasks
+
+
+def spread(**lists: list[Any]) -> list[tuple[Any, ...]]:
+    """Settings by place: what is given once holds for all.
+
+    Raises:
+        SystemExit: something is given neither once nor as often as the rest.
+    """
+    most = max(map(len, lists.values()))
+    for name, values in lists.items():
+        if len(values) not in (1, most):
+            raise SystemExit(f"--{name.replace('_', '-')} is given {len(values)} times: give it once, or {most} times")
+    return list(zip(*(v if len(v) == most else v * most for v in lists.values()), strict=True))
 
 
 def with_settings(config: Config, pairs: list[str]) -> Config:
@@ -227,8 +240,7 @@ def main() -> None:
         print(write_tables(Path(a.table)))
         return
     if a.export:
-        sides: list[Any] = a.imgsz if len(a.imgsz) == len(a.data) else a.imgsz * len(a.data)
-        for data, imgsz in zip(a.data, sides, strict=True):
+        for data, imgsz in spread(data=a.data, imgsz=a.imgsz):
             export(data, imgsz, Path(a.export, Path(data).name))
         return
     for data in a.data:
