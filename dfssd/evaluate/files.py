@@ -45,10 +45,24 @@ def measure_files(config: Config, files: Sequence[str], on: str, named: Collecti
         DfssdError: a file or folder is not there, no class of a model is among the labels, or nothing is labelled.
     """
     torch.set_num_threads(max(1, config.run.cpus_per_worker))
-    results: dict[str, Any] = {}
     models = {file: _open(file, config, named) for file in files}
     own = {tuple(opened.names) for opened in models.values()}
-    manifest, rows, val = _pictures(config, on, own.pop() if len(own) == 1 else ())
+    with tempfile.TemporaryDirectory() as folder:  # to the end: a .zip is unpacked there
+        manifest, rows, val = _pictures(config, on, Storage(folder), own.pop() if len(own) == 1 else ())
+        return _measured(config, models, manifest, rows, val, on, named)
+
+
+def _measured(
+    config: Config,
+    models: dict[str, Opened],
+    manifest: Manifest,
+    rows: list[Row],
+    val: list[Row],
+    on: str,
+    named: Collection[str],
+) -> dict[str, Any]:
+    """See `measure_files`."""
+    results: dict[str, Any] = {}
     networks = {file: opened.timed for file, opened in models.items()}
     rate = _rate(config, list(models.values()), RATE in named)
     for file, opened in models.items():
@@ -90,16 +104,20 @@ def plan_files(config: Config, files: Sequence[str], on: str) -> list[str]:
     paths = [model_path(file) for file in files]
     where = f"the split {on}" if on in SPLITS else on
     try:
-        rows = _pictures(config, on)[1]
+        with tempfile.TemporaryDirectory() as folder:
+            rows = _pictures(config, on, Storage(folder))[1]
     except NoClassNames:
         return [f"{path}: would be measured on {where}, whose classes would be called as the model's" for path in paths]
     return [f"{path}: would be measured on {len(rows)} labelled pictures of {where}" for path in paths]
 
 
-def _pictures(config: Config, on: str, names: Sequence[str] = ()) -> tuple[Manifest, list[Row], list[Row]]:
+def _pictures(
+    config: Config, on: str, room: Storage, names: Sequence[str] = ()
+) -> tuple[Manifest, list[Row], list[Row]]:
     """Manifest, labelled pictures to measure on, and the val pictures that choose an operating point (or none).
 
     Args:
+        room: empty folder, for what is found in a folder of pictures; a .zip is unpacked there.
         names: classes of the models, in order of their id, where they agree: what those of a folder without names are called.
     """
     run = Storage(config.run.storage_path).at(config.run.run_name)
@@ -117,21 +135,17 @@ def _pictures(config: Config, on: str, names: Sequence[str] = ()) -> tuple[Manif
         raise DfssdError(
             f"no split and no folder: {on}{nearest(on, SPLITS)}", todo="give val, test or a folder with labels"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        store = Storage(folder)
-        data = config.data.model_copy(
-            update={"data": on, "label_fraction": 1.0, "labels_per_class": 0, "labelled_list": ""}
-        )
-        try:
-            prepare(data, config.run.seed, store)
-        except NoClassNames:
-            if not names:
-                raise
-            print(
-                f"the labels have no class names: their numbers are taken for {', '.join(names)}, as the models count"
-            )
-            prepare(data.model_copy(update={"names": tuple(names)}), config.run.seed, store)
-        manifest = read_manifest(store)
+    store = room.at("dataset")
+    every = {"label_fraction": 1.0, "labels_per_class": 0, "labelled_list": "", "val_from_labels": False}
+    data = config.data.model_copy(update={"data": on, "unlabelled": (), "split": "grouped", **every})
+    try:
+        prepare(data, config.run.seed, store, least=1)
+    except NoClassNames:
+        if not names:
+            raise
+        print(f"the labels have no class names: their numbers are taken for {', '.join(names)}, as the models count")
+        prepare(data.model_copy(update={"names": tuple(names)}), config.run.seed, store, least=1)
+    manifest = read_manifest(store)
     rows = [r for r in manifest.rows if r.boxes is not None]
     if not rows:
         raise DfssdError("no picture there is labelled", where=on, todo="a clean picture needs an empty label file")
