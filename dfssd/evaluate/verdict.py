@@ -62,7 +62,7 @@ def doubts(measured: dict[str, Any], max_escape: float, split: str) -> list[str]
     if escape["groups"] < needed:
         takes = f"that takes {needed} without an escape" if math.isfinite(needed) else "no number of pictures can"
         notes.append(
-            f"{escape['pictures']} defective {split} pictures ({escape['groups']} apart from near-duplicates) cannot "
+            f"{escape['pictures']} defective {split} picture{'s' * (escape['pictures'] != 1)} ({escape['groups']} apart from near-duplicates) cannot "
             f"confirm an escape rate of {max_escape:.1%}: {takes}."
         )
     return notes
