@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,9 @@ def _measured(
     rate = _rate(config, list(models.values()), RATE in named)
     for file, opened in models.items():
         known = _known(opened.names, manifest.names, file)
-        records = collect_squares(opened.detect, rows, opened.imgsz, known)
+        # A folder's own white level would be that of its brightest picture: at the line the model's counts.
+        seen_rows = rows if on in SPLITS or opened.white is None else [replace(r, white=opened.white) for r in rows]
+        records = collect_squares(opened.detect, seen_rows, opened.imgsz, known)
         point = opened.point
         if point is None:
             where = "val" if val else "these pictures themselves (so escapes flatter)"
@@ -154,7 +157,7 @@ def _pictures(
 
 class Opened(NamedTuple):
     """A model file: what detects, its class names, input side (px), operating point (None: none was chosen for it), what is
-    timed, and the run it comes from, where that can be found."""
+    timed, the run it comes from, where that can be found, and the value that it takes for white (None: not known)."""
 
     detect: SquareDetect
     names: Sequence[str]
@@ -162,6 +165,7 @@ class Opened(NamedTuple):
     point: dict[str, Any] | None
     timed: Callable[[Any], Any]
     origin: Origin | None
+    white: float | None = None
 
 
 def _open(file: str, config: Config, named: Collection[str] = ()) -> Opened:
@@ -177,6 +181,7 @@ def _open(file: str, config: Config, named: Collection[str] = ()) -> Opened:
             origin.point if origin and origin.imgsz == imgsz else None,
             lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES),
             origin,
+            max((row.white for row in origin.manifest.rows), default=0.0) if origin else None,
         )
     line = open_exported(path, 1)
     origin = origin_of(path, line.metadata, runs)
@@ -188,6 +193,7 @@ def _open(file: str, config: Config, named: Collection[str] = ()) -> Opened:
         point,
         lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF),
         origin,
+        line.white,
     )
 
 
