@@ -253,6 +253,7 @@ def test_what_a_user_sees_last(measured, capsys, tmp_path, monkeypatch):
     assert f"report    s3://bucket{run.path('report/report.html')}\n" in text
     assert f"fetch s3://bucket{run.path('export/student.onnx')}, then dfssd predict student.onnx PICTURES" in text
     assert not re.search(r"^  (dfssd|yolo) predict", text, re.M) and "yolo takes" not in text
+    assert "no MLflow" not in text, "it was said when the run began"
     monkeypatch.undo()
     run.at("export").delete()
     run.at("report").delete("stage.json")
