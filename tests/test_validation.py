@@ -454,6 +454,7 @@ def test_model_files_on_a_split_and_on_a_folder(trained, measured, strip, tmp_pa
     found = measure_files(config, [str(weights), str(file)], "test")
     one, two = found.values()
     assert one["map50_95"] == pytest.approx(two["map50_95"], abs=1e-3)
+    assert any("nobody knows whether its training pictures are among these" in note for note in two["remarks"])
     assert two["operating_point"] == point and one["operating_point"]["chosen_on"] == "val"
     _the_point_is_that_of_the_line(
         file, read_manifest(Storage(str(storage / "r")).at("dataset")), results["label_only"]

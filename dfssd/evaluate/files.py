@@ -80,7 +80,7 @@ def _measured(
             point = {**point, "chosen_on": where}
         numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
         seen = opened.origin.seen(rows) if opened.origin else None
-        notes = _notes(file, opened, seen, config, on, len(rows), named)
+        notes = _notes(file, opened, seen, config, len(rows), named)
         results[file] = {
             **numbers, "operating_point": point, "imgsz": opened.imgsz, "seen": seen, "remarks": notes
         }  # fmt: skip
@@ -217,13 +217,11 @@ def _notes(
     opened: Opened,
     seen: dict[str, int] | None,
     config: Config,
-    on: str,
     pictures: int,
     named: Collection[str],
 ) -> list[str]:
     """What has to be known beside the numbers of a file."""
-    unknown = opened.origin is None and on in SPLITS
-    notes = [] if unknown else [in_words(file, seen, pictures, opened.origin is not None)]
+    notes = [in_words(file, seen, pictures, opened.origin is not None)]
     asked, own = config.evaluate.max_escape, (opened.point or {}).get("max_escape")
     if RATE in named and own is not None and own != asked:
         notes.append(
