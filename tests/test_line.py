@@ -115,6 +115,13 @@ def test_a_folder_without_a_model_is_a_sentence(tmp_path):
         open_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("data", [b"", b"garbage", b"\x08\x08\x12\x07pytorch"])
+def test_a_damaged_model_is_a_sentence(tmp_path, data):
+    (tmp_path / "cut.onnx").write_bytes(data)
+    with pytest.raises(DfssdError, match=r"cannot be opened: ONNX Runtime cannot read .*cut\.onnx: "):
+        open_model(str(tmp_path / "cut.onnx"))
+
+
 def test_a_model_whose_runtime_is_missing_is_a_sentence_for_predict_and_evaluate_alike(tmp_path, monkeypatch):
     engine = tmp_path / "student.engine"
     engine.write_bytes(b"")

@@ -120,6 +120,34 @@ def test_files_without_a_point_are_asked_for_the_rate_of_those_that_bring_one():
     assert _rate(own, [opened(0.05), opened(None)], True) == 0.02, "the default, typed, is asked for"
 
 
+def test_deep_pictures_of_a_folder_are_seen_as_the_model_sees_them_at_the_line(tmp_path, monkeypatch):
+    """A dim batch has a white level of its own, with which its pictures would be four times as bright as to `predict`."""
+    import cv2
+
+    from dfssd.config import Config
+    from dfssd.data.images import open_image
+    from dfssd.evaluate import files
+
+    rng, seen = np.random.default_rng(0), []
+    for k in range(3):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), rng.integers(0, 900, (32, 32), np.uint16))
+        (tmp_path / f"{k}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+
+    def detect(images):
+        seen.extend(images)
+        return [np.array([[8, 8, 24, 24, 0.9, 0]], np.float32)] * len(images)
+
+    for white in (4095.0, None):
+        opened = files.Opened(detect, ["pit"], 32, POINT, lambda image: None, None, white)
+        monkeypatch.setattr(files, "_open", lambda *args, opened=opened: opened)
+        files.measure_files(Config(), ["m.onnx"], str(tmp_path))
+        pictures = sorted((tmp_path / f"{k}.png").read_bytes() for k in range(3))
+        at_the_line = [open_image(data, white or 1023.0)[..., 0] for data in pictures]
+        got = {np.round(image[0] * 255).astype(int).tobytes() for image in seen}
+        assert got == {one.astype(int).tobytes() for one in at_the_line}
+        seen.clear()
+
+
 def test_a_pt_is_measured_at_the_size_of_its_run_unless_another_is_typed(run, monkeypatch):
     """Also where the pictures are those of a run of another size, and where what is typed is the default."""
     from dfssd.evaluate import files

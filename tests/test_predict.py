@@ -271,6 +271,9 @@ def test_user_errors_end_with_2(tmp_path, capsys):
         with pytest.raises(SystemExit) as error:
             run("predict", words)
         assert error.value.code == 2 and said in capsys.readouterr().err
+    for out in (tmp_path / "x.png", tmp_path / "x.png" / "below"):
+        with pytest.raises(DfssdError, match="results cannot be written there"):
+            Results(out, ["a"])
     with pytest.raises(DfssdError, match="there is no picture"):
         (tmp_path / "empty").mkdir()
         line.find_pictures([str(tmp_path / "empty")])

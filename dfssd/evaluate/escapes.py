@@ -279,9 +279,10 @@ def _too_few_to_choose(val: Pictures, max_escape: float, pictures: str) -> list[
     new = rate_of_new(max_escape, groups)
     if new <= 2 * max_escape:
         return []
+    who = pictures.removesuffix("s") if groups == 1 else pictures
     enough = f"; {math.ceil(1 / max_escape) - 1} would do" if max_escape > 0 else ""
     return [
-        f"{groups} defective {pictures} cannot choose a score for an escape rate of {max_escape:.1%}: one chosen on so few "
+        f"{groups} defective {who} cannot choose a score for an escape rate of {max_escape:.1%}: one chosen on so few "
         f"lets {new:.1%} of new ones pass on average{enough}"
     ]
 

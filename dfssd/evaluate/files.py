@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,15 +46,31 @@ def measure_files(config: Config, files: Sequence[str], on: str, named: Collecti
         DfssdError: a file or folder is not there, no class of a model is among the labels, or nothing is labelled.
     """
     torch.set_num_threads(max(1, config.run.cpus_per_worker))
-    results: dict[str, Any] = {}
     models = {file: _open(file, config, named) for file in files}
     own = {tuple(opened.names) for opened in models.values()}
-    manifest, rows, val = _pictures(config, on, own.pop() if len(own) == 1 else ())
+    with tempfile.TemporaryDirectory() as folder:  # to the end: a .zip is unpacked there
+        manifest, rows, val = _pictures(config, on, Storage(folder), own.pop() if len(own) == 1 else ())
+        return _measured(config, models, manifest, rows, val, on, named)
+
+
+def _measured(
+    config: Config,
+    models: dict[str, Opened],
+    manifest: Manifest,
+    rows: list[Row],
+    val: list[Row],
+    on: str,
+    named: Collection[str],
+) -> dict[str, Any]:
+    """See `measure_files`."""
+    results: dict[str, Any] = {}
     networks = {file: opened.timed for file, opened in models.items()}
     rate = _rate(config, list(models.values()), RATE in named)
     for file, opened in models.items():
         known = _known(opened.names, manifest.names, file)
-        records = collect_squares(opened.detect, rows, opened.imgsz, known)
+        # A folder's own white level would be that of its brightest picture: at the line the model's counts.
+        seen_rows = rows if on in SPLITS or opened.white is None else [replace(r, white=opened.white) for r in rows]
+        records = collect_squares(opened.detect, seen_rows, opened.imgsz, known)
         point = opened.point
         if point is None:
             where = "val" if val else "these pictures themselves (so escapes flatter)"
@@ -63,7 +80,7 @@ def measure_files(config: Config, files: Sequence[str], on: str, named: Collecti
             point = {**point, "chosen_on": where}
         numbers = measure_split(records, records, manifest.names, thresholds_of(point, manifest.names))
         seen = opened.origin.seen(rows) if opened.origin else None
-        notes = _notes(file, opened, seen, config, on, len(rows), named)
+        notes = _notes(file, opened, seen, config, len(rows), named)
         results[file] = {
             **numbers, "operating_point": point, "imgsz": opened.imgsz, "seen": seen, "remarks": notes
         }  # fmt: skip
@@ -90,16 +107,20 @@ def plan_files(config: Config, files: Sequence[str], on: str) -> list[str]:
     paths = [model_path(file) for file in files]
     where = f"the split {on}" if on in SPLITS else on
     try:
-        rows = _pictures(config, on)[1]
+        with tempfile.TemporaryDirectory() as folder:
+            rows = _pictures(config, on, Storage(folder))[1]
     except NoClassNames:
         return [f"{path}: would be measured on {where}, whose classes would be called as the model's" for path in paths]
     return [f"{path}: would be measured on {len(rows)} labelled pictures of {where}" for path in paths]
 
 
-def _pictures(config: Config, on: str, names: Sequence[str] = ()) -> tuple[Manifest, list[Row], list[Row]]:
+def _pictures(
+    config: Config, on: str, room: Storage, names: Sequence[str] = ()
+) -> tuple[Manifest, list[Row], list[Row]]:
     """Manifest, labelled pictures to measure on, and the val pictures that choose an operating point (or none).
 
     Args:
+        room: empty folder, for what is found in a folder of pictures; a .zip is unpacked there.
         names: classes of the models, in order of their id, where they agree: what those of a folder without names are called.
     """
     run = Storage(config.run.storage_path).at(config.run.run_name)
@@ -117,21 +138,17 @@ def _pictures(config: Config, on: str, names: Sequence[str] = ()) -> tuple[Manif
         raise DfssdError(
             f"no split and no folder: {on}{nearest(on, SPLITS)}", todo="give val, test or a folder with labels"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        store = Storage(folder)
-        data = config.data.model_copy(
-            update={"data": on, "label_fraction": 1.0, "labels_per_class": 0, "labelled_list": ""}
-        )
-        try:
-            prepare(data, config.run.seed, store)
-        except NoClassNames:
-            if not names:
-                raise
-            print(
-                f"the labels have no class names: their numbers are taken for {', '.join(names)}, as the models count"
-            )
-            prepare(data.model_copy(update={"names": tuple(names)}), config.run.seed, store)
-        manifest = read_manifest(store)
+    store = room.at("dataset")
+    every = {"label_fraction": 1.0, "labels_per_class": 0, "labelled_list": "", "val_from_labels": False}
+    data = config.data.model_copy(update={"data": on, "unlabelled": (), "split": "grouped", **every})
+    try:
+        prepare(data, config.run.seed, store, least=1)
+    except NoClassNames:
+        if not names:
+            raise
+        print(f"the labels have no class names: their numbers are taken for {', '.join(names)}, as the models count")
+        prepare(data.model_copy(update={"names": tuple(names)}), config.run.seed, store, least=1)
+    manifest = read_manifest(store)
     rows = [r for r in manifest.rows if r.boxes is not None]
     if not rows:
         raise DfssdError("no picture there is labelled", where=on, todo="a clean picture needs an empty label file")
@@ -140,7 +157,7 @@ def _pictures(config: Config, on: str, names: Sequence[str] = ()) -> tuple[Manif
 
 class Opened(NamedTuple):
     """A model file: what detects, its class names, input side (px), operating point (None: none was chosen for it), what is
-    timed, and the run it comes from, where that can be found."""
+    timed, the run it comes from, where that can be found, and the value that it takes for white (None: not known)."""
 
     detect: SquareDetect
     names: Sequence[str]
@@ -148,6 +165,7 @@ class Opened(NamedTuple):
     point: dict[str, Any] | None
     timed: Callable[[Any], Any]
     origin: Origin | None
+    white: float | None = None
 
 
 def _open(file: str, config: Config, named: Collection[str] = ()) -> Opened:
@@ -163,6 +181,7 @@ def _open(file: str, config: Config, named: Collection[str] = ()) -> Opened:
             origin.point if origin and origin.imgsz == imgsz else None,
             lambda image: predict(model, image, LATENCY_CONF, NMS_IOU, MAX_BOXES),
             origin,
+            max((row.white for row in origin.manifest.rows), default=0.0) if origin else None,
         )
     line = open_exported(path, 1)
     origin = origin_of(path, line.metadata, runs)
@@ -174,6 +193,7 @@ def _open(file: str, config: Config, named: Collection[str] = ()) -> Opened:
         point,
         lambda image: line.boxes_of_input(image.numpy(), LATENCY_CONF),
         origin,
+        line.white,
     )
 
 
@@ -197,13 +217,11 @@ def _notes(
     opened: Opened,
     seen: dict[str, int] | None,
     config: Config,
-    on: str,
     pictures: int,
     named: Collection[str],
 ) -> list[str]:
     """What has to be known beside the numbers of a file."""
-    unknown = opened.origin is None and on in SPLITS
-    notes = [] if unknown else [in_words(file, seen, pictures, opened.origin is not None)]
+    notes = [in_words(file, seen, pictures, opened.origin is not None)]
     asked, own = config.evaluate.max_escape, (opened.point or {}).get("max_escape")
     if RATE in named and own is not None and own != asked:
         notes.append(

@@ -60,9 +60,10 @@ def doubts(measured: dict[str, Any], max_escape: float, split: str) -> list[str]
         notes.append(f"{said}{more}; add pictures without defects, with empty label files.")
     needed = trials_needed(max_escape)
     if escape["groups"] < needed:
+        count = escape["pictures"]
         takes = f"that takes {needed} without an escape" if math.isfinite(needed) else "no number of pictures can"
         notes.append(
-            f"{escape['pictures']} defective {split} pictures ({escape['groups']} apart from near-duplicates) cannot "
+            f"{count} defective {split} picture{'s' * (count != 1)} ({escape['groups']} apart from near-duplicates) cannot "
             f"confirm an escape rate of {max_escape:.1%}: {takes}."
         )
     return notes

@@ -141,7 +141,7 @@ class LineDetector:
         digest of the weights).
 
     Raises:
-        ValueError: the model was not written by `dfssd export`, or its kind is not known.
+        ValueError: the model was not written by `dfssd export`, is damaged, or its kind is not known.
     """
 
     def __init__(self, file: str | Path, threads: int = 0, providers: Sequence[str] = ()) -> None:
@@ -170,7 +170,11 @@ class LineDetector:
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         known = onnxruntime.get_available_providers()
         wanted = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in known]
-        session = onnxruntime.InferenceSession(str(self.file), options, providers=list(providers) or wanted)
+        try:
+            session = onnxruntime.InferenceSession(str(self.file), options, providers=list(providers) or wanted)
+        except Exception as error:  # its errors have no base of their own
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"ONNX Runtime cannot read {self.file}: {said}") from error
         name = session.get_inputs()[0].name
         self._run = lambda images: session.run(None, {name: images})[0]
         self.precision = "fp32"

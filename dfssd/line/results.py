@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dfssd.data.boxes import DET_CLS, DET_SCORE, XYXY
+from dfssd.errors import DfssdError
 
 LINES = "pictures.jsonl"
 _KEYS = {"file", "stamp", "width", "height", "verdict", "boxes"}  # of a line; earlier versions wrote no model
@@ -33,11 +34,19 @@ class Results:
 
     Attributes:
         damaged: lines that could not be read.
+
+    Raises:
+        DfssdError: nothing can be written into the folder.
     """
 
     def __init__(self, out: Path, names: Sequence[str], model: str = "") -> None:
         self.out, self.names, self.model = out, list(names), model
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / LOCK).touch()
+        except OSError as error:
+            what = f"results cannot be written there: {error.strerror}"
+            raise DfssdError(what, where=str(out), todo="give another --out") from error
         self.file = out / LINES
         self.done: dict[str, str] = {}
         self.damaged = 0

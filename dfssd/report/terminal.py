@@ -107,11 +107,10 @@ def said(results: dict[str, Any]) -> list[str]:
 def next_commands(config: Config, run: Storage) -> list[str]:
     """Commands that can be pasted: quoted, at the operating point, and only on files that are on this machine's disks."""
     commands = []
-    storage = Storage(config.run.storage_path)
-    uri, source = tracking_uri(storage), shlex.quote(_pictures(config, run))
+    source = shlex.quote(_pictures(config, run))
     results = run.read_json("report/metrics.json")
     exported = run.read_json("export/export.json")["model"] if run.exists("export/stage.json") else ""
-    if uri.startswith("sqlite"):
+    if run.is_local and (uri := tracking_uri(Storage(config.run.storage_path))).startswith("sqlite"):
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
     if _is_current(run):
         if run.is_local:
@@ -152,8 +151,7 @@ def _pictures(config: Config, run: Storage) -> str:
 def runs_page(config: Config, run: Storage) -> str:
     """Address of the experiment's runs in MLflow; '' where there is none."""
     known = run.read_json("run.json") if run.exists("run.json") else {}
-    uri = tracking_uri(Storage(config.run.storage_path))
-    if not known.get("experiment_id") or not uri:
+    if not known.get("experiment_id") or not (uri := tracking_uri(Storage(config.run.storage_path))):
         return ""
     page = f"/#/experiments/{known['experiment_id']}/runs?workflowType=machine_learning"
     return (

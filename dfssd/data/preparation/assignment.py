@@ -18,6 +18,7 @@ from dfssd.errors import DfssdError
 from dfssd.runtime.storage import read_uri
 
 HELD_OUT = ("val", "test")
+LEAST = 10  # labelled images that can be split
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # i, j, correlation
 
 
@@ -29,9 +30,13 @@ def split_images(
     seed: int,
     source: Source,
     previous: Previous | None = None,
+    least: int = LEAST,
 ) -> list[str]:
     """Split of every image; one that nobody labelled follows its group, is unlabelled-only, or is left out because it is
     a near-duplicate of an image of val or test.
+
+    Args:
+        least: labelled images that there must be; fewer than `LEAST` where nobody asks for the splits.
 
     Raises:
         DfssdError: too few images, or --split given and the data's splits are none.
@@ -40,9 +45,9 @@ def split_images(
         return _given(images, pairs, config, source)
     has_label = np.array([i.boxes is not None for i in images])
     ids = [i.image_id for i in images]
-    if has_label.sum() < 10:
+    if has_label.sum() < least:
         raise DfssdError(
-            f"{int(has_label.sum())} images have labels; train, val and test need at least 10",
+            f"{int(has_label.sum())} images have labels; train, val and test need at least {least}",
             where=repr(config.data),
             todo="label more images, or check that the label files are found (bad_files.parquet, --format)",
         )

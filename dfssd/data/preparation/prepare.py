@@ -17,7 +17,7 @@ from dfssd.data.formats.read import read_source
 from dfssd.data.formats.unpack import resolve_zip
 from dfssd.data.manifest import TRAIN, Manifest, write_manifest, write_table, write_withheld
 from dfssd.data.preparation import grouping
-from dfssd.data.preparation.assignment import Pairs, choose_labelled, make_rows, split_images
+from dfssd.data.preparation.assignment import LEAST, Pairs, choose_labelled, make_rows, split_images
 from dfssd.data.preparation.bad_files import write_bad
 from dfssd.data.preparation.checking import check_all, drop_duplicates, set_white_levels, stop_if_too_bad
 from dfssd.data.preparation.corrections import (
@@ -34,13 +34,19 @@ from dfssd.runtime.storage import Storage
 
 
 def prepare(
-    config: Data, seed: int, store: Storage, run_settings: Run | None = None, cluster: bool | None = None
+    config: Data,
+    seed: int,
+    store: Storage,
+    run_settings: Run | None = None,
+    cluster: bool | None = None,
+    least: int = LEAST,
 ) -> dict[str, Any]:
     """Write `manifest.parquet`, `withheld.parquet`, `bad_files.parquet`, the split and pictures; return a summary.
 
     Args:
         run_settings: how long to wait for room on the cluster.
         cluster: check the images there, or in this process; None: as their number says (`check_shards.on_cluster`).
+        least: labelled images that there must be; fewer than `LEAST` where nobody asks for the splits.
 
     Raises:
         DfssdError: unknown layout, too many bad files, or too few images for the splits asked for.
@@ -63,7 +69,7 @@ def prepare(
     hashes = thumbnails.hashes_of(images)
     groups, pairs = grouping.group_hashes(hashes, config.near_duplicate, config.max_group_share)
     previous = read_previous(store)
-    split_names = split_images(images, groups, pairs, config, seed, source, previous)
+    split_names = split_images(images, groups, pairs, config, seed, source, previous, least)
     split_names, labelled, hidden = _labelled(
         split_names, images, groups, pairs, config, seed, classes, previous, corrections
     )
