@@ -322,7 +322,8 @@ def test_where_numbers_go_is_looked_at_before_anything_is_measured(tmp_path, mon
     job(["--weights", "a.pt", "--out", str(tmp_path / "new" / "folder" / "n.json")])
     assert json.loads((tmp_path / "new" / "folder" / "n.json").read_text()) == {"a.pt": {"map50": 0.5}}
     monkeypatch.setattr(files, "measure_files", lambda *a: pytest.fail("it measures"))
-    for out, said in ((tmp_path, "--out is a folder"), (tmp_path / "new/folder/n.json/m.json", "--out: ")):
+    below, too_long = tmp_path / "new/folder/n.json/m.json", tmp_path / ("n" * 300)
+    for out, said in ((tmp_path, "--out is a folder"), (below, "--out: "), (too_long, "--out: File name too long")):
         with pytest.raises(DfssdError, match=said):
             job(["--weights", "a.pt", "--out", str(out)])
 
@@ -358,6 +359,20 @@ def test_what_runs_record_can_be_given_back(tmp_path, monkeypatch, capsys):
     back, _ = parse("", reads(STUDENT), ["--config", str(tmp_path / "stage.json")])
     assert settings_of(back, STUDENT) == settings_of(config, STUDENT)
     assert "give --distill-teacher" in capsys.readouterr().out
+
+
+def test_the_record_of_a_report_is_enough_to_make_it_again(tmp_path, monkeypatch):
+    """--names is a flag of `evaluate --weights`, and no setting that a report reads."""
+    from dfssd.jobs.evaluate import job
+    from dfssd.pipeline.stages import settings_of
+    from dfssd.runtime.artefact_names import REPORT
+
+    asked = []
+    monkeypatch.setattr("dfssd.pipeline.run.run_stages", lambda config, names: asked.append(config))
+    config = Config(train=Train(imgsz=96))
+    (tmp_path / "stage.json").write_text(json.dumps({"config": settings_of(config, REPORT), "inputs": {}}))
+    job(["--config", str(tmp_path / "stage.json"), "--storage-path", str(tmp_path), "--run-name", "n", "--dry-run"])
+    assert asked[0].train.imgsz == 96
 
 
 def test_a_record_of_one_stage_is_no_whole_run(tmp_path):

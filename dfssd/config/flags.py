@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -37,6 +37,7 @@ def parse(
     prog: str | None = None,
     example: str = "",
     modes: Mapping[str, Sequence[str]] | None = None,
+    spare: Collection[str] = (),
     **extra: Any,
 ) -> tuple[Config, Any]:
     """Read the command line of a job.
@@ -50,6 +51,7 @@ def parse(
         example: a command line, shown by --help.
         modes: further flags with which the job does something else, and the settings that it then reads. The others have no
             effect, nor have further flags that belong to none.
+        spare: settings that the record of a stage, given as --config, need not hold.
         extra: further flags of the job, name=(type, pydantic's Field(...)). One that has an effect only with another one
             names it: `json_schema_extra={"of": "weights"}`, or with one value of it, `{"of": "export=labelstudio"}`.
 
@@ -64,7 +66,7 @@ def parse(
     keys = expand(shown)
     if file := _value_of("--config", words):
         flags = named(words)
-        base = read_config(file, base, [key for key in keys if _flag_of(key) not in flags])
+        base = read_config(file, base, [k for k in keys if k not in spare and _flag_of(k) not in flags])
     model = _model(keys, base, {**extra, **COMMON})
     text = doc.strip() + (f"\n\nExample:\n  {example}" if example else "")
     parsed = tyro.cli(

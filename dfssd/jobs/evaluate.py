@@ -57,6 +57,7 @@ def job(words: Sequence[str]) -> None:
         prog="dfssd evaluate",
         example=EXAMPLE,
         modes={"weights": (*READS_FILES, NAMES)},
+        spare=(NAMES,),
         **FLAGS,
     )
     if not flags.weights or flags.on in ("val", "test"):
@@ -91,16 +92,18 @@ def job(words: Sequence[str]) -> None:
 
 
 def _make_room(out: Path) -> None:
-    """Make the folder of a file that is written after minutes of measuring.
+    """Make the folder of a file that is written after minutes of measuring, and see that it can be.
 
     Raises:
         DfssdError: nothing can be written there.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise DfssdError("--out is a folder", where=str(out), todo="give a file, such as numbers.json in it")
+        there = out.exists()
+        out.open("a").close()  # what is there stays until the numbers are
+        if not there:
+            out.unlink()
     except OSError as error:
-        raise DfssdError(
-            f"--out: {error.strerror}", where=str(out.parent), todo="give a file in another folder"
-        ) from error
-    if out.is_dir():
-        raise DfssdError("--out is a folder", where=str(out), todo="give a file, such as numbers.json in it")
+        raise DfssdError(f"--out: {error.strerror}", where=str(out), todo="give a file in another folder") from error
