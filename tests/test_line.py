@@ -122,6 +122,13 @@ def test_a_damaged_model_is_a_sentence(tmp_path, data):
         open_model(str(tmp_path / "cut.onnx"))
 
 
+def test_a_damaged_openvino_model_is_a_sentence(tmp_path):
+    """OpenVINO names places in its own source first."""
+    (tmp_path / "m.xml").write_text("<net")
+    with pytest.raises(DfssdError, match=r"cannot be opened: OpenVINO cannot read .*m\.xml: Unable to read the model"):
+        open_model(str(tmp_path))
+
+
 def test_a_model_whose_runtime_is_missing_is_a_sentence_for_predict_and_evaluate_alike(tmp_path, monkeypatch):
     engine = tmp_path / "student.engine"
     engine.write_bytes(b"")

@@ -128,7 +128,7 @@ def quiet_openvino() -> Any:
 
 
 class LineDetector:
-    """An ONNX or OpenVINO model that `jobs/export.py` has written.
+    """An ONNX, OpenVINO or TensorRT model that `dfssd export` has written.
 
     Args:
         file: `.onnx` file, the folder or `.xml` of an OpenVINO model, or a TensorRT `.engine`.
@@ -188,7 +188,11 @@ class LineDetector:
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         core = openvino.Core()
-        model = core.read_model(xml)
+        try:
+            model = core.read_model(xml)
+        except RuntimeError as error:  # places in its own source come first
+            said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise ValueError(f"OpenVINO cannot read {xml}: {said}") from error
         compiled = core.compile_model(model, "CPU", settings)
         self._run = lambda images: compiled(images)[0]
         self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT"))
