@@ -12,7 +12,7 @@ from dfssd.config import Export
 from dfssd.data.manifest import read_manifest
 from dfssd.errors import DfssdError
 from dfssd.export import parity, write
-from dfssd.export.formats import int8_bytes, openvino_files
+from dfssd.export.formats import openvino_files
 from dfssd.export.onnx_model import onnx_bytes
 from dfssd.line.detector import LineDetector
 from dfssd.models.families import family_of
@@ -122,13 +122,19 @@ def test_openvino_computes_in_float32_because_it_is_told_to(net, onnx, prepared,
     assert found.precision == "fp32" and not found.failures and found.box_px < 0.05
 
 
-def test_int8_says_what_it_loses(net, onnx, prepared, tmp_path):
+def test_int8_says_what_it_loses(net, onnx, prepared, tmp_path, monkeypatch):
     rows = _rows(prepared)[:16]
     images = np.random.default_rng(0).random((16, 3, 64, 64), np.float32)
-    small = int8_bytes(onnx, images, family_of(net).kept_float)
+    monkeypatch.setattr(write, "_calibration", lambda manifest, config: images)
+    monkeypatch.setattr(write, "onnx_bytes", lambda *args: onnx)
+    config = tiny_config(tmp_path).model_copy(update={"export": Export(formats=("onnx",), int8=True)})
+    small = write._files(config, None, net, "m", META)["m_int8.onnx"]
     assert len(small) < 0.4 * len(onnx)
     kept = family_of(net).kept_float([n.name for n in load_from_string(onnx).graph.node if n.op_type == "Conv"])
     assert len(kept) == 7  # boxes and scores of three levels, and the bins
+    nodes = load_from_string(small).graph.node
+    rounded = {out for n in nodes if n.op_type == "DequantizeLinear" for out in n.output}
+    assert {n.name for n in nodes if n.op_type == "Conv" and n.input[1] not in rounded} == set(kept)
     [found] = write.check_parity(net, {"m int8": _open(tmp_path, small)}, rows, NAMES, 64, POINT)
     assert found.precision == "int8" and found.score > 1e-3
     parity.require([found])  # a loss, not an error
