@@ -136,6 +136,21 @@ def spread(**lists: list[Any]) -> list[tuple[Any, ...]]:
     return list(zip(*(v if len(v) == most else v * most for v in lists.values()), strict=True))
 
 
+def copies(a: argparse.Namespace) -> list[tuple[str, int]]:
+    """Data sets to copy, each with the side of its images (px).
+
+    Raises:
+        SystemExit: two would be written into one folder.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    for one in spread(data=a.data, imgsz=a.imgsz):
+        if found.setdefault(Path(one[0]).name, one) != one:
+            raise SystemExit(
+                f"--export: the copy of {Path(one[0]).name} is of one folder and size: export others to another folder"
+            )
+    return list(found.values())
+
+
 def with_settings(config: Config, pairs: list[str]) -> Config:
     """The config with what --set says."""
     from semi_rows import _value, changed
@@ -240,7 +255,7 @@ def main() -> None:
         print(write_tables(Path(a.table)))
         return
     if a.export:
-        for data, imgsz in spread(data=a.data, imgsz=a.imgsz):
+        for data, imgsz in copies(a):
             export(data, imgsz, Path(a.export, Path(data).name))
         return
     for data in a.data:
