@@ -75,8 +75,7 @@ def prepare(
     )
     rows, withheld = make_rows(images, split_names, labelled, groups, levels)
     meta = {"format": source.format, "seed": seed, "label_fraction": config.label_fraction, "split": config.split}
-    meta["val_from_labels"] = config.val_from_labels
-    meta["grey"] = all(i.facts.grey for i in images)
+    meta |= {"val_from_labels": config.val_from_labels, "grey": all(i.facts.grey for i in images)}
     meta["version"] = previous.version + 1 if previous else 1
     write_manifest(store, Manifest(rows, source.names, meta))
     write_withheld(store, withheld)
@@ -86,19 +85,22 @@ def prepare(
     write_split_list(store, images, split_names, labelled)
     store.write("groups.png", contact_sheet(lambda k: thumbnails.thumb_of(images[k]), groups))
     summary = summarise(source, rows, withheld, Counter(p.reason for _, p in bad), groups, pairs)
-    summary["duplicates_with_other_labels"] = conflicts
-    summary["version"] = meta["version"]
-    summary["files"] = looked_at
+    summary |= {"duplicates_with_other_labels": conflicts, "version": meta["version"], "files": looked_at}
     summary["corrected_images"] = corrected
     summary["data_settings"] = config.model_dump(mode="json")
-    own = [f"{corrected} images have corrected labels"] if corrected else []
-    if repeated := sum(i.repeated for i in images):
-        own.append(f"{repeated} boxes stand twice in their labels and count once")
-    summary["notes"] = own + source.notes + level_notes + statements(source, summary, hidden)
-    summary["notes"] += [budget(summary, config.val_from_labels)]
+    notes = _of_labels(images, corrected) + source.notes + level_notes + statements(source, summary, hidden)
+    summary["notes"] = [*notes, budget(summary, config.val_from_labels)]
     store.write_json("summary.json", summary)
     thumbnails.remove()
     return summary
+
+
+def _of_labels(images: list[Checked], corrected: int) -> list[str]:
+    """What has to be known of the labels of usable images, `corrected` of which were corrected."""
+    notes = [f"{corrected} images have corrected labels"] if corrected else []
+    if repeated := sum(i.repeated for i in images):
+        notes.append(f"{repeated} boxes stand twice in their labels and count once")
+    return notes
 
 
 def _labelled(
