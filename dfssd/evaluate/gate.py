@@ -19,9 +19,8 @@ from dfssd.runtime.artefact_names import LABEL_ONLY, STUDENT
 
 RESAMPLES = 300
 LEVEL = 95  # percent
-FEW_GROUPS = (
-    20  # below it the bootstrap is too narrow to decide (Cameron, Gelbach & Miller, 2008, section I: "5 to 30")
-)
+# Below it the bootstrap is too narrow to decide (Cameron, Gelbach & Miller, 2008, section I: "5 to 30").
+FEW_GROUPS = 20
 MEASURES = ("map50", "map50_95")
 
 
