@@ -125,7 +125,7 @@ def test_the_words_follow_the_numbers(numbers, said, model):
 
 
 def test_an_interval_over_a_handful_of_images_decides_nothing():
-    """Of 5 images the bootstrap holds the truth in 79 of 100, of 20 in 92: above zero it is no proof."""
+    """Of so few the bootstrap's interval is too narrow: above zero it is no proof."""
     for images, said in ((5, "may have paid"), (gate.FEW_GROUPS, "paid")):
         line = gate.verdict({**_result(0.05, 0.02, 0.08), "images": images})
         assert line.startswith(f"The unlabelled images {said}: ") and "holds zero" not in line
